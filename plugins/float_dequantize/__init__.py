@@ -1,0 +1,1 @@
+"""From grid values, or from weight codes, back to real numbers."""

@@ -1,0 +1,1 @@
+"""The low-bit linear layer: grid values times coded weights."""

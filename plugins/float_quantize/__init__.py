@@ -1,0 +1,1 @@
+"""Activation quantizers: online per token, or with a given scale."""
