@@ -1,0 +1,1 @@
+"""Calibration: inputs captured on sampler trajectories, scales, and learned rounding."""

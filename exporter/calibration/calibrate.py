@@ -1,0 +1,152 @@
+"""Decide every quantized weight of a model: its scales, then its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
+from exporter.calibration.scales import choose_scales
+from exporter.models.pixart import PixArtAdapter
+from exporter.models.prompts import Prompts
+from exporter.plan import LayerPlan, Plan
+from exporter.progress import Progress
+from exporter.quantize import (
+    BlockStatistics,
+    CalibrationResult,
+    QuantizedWeight,
+    planned_linear,
+    round_to_nearest,
+    share_copy,
+)
+from exporter.recipe import MethodSection
+from plugins.formats import get_format
+
+
+def calibrate(
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    plan: Plan,
+    calibration_set: CalibrationSet,
+    prompts: Prompts,
+    method: MethodSection,
+    seed: int,
+    progress: Progress,
+) -> CalibrationResult:
+    """Quantize the planned linears of `model`, which stays as it is.
+
+    Scales are searched with the importance of the input channels on the calibration set; then the weights are
+    rounded to nearest ("rtn"), or the roundings of each block are learned jointly ("fp4dit"), block by block on the
+    outputs of the network quantized so far, with the original network's outputs as targets. The same seed gives
+    the same result on the same machine.
+    """
+    run = CalibrationRun(adapter, calibration_set, prompts)
+    mean_squares = run.mean_squares(model, [layer.name for layer in plan.layers])
+    weights = _nearest(model, plan, mean_squares, method, progress)
+    if method.name == "rtn":
+        return CalibrationResult(weights)
+    generator = torch.Generator().manual_seed(seed)
+    walk = _Walk(model, plan, weights, run, method, generator, progress)
+    statistics = walk.through(list(mean_squares))
+    return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
+
+
+def _nearest(
+    model: nn.Module, plan: Plan, mean_squares: Mapping[str, Tensor], method: MethodSection, progress: Progress
+) -> dict[str, QuantizedWeight]:
+    weights = {}
+    with progress.task("scales", len(plan.layers)) as task:
+        for layer in plan.layers:
+            weight = planned_linear(model, layer).weight.detach()
+            weights[layer.name] = _nearest_layer(weight, layer, mean_squares.get(layer.name), method)
+            task.advance()
+    return weights
+
+
+def _nearest_layer(
+    weight: Tensor, layer: LayerPlan, importance: Tensor | None, method: MethodSection
+) -> QuantizedWeight:
+    fmt = get_format(layer.weight_format)
+    scales = choose_scales(
+        weight,
+        fmt,
+        layer.group_size,
+        method.scale_search,
+        importance,
+        layer.multipliers if layer.scales == "foldable" else (),
+    )
+    return round_to_nearest(weight, scales, fmt)
+
+
+class _Walk:
+    """Goes through the model in its order of execution and learns one unit after the other."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        weights: Mapping[str, QuantizedWeight],
+        run: CalibrationRun,
+        method: MethodSection,
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> None:
+        self._model, self._run = model, run
+        self._method, self._generator, self._progress = method, generator, progress
+        self._quantized = share_copy(model)
+        self.layers: dict[str, RoundingLinear] = {}
+        for layer in plan.layers:
+            linear = planned_linear(model, layer)
+            replaced = RoundingLinear(layer, linear, weights[layer.name], method.quantize_activations)
+            self._quantized.set_submodule(layer.name, replaced)
+            self.layers[layer.name] = replaced
+
+    def through(self, executed: list[str]) -> tuple[BlockStatistics, ...]:
+        """Learn the layers in `executed` order, those of the blocks block by block."""
+        blocks = self._run.adapter.blocks(self._model)
+        inside = {name for name in executed if any(name.startswith(f"{block}.") for block, _ in blocks)}
+        first = next((position for position, name in enumerate(executed) if name in inside), len(executed))
+        before = [self._learn_layer(name) for name in executed[:first]]
+        within = self._learn_blocks(blocks, shares_inputs=not before) if inside else []
+        after = [self._learn_layer(name) for name in executed[first:] if name not in inside]
+        return (*before, *within, *after)
+
+    def _learn_layer(self, name: str) -> BlockStatistics:
+        """Learn one layer outside the blocks on its own."""
+        original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
+        quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
+        targets = original.outputs(self._model.get_submodule(name))
+        unit = Unit(name, self.layers[name], {name: self.layers[name]})
+        return self._learn(unit, quantized, targets)[0]
+
+    def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
+        """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.
+
+        `shares_inputs` says that nothing before the blocks is quantized, so both networks give the first one the
+        same inputs.
+        """
+        first = blocks[0][0]
+        original = self._run.block_inputs(self._model, self._model.get_submodule(first))
+        quantized = original
+        if not shares_inputs:
+            quantized = self._run.block_inputs(self._quantized, self._quantized.get_submodule(first))
+        statistics = []
+        for name, block in blocks:
+            targets = original.outputs(block)
+            layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
+            unit = Unit(name, self._quantized.get_submodule(name), layers)
+            if layers:
+                block_statistics, outputs = self._learn(unit, quantized, targets)
+                statistics.append(block_statistics)
+            else:
+                outputs = quantized.outputs(unit.module)
+            original, quantized = original.advanced(targets), quantized.advanced(outputs)
+        return statistics
+
+    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> tuple[BlockStatistics, Tensor]:
+        with self._progress.task(f"calibrate {unit.name}", self._method.iterations) as task:
+            return reconstruct(unit, inputs, targets, self._method, self._generator, task)

@@ -1,0 +1,123 @@
+"""What calibration sees: the denoiser's inputs on real sampler trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from exporter.errors import InputError
+from exporter.files import atomic_path
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.prompts import Prompts
+from exporter.progress import Progress
+from exporter.recipe import CalibrationSection
+from exporter.sampling import DenoiserCall, make_scheduler, sample, transformer_inputs
+
+_DTYPES = {
+    "hidden_states": torch.float32,
+    "timesteps": torch.float32,
+    "prompt_index": torch.int64,
+    "step_index": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """M inputs of the denoiser, as the sampler gave them.
+
+    hidden_states float32 [M, C, H, W] (scaled by the scheduler), timesteps float32 [M], prompt_index int64 [M]
+    (-1 - row for row `row` of the negative prompts: -1 where there is only one), step_index int64 [M].
+    """
+
+    hidden_states: Tensor
+    timesteps: Tensor
+    prompt_index: Tensor
+    step_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    def inputs(self, indices: Tensor, prompts: Prompts) -> TransformerInputs:
+        """Return the inputs at `indices` int64 [B], with their prompts."""
+        return transformer_inputs(
+            self.hidden_states[indices], self.timesteps[indices], self.prompt_index[indices], prompts
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the set as safetensors; the same set gives the same bytes."""
+        with atomic_path(path) as temporary:
+            save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationSet:
+        """Read a set back. Raises `InputError` for a file that is damaged or is something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be read as a calibration set: {error}") from error
+        if tensors.keys() != _DTYPES.keys():
+            raise InputError(f"{path}: not a calibration set: it holds {', '.join(sorted(tensors)) or 'nothing'}")
+        count = len(tensors["hidden_states"])
+        for name, tensor in tensors.items():
+            if tensor.dtype != _DTYPES[name] or tensor.ndim != (4 if name == "hidden_states" else 1):
+                raise InputError(f"{path}: {name}: {tensor.dtype} {list(tensor.shape)} is not a calibration set's")
+            if len(tensor) != count or count == 0:
+                raise InputError(f"{path}: {name}: {len(tensor)} inputs, but hidden_states has {count}")
+            if not bool(tensor.isfinite().all()):
+                raise InputError(f"{path}: {name}: NaN or infinite")
+        return cls(**tensors)
+
+
+def capture_trajectories(
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    prompts: Prompts,
+    settings: CalibrationSection,
+    progress: Progress,
+    *,
+    trajectories: int,
+    seed: int,
+    latent_shape: tuple[int, int, int],
+    scheduler_dir: Path | None,
+) -> CalibrationSet:
+    """Sample `trajectories` latents with `model` and keep every call's inputs: each step, conditional and not.
+
+    Prompts are used in turn; `scheduler_dir` is the checkpoint's folder, see `make_scheduler`. Raises `InputError`
+    when a latent is no longer finite.
+    """
+    parts: list[CalibrationSet] = []
+
+    def keep(call: DenoiserCall) -> None:
+        steps = torch.full_like(call.prompts, call.step)
+        parts.append(CalibrationSet(call.inputs.hidden_states, call.inputs.timestep, call.prompts, steps))
+
+    sample(
+        partial(adapter.predict_noise, model),
+        prompts,
+        torch.arange(trajectories) % len(prompts.prompt_embeds),
+        make_scheduler(settings.scheduler, scheduler_dir),
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=seed,
+        latent_shape=latent_shape,
+        progress=progress,
+        record=keep,
+    )
+    captured = CalibrationSet(
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}
+    )
+    finite = captured.hidden_states.flatten(1).isfinite().all(dim=1)
+    if not bool(finite.all()):
+        step = int(captured.step_index[~finite].min())
+        raise InputError(
+            f"sampling with the original model gives NaN or infinite latents from step {step} on: "
+            "check the weights, calibration.scheduler and calibration.guidance"
+        )
+    return captured

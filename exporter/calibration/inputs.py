@@ -1,0 +1,138 @@
+"""What reaches a layer or a block when a model runs over the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from exporter.calibration.capture import CalibrationSet
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.prompts import Prompts
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Inputs of a block for all M samples.
+
+    `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, and
+    `constants` the keyword arguments that are not tensors.
+    """
+
+    hidden: Tensor
+    shared: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def run(self, block: nn.Module, indices: Tensor | slice) -> Tensor:
+        """Run `block` on the samples at `indices`."""
+        shared = {name: tensor[indices] for name, tensor in self.shared.items()}
+        output: Tensor = block(self.hidden[indices], **shared, **self.constants)
+        return output
+
+    @torch.no_grad()
+    def outputs(self, block: nn.Module) -> Tensor:
+        """Run `block` on all samples: [M, ...]."""
+        starts = range(0, len(self), BATCH)
+        return torch.cat([self.run(block, slice(start, start + BATCH)) for start in starts])
+
+    def advanced(self, hidden: Tensor) -> BlockInputs:
+        """Return the next block's inputs: `hidden` is the output of this one."""
+        return BlockInputs(hidden, self.shared, self.constants)
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """The calibration set with its prompts and the family's way of calling a model."""
+
+    adapter: PixArtAdapter
+    calibration_set: CalibrationSet
+    prompts: Prompts
+
+    def batches(self) -> Iterator[TransformerInputs]:
+        """Yield all inputs in order, a batch at a time."""
+        count = len(self.calibration_set)
+        for start in range(0, count, BATCH):
+            yield self.calibration_set.inputs(torch.arange(start, min(start + BATCH, count)), self.prompts)
+
+    @torch.no_grad()
+    def through(self, model: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
+        """Run `model` over the whole set, then remove the hooks."""
+        with _removed(hooks):
+            for inputs in self.batches():
+                self.adapter.forward(model, inputs)
+
+    def mean_squares(self, model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+        """Return every layer's mean square per input channel [K], in order of first execution."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            squares = x.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+            sums[name] = sums[name] + squares if name in sums else squares
+            counts[name] = counts.get(name, 0) + x[..., 0].numel()
+
+        self.through(model, [_watch(model, name, add) for name in layers])
+        return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+    def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
+        """Return the inputs [M, ..., K] of one linear layer."""
+        seen: list[Tensor] = []
+        self.through(model, [_watch(model, layer, lambda _, x: seen.append(x))])
+        return torch.cat(seen)
+
+    @torch.no_grad()
+    def block_inputs(self, model: nn.Module, block: nn.Module) -> BlockInputs:
+        """Return the inputs of `block`, the first of `model`; nothing behind it runs."""
+        hidden: list[Tensor] = []
+        shared: dict[str, list[Tensor]] = {}
+        constants: dict[str, Any] = {}
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            hidden.append(args[0])
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor):
+                    shared.setdefault(name, []).append(value)
+                else:
+                    constants[name] = value
+            raise _ReachedError
+
+        with _removed([block.register_forward_pre_hook(keep, with_kwargs=True)]):
+            for inputs in self.batches():
+                try:
+                    self.adapter.forward(model, inputs)
+                except _ReachedError:
+                    continue
+        return BlockInputs(torch.cat(hidden), {name: torch.cat(parts) for name, parts in shared.items()}, constants)
+
+
+class _ReachedError(Exception):
+    """The forward pass has come to the block whose inputs are wanted; the rest of it would be thrown away."""
+
+
+def _watch(model: nn.Module, layer: str, see: Callable[[str, Tensor], None]) -> RemovableHandle:
+    """Call `see(layer, input)` whenever the layer runs."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(layer, args[0])
+
+    return model.get_submodule(layer).register_forward_pre_hook(hook)
+
+
+@contextmanager
+def _removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    handles = list(hooks)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,144 @@
+"""Learn the roundings of one unit (a transformer block, or one layer) so that its output stays as it was.
+
+Block reconstruction after BRECQ (arXiv 2102.05426), with FP4DiT's rounding (arXiv 2503.15465).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
+from exporter.calibration.inputs import BlockInputs
+from exporter.plan import LayerPlan
+from exporter.progress import Task
+from exporter.quantize import BlockStatistics, QuantizedWeight
+from exporter.recipe import MethodSection
+from exporter.rounding import fake_quantize_online
+from plugins.formats import get_format
+
+
+class RoundingLinear(nn.Module):
+    """A linear layer while its rounding is being decided: on its quantized weight, or on a soft one."""
+
+    dequantized: Tensor
+
+    def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
+        super().__init__()
+        self.format = get_format(plan.weight_format)
+        quantize = activations and plan.activation_format != "none"
+        self._activation = get_format(plan.activation_format) if quantize else None
+        self._original = linear.weight.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.quantized = quantized
+        self.register_buffer("dequantized", quantized.dequantize(self.format).to(self._original), persistent=False)
+        self.rounding: LearnedRounding | None = None
+        self.penalty: Penalty | None = None
+
+    def start(self) -> LearnedRounding:
+        """Make the rounding soft, on the scales that the weight already has."""
+        self.rounding = LearnedRounding(self._original, self.quantized.scales.to(self._original), self.format)
+        return self.rounding
+
+    def decide(self, keep: bool) -> QuantizedWeight:
+        """End the soft phase with what was learned, or with the weight as it was; return the one replaced."""
+        before, rounding = self.quantized, self.rounding
+        self.rounding = None
+        if keep and rounding is not None:
+            self.replace(QuantizedWeight.from_values(rounding.hard_values(), before.scales, self.format))
+        return before
+
+    def replace(self, quantized: QuantizedWeight) -> None:
+        """Compute with another quantized weight from now on."""
+        self.quantized = quantized
+        self.dequantized.copy_(quantized.dequantize(self.format))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → [..., N]."""
+        if self._activation is not None:
+            x = fake_quantize_online(x, self._activation)
+        weight = self.dequantized if self.rounding is None else self.rounding.soft_weight(self.penalty)
+        return F.linear(x, weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block (or layer) whose planned linears are `layers`, by module path in the model."""
+
+    name: str
+    module: nn.Module
+    layers: Mapping[str, RoundingLinear]
+
+
+def reconstruct(
+    unit: Unit,
+    inputs: BlockInputs,
+    targets: Tensor,
+    method: MethodSection,
+    generator: torch.Generator,
+    task: Task,
+) -> tuple[BlockStatistics, Tensor]:
+    """Learn all roundings of `unit` jointly; return its statistics and its outputs on `inputs` afterwards.
+
+    `targets` [M, ...] are the original block's outputs on its original inputs, `inputs` come from the network that
+    is quantized up to here. If what was learned is worse than rounding to nearest, the latter stays.
+    """
+    begin = time.perf_counter()
+    nearest = inputs.outputs(unit.module)
+    error_rtn = _squared_error(nearest, targets)
+    power = float(targets.square().mean(dtype=torch.float64)) or 1.0
+    if error_rtn == 0.0:
+        task.advance(method.iterations)
+        return BlockStatistics(unit.name, 0.0, 0.0, time.perf_counter() - begin), nearest
+    _optimize(unit, inputs, targets, method, generator, task, error_rtn)
+    before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
+    learned = inputs.outputs(unit.module)
+    error = _squared_error(learned, targets)
+    # Written so that a NaN counts as worse.
+    if not error < error_rtn:
+        for name, layer in unit.layers.items():
+            layer.replace(before[name])
+        learned, error = nearest, error_rtn
+    seconds = time.perf_counter() - begin
+    return BlockStatistics(unit.name, error_rtn / power, error / power, seconds), learned
+
+
+def _optimize(
+    unit: Unit,
+    inputs: BlockInputs,
+    targets: Tensor,
+    method: MethodSection,
+    generator: torch.Generator,
+    task: Task,
+    error_rtn: float,
+) -> None:
+    """Minimise reconstruction error + penalty.
+
+    The squared error is divided by that of rounding to nearest and counted once per weight, so that the penalty's
+    weight means the same for every model, layer and unit of measurement.
+    """
+    roundings = [layer.start() for layer in unit.layers.values()]
+    parameters = [rounding.alpha for rounding in roundings]
+    optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, fused=True)
+    weights = sum(parameter.numel() for parameter in parameters)
+    schedule = Schedule(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
+    for iteration in range(method.iterations):
+        penalty = schedule.penalty(iteration)
+        for layer in unit.layers.values():
+            layer.penalty = penalty
+        indices = torch.randint(len(inputs), (method.batch_size,), generator=generator)
+        output = inputs.run(unit.module, indices)
+        loss = F.mse_loss(output, targets[indices]) * (weights / error_rtn)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        task.advance()
+
+
+def _squared_error(outputs: Tensor, targets: Tensor) -> float:
+    return float((outputs - targets).square().mean(dtype=torch.float64))

@@ -1,0 +1,111 @@
+"""What an export would do, found out without weights and without writing anything: `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from exporter.models.loading import get_adapter, linear_shapes
+from exporter.models.location import locate_config
+from exporter.plan import LayerPlan, Plan, plan_layers
+from exporter.recipe import Recipe
+from exporter.targets import Target, TargetChoice, resolve_target
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True)
+class Description:
+    """The plan of an export, the target with the reason for it, and what a real run would stumble over."""
+
+    output: Path
+    choice: TargetChoice
+    plan: Plan
+    warnings: tuple[str, ...]
+
+
+def describe(recipe: Recipe, output: str | Path) -> Description:
+    """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
+    path = Path(output)
+    choice = resolve_target(recipe.target, path)
+    found = locate_config(recipe)
+    shapes = linear_shapes(found.content, recipe.model.family, found.file)
+    adapter = get_adapter(recipe.model.family)
+    plan = plan_layers(recipe, shapes, adapter.high_precision, choice.target)
+    return Description(path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing)))
+
+
+def _warnings(recipe: Recipe, output: Path, weights_missing: str | None) -> list[str]:
+    warnings = [weights_missing] if weights_missing else []
+    if not output.parent.is_dir():
+        warnings.append(f"the folder {output.parent} does not exist: mkdir -p {output.parent}")
+    for key, given in (
+        ("calibration.prompts", recipe.calibration.prompts),
+        ("evaluation.classifier", recipe.evaluation.classifier),
+    ):
+        if given is not None and not recipe.resolve_path(given).is_file():
+            warnings.append(f"{key}: {recipe.resolve_path(given)} does not exist")
+    return warnings
+
+
+def print_description(description: Description, console: Console) -> None:
+    """Print target, every layer, what stays in high precision, sizes and warnings."""
+    plan, target = description.plan, description.choice.target
+    console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
+    console.print(_layer_table(plan, target))
+    console.print(_high_precision_table(plan))
+    ratio = plan.expected_bytes / plan.fp32_bytes
+    console.print(
+        f"size    {_size(plan.fp32_bytes)} in FP32 -> {_size(plan.expected_bytes)} expected ({ratio:.3f})",
+        highlight=False,
+    )
+    for warning in description.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _layer_table(plan: Plan, target: Target) -> Table:
+    table = Table(title=f"{len(plan.layers)} quantized layers", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("weights", "scales", "group", "activations", "container"):
+        table.add_column(heading)
+    for heading in ("N x K", "FP32", "expected"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in plan.layers:
+        table.add_row(*_row(layer, target))
+    return table
+
+
+def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.weight_format,
+        layer.scales,
+        str(layer.group_size or "row"),
+        layer.activation_format,
+        layer.container,
+        f"{layer.out_features} x {layer.in_features}",
+        _size(layer.fp32_bytes),
+        _size(layer.stored_bytes(target)),
+    )
+
+
+def _high_precision_table(plan: Plan) -> Table:
+    table = Table(title=f"{len(plan.high_precision)} modules in high precision", title_justify="left")
+    table.add_column("module", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    for name, count in plan.high_precision:
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them: ``2.4 MB``."""
+    for unit in _UNITS[:-1]:
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} {_UNITS[-1]}"

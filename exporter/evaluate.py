@@ -1,0 +1,101 @@
+"""What the finished engine is worth: noise predictions, layers and samples beside the original's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from exporter.images import SampleGrids, sample_grids
+from exporter.job import Job
+from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, noise_prediction_snr
+from exporter.runtime import OnnxSession
+from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.source import Source
+from exporter.stages import capture
+
+_LAYER_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured on the lowered graph in ONNX Runtime; accuracies are None without a classifier."""
+
+    noise: NoiseSnr
+    layers: tuple[LayerQuality, ...]
+    grids: SampleGrids
+    accuracy_original: float | None
+    accuracy_quantized: float | None
+
+
+def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> Evaluation:
+    """Compare the original with the lowered graph on held-out trajectories and on samples from the same seeds."""
+    settings = job.recipe.evaluation
+    held_out = capture(
+        job, source, "held_out.safetensors", trajectories=settings.trajectories, seed=_held_out_seed(job)
+    )
+    engine = graph_denoiser(source, OnnxSession(lowered))
+    noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
+    rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
+    batches = [held_out.inputs(row.reshape(1), source.prompts) for row in rows]
+    layers = layer_quality(source.model, quantized, source.adapter, source.plan, batches)
+    judged = settings.samples if settings.classifier is not None else settings.grid
+    count = max(judged, settings.grid)
+    original, ours = (samples(job, source, denoiser, count) for denoiser in (source.denoiser, engine))
+    return Evaluation(
+        noise=noise,
+        layers=layers,
+        grids=sample_grids(original[: settings.grid], ours[: settings.grid]),
+        accuracy_original=accuracy(job, source, original[:judged]),
+        accuracy_quantized=accuracy(job, source, ours[:judged]),
+    )
+
+
+def _held_out_seed(job: Job) -> int:
+    """A seed whose trajectories, one per following integer, calibration has not used."""
+    calibration = job.recipe.calibration
+    return calibration.seed + calibration.samples + job.recipe.evaluation.seed
+
+
+def graph_denoiser(source: Source, session: OnnxSession) -> Denoiser:
+    """The noise prediction of an exported graph."""
+    from exporter.models.pixart import TransformerInputs
+
+    def denoise(inputs: TransformerInputs) -> Tensor:
+        complete = source.adapter.with_conditions(source.model, inputs)
+        raw = session.run(complete.as_numpy())["sample"]
+        return torch.from_numpy(source.adapter.noise_prediction(raw, source.model))
+
+    return denoise
+
+
+def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
+    """`count` guided samples float32 [count, C, H, W], prompts taken in turn, from held-out seeds."""
+    settings = job.recipe.calibration
+    return sample(
+        denoiser,
+        source.prompts,
+        prompt_order(source, count),
+        make_scheduler(settings.scheduler, source.files.root),
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=_held_out_seed(job),
+        latent_shape=source.latent_shape,
+        progress=job.progress,
+    )
+
+
+def prompt_order(source: Source, count: int) -> Tensor:
+    """Prompt indices 0, 1, …, P−1, 0, 1, … int64 [count]."""
+    return torch.arange(count) % source.prompts.count
+
+
+def accuracy(job: Job, source: Source, images: Tensor) -> float | None:
+    """Fraction of samples that the recipe's classifier takes for what was asked; None without a classifier."""
+    given = job.recipe.evaluation.classifier
+    labels = source.prompts.labels
+    if given is None or labels is None:
+        return None
+    return class_accuracy(images, labels[prompt_order(source, len(images))], job.recipe.resolve_path(given))

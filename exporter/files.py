@@ -1,0 +1,65 @@
+"""Files that are either whole or absent: written under another name in the same folder, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from exporter.errors import InputError
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a path beside `path`, with the same suffix, for the body to write; then rename it to `path`.
+
+    Whatever ends the body early (an error, Ctrl-C), nothing is left behind and an older `path` stays.
+
+    Raises:
+        InputError: the folder does not exist, or writing failed (disk full, read-only, no permission).
+    """
+    final = Path(path)
+    if not final.parent.is_dir():
+        raise InputError(f"{final}: the folder does not exist; make it first: mkdir -p {final.parent}")
+    temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    except SafetensorError as error:
+        raise InputError(f"{final}: cannot be written: {error}") from error
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise InputError(f"{final}: cannot be written: {error.strerror or error}") from error
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path | str) -> str:
+    """The file's SHA-256 in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

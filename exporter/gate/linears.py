@@ -1,0 +1,182 @@
+"""Every quantized linear on the reference's own inputs: codes bit for bit, outputs where the codes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from exporter.errors import FidelityError
+from exporter.gate.codes import CodeComparison, compare_codes, encode_values
+from exporter.gate.records import LinearRecord
+from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.subgraphs import GivenTensor, cut, given_name, save_cut
+from exporter.gate.table import GateRow, Stage, bounded_db
+from exporter.passes.layer_table import LayerEntry
+from plugins.formats import get_format
+
+LINEAR_DB = 100.0
+# Per output channel, so that one wrong scale or weight among thousands cannot hide in the sum over channels.
+CHANNEL_DB = 90.0
+
+
+@dataclass(frozen=True)
+class LinearsComparison:
+    """Rows in graph order, the reference's outputs as the graph types them, and limits that differ from LINEAR_DB."""
+
+    rows: tuple[GateRow, ...]
+    expected: Arrays
+    relaxed: Mapping[str, float]
+
+
+def compare_linears(
+    model: onnx.ModelProto,
+    layers: Sequence[LayerEntry],
+    records: Mapping[str, LinearRecord],
+    stage: Stage,
+    path: Path,
+    *,
+    optimized: bool,
+) -> LinearsComparison:
+    """Cut `model` at every linear, write the cut graph to `path`, run it on the records' inputs and compare.
+
+    Raises:
+        FidelityError: the graph has other layers than the records, or cannot be run.
+    """
+    _check_layers(layers, records, stage)
+    feeds = linear_feeds(layers, records)
+    wanted = dict.fromkeys(name for entry in layers for name in (entry.values, entry.output) if name)
+    given = {entry.input: feeds[given_name(entry.input)] for entry in layers}
+    graph = cut(model, [GivenTensor.like(name, array) for name, array in given.items()], list(wanted))
+    outputs = run_graph(save_cut(graph, path), [feeds], optimized=optimized)
+    (found,) = outputs
+    codes: dict[str, CodeComparison] = {}
+    counted: dict[str, CodeComparison] = {}
+    for entry in layers:
+        if entry.values and entry.values not in codes:
+            counted[entry.layer] = codes[entry.values] = _codes(records[entry.layer], entry, found)
+    expected: Arrays = {entry.output: _like_input(records[entry.layer].y, records[entry.layer]) for entry in layers}
+    kept = {entry.output: codes[entry.values].rows_agree for entry in layers if entry.values}
+    snr = compare_snr([expected], outputs, kept)
+    rows = [
+        _row(
+            records[entry.layer],
+            found[entry.output],
+            snr.get(entry.output, np.nan),
+            kept.get(entry.output),
+            counted.get(entry.layer),
+            stage,
+        )
+        for entry in layers
+    ]
+    flipped = [name for name, rows_agree in kept.items() if not rows_agree.all()]
+    unmasked = compare_snr([expected], outputs) if flipped else {}
+    # polygraphy compares whole tensors: where a code legitimately flipped, what the flip leaves is its limit.
+    relaxed = {name: float(np.floor(bounded_db(unmasked[name]))) for name in flipped}
+    return LinearsComparison(tuple(rows), {**expected, **_expected_values(layers, records, found)}, relaxed)
+
+
+def linear_feeds(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord]) -> Arrays:
+    """The cut graph's inputs; where layers share a quantizer, the first layer's record is the input."""
+    feeds: Arrays = {}
+    for entry in layers:
+        record = records[entry.layer]
+        feeds.setdefault(given_name(entry.input), _like_input(record.x, record))
+    return feeds
+
+
+def _check_layers(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord], stage: Stage) -> None:
+    present = {entry.layer for entry in layers}
+    for layer in records:
+        if layer not in present:
+            raise FidelityError(f"{stage} graph: the quantized linear {layer} is missing")
+    for layer in present:
+        if layer not in records:
+            raise FidelityError(f"{stage} graph: {layer} is quantized here but not in the reference")
+
+
+def _like_input(array: npt.NDArray[np.float32], record: LinearRecord) -> npt.NDArray[np.float32]:
+    """Rows [R, …] with as many axes as the layer's input has in the model."""
+    return array.reshape((1,) * (record.rank - 2) + array.shape)
+
+
+def _codes(record: LinearRecord, entry: LayerEntry, found: Arrays) -> CodeComparison:
+    if record.values is None or record.scales is None:
+        raise FidelityError(f"{record.layer}: the graph quantizes its input, the reference does not")
+    raw = found[entry.values]
+    if raw.size != record.values.size:
+        raise FidelityError(f"{record.layer}: {raw.size} quantized activations, the reference has {record.values.size}")
+    try:
+        values = entry.decode_values(raw).reshape(record.values.shape)
+    except ValueError as error:
+        raise FidelityError(f"{record.layer}: quantized activations: {error}") from error
+    return compare_codes(record.x, record.scales, record.values, values, get_format(record.activation_format))
+
+
+def _expected_values(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord], found: Arrays) -> Arrays:
+    expected: Arrays = {}
+    for entry in layers:
+        values = records[entry.layer].values
+        if entry.values and values is not None:
+            raw = encode_values(values, get_format(entry.activation_format), entry.encoding)
+            expected.setdefault(entry.values, raw.reshape(found[entry.values].shape))
+    return expected
+
+
+def _row(
+    record: LinearRecord,
+    found: npt.NDArray[np.generic],
+    snr: float,
+    rows_agree: npt.NDArray[np.bool_] | None,
+    codes: CodeComparison | None,
+    stage: Stage,
+) -> GateRow:
+    """`codes` is None for a weight-only layer, and where an earlier layer's row counts them."""
+    kept = np.ones(len(record.x), dtype=np.bool_) if rows_agree is None else rows_agree
+    failures = [] if codes is None else [codes.failure]
+    if not snr >= LINEAR_DB:
+        failures.append(f"output SNR {bounded_db(snr):.1f} dB, at least {LINEAR_DB:.0f} dB needed")
+    if found.size == record.y.size:
+        failures.append(_channel_failure(record, found.reshape(record.y.shape).astype(np.float64), kept))
+    failures = [failure for failure in failures if failure]
+    return GateRow(
+        stage=stage,
+        kind="linear",
+        name=record.layer,
+        snr_db=bounded_db(snr),
+        threshold_db=LINEAR_DB,
+        passed=not failures,
+        code_mismatches=codes.mismatches if codes else 0,
+        explained=codes.explained if codes else 0,
+        code_count=codes.count if codes else 0,
+        detail="; ".join(failures),
+    )
+
+
+def _channel_failure(record: LinearRecord, found: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_]) -> str:
+    """Which output channels deviate by more than CHANNEL_DB below their own signal (the bias is none) and by more
+    than float32 itself would lose; captured rows and probes each on their own."""
+    captured = len(record.x) - record.probes
+    deviates = np.zeros(found.shape[1], dtype=np.bool_)
+    worst = np.inf
+    for part, floor in zip((slice(captured), slice(captured, None)), record.noise_floor, strict=True):
+        rows = kept[part]
+        if not rows.any():
+            continue
+        expected = record.y[part][rows].astype(np.float64)
+        noise = np.sqrt(np.mean((found[part][rows] - expected) ** 2, axis=0))
+        signal = np.sqrt(np.mean((expected - record.bias) ** 2, axis=0))
+        over = ~(noise <= np.maximum(signal * 10 ** (-CHANNEL_DB / 20), floor))
+        deviates |= over
+        if over.any():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                worst = min(worst, float(np.min(20 * np.log10(signal[over] / noise[over]))))
+    if not deviates.any():
+        return ""
+    channels = np.flatnonzero(deviates)
+    which = f"output channel {channels[0]}" if len(channels) == 1 else f"{len(channels)} channels from {channels[0]} on"
+    return f"{which}, of {len(deviates)}, down to {bounded_db(worst):.1f} dB, at least {CHANNEL_DB:.0f} dB needed"

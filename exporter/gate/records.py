@@ -1,0 +1,149 @@
+"""What the torch model computed: the gate's inputs and expected outputs, saved so that a check can be repeated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from exporter.errors import InputError
+from exporter.files import atomic_path, write_text_atomically
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+MANIFEST = "manifest.json"
+_TENSORS = "reference.safetensors"
+_VERSION = 1
+_FACTS = ("layer", "weight_format", "activation_format", "rank", "probes")
+_ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One quantized linear on R token rows, the last `probes` of which are synthetic.
+
+    x [R, K]; values [R, K] and scales [R, 1] of the quantized input, None for a weight-only layer; y [R, N] the
+    output; bias [N], zeros where the layer has none; noise_floor [2, N]: float32's own rounding error of each output
+    channel, over the captured rows and over the probes; rank: axes of the layer's input in the model.
+    """
+
+    layer: str
+    weight_format: str
+    activation_format: str
+    rank: int
+    probes: int
+    x: Floats
+    values: Floats | None
+    scales: Floats | None
+    y: Floats
+    bias: Floats
+    noise_floor: Floats
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The whole model on one batch of one timestep.
+
+    inputs: the graph's inputs; boundaries: tensor name → value of everything that enters the first block, of every
+    block's output, and of `sample`.
+    """
+
+    timestep: float
+    inputs: Mapping[str, npt.NDArray[np.generic]]
+    boundaries: Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Everything the gate compares with.
+
+    thresholds: boundary name → least SNR in dB when the reference's inputs are given; `end_to_end_threshold` the same
+    for the free-running model. `blocks`: module paths in order. `quantization_db`: SNR of the quantized model's output
+    against the original's, the worst over timesteps.
+    """
+
+    linears: tuple[LinearRecord, ...]
+    models: tuple[ModelRecord, ...]
+    blocks: tuple[str, ...]
+    thresholds: Mapping[str, float]
+    end_to_end_threshold: float
+    quantization_db: float
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json and reference.safetensors into `folder`."""
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for record in self.linears:
+            tensors.update({f"linear/{record.layer}/{key}": value for key, value in _arrays(record).items()})
+        for index, model in enumerate(self.models):
+            tensors.update({f"model/{index}/input/{name}": array for name, array in model.inputs.items()})
+            tensors.update({f"model/{index}/boundary/{name}": array for name, array in model.boundaries.items()})
+        manifest = {
+            "version": _VERSION,
+            "linears": [{name: getattr(record, name) for name in _FACTS} for record in self.linears],
+            "timesteps": [model.timestep for model in self.models],
+            "blocks": list(self.blocks),
+            "thresholds": dict(self.thresholds),
+            "end_to_end_threshold": self.end_to_end_threshold,
+            "quantization_db": self.quantization_db,
+        }
+        with atomic_path(folder / _TENSORS) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary)
+        write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Reference:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: nothing is there, or it is not what `save` writes.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            tensors = load_file(folder / _TENSORS)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{error.filename or folder}: no validation reference; export again without --no-validate"
+            ) from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder}: the validation reference cannot be read: {error}") from error
+        try:
+            return cls._from_parts(manifest, tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / MANIFEST}: not a validation reference of this version ({error})") from error
+
+    @classmethod
+    def _from_parts(cls, manifest: dict[str, Any], tensors: dict[str, npt.NDArray[Any]]) -> Reference:
+        if manifest["version"] != _VERSION:
+            raise KeyError(f"version {manifest['version']}")
+        linears = []
+        for facts in manifest["linears"]:
+            parts: dict[str, Any] = {"values": None, "scales": None, **_below(tensors, f"linear/{facts['layer']}/")}
+            linears.append(LinearRecord(**facts, **parts))
+        models = [
+            ModelRecord(timestep, _below(tensors, f"model/{index}/input/"), _below(tensors, f"model/{index}/boundary/"))
+            for index, timestep in enumerate(manifest["timesteps"])
+        ]
+        return cls(
+            tuple(linears),
+            tuple(models),
+            tuple(manifest["blocks"]),
+            manifest["thresholds"],
+            manifest["end_to_end_threshold"],
+            manifest["quantization_db"],
+        )
+
+
+def _arrays(record: LinearRecord) -> dict[str, Floats]:
+    arrays = {name: getattr(record, name) for name in _ARRAYS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _below(tensors: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, npt.NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}

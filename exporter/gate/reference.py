@@ -1,0 +1,290 @@
+"""Record what the torch fake-quant model computes: per linear, per block and as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from exporter.errors import FidelityError
+from exporter.gate.records import LinearRecord, ModelRecord, Reference
+from exporter.gate.snr import snr_db
+from exporter.gate.table import bounded_db
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.progress import Progress
+from exporter.quantize import QuantLinear
+
+# Where nothing is quantized on the way, two float32 computations agree at least this well.
+EXACT_DB = 100.0
+# How far a deviation must stay below the quantization error where codes may flip on the way.
+HEADROOM_DB = 10.0
+# The reference's own answer to a change of its inputs that is as small as rounding: relative noise on the latents,
+# one float32 step on the timestep, whose embedding takes sines of up to a thousand radians. Two correct computations
+# differ by about as much, so no more than this, with a margin, can be asked for.
+INPUT_NOISE = 1e-6
+SENSITIVITY_MARGIN_DB = 6.0
+# Tokens of each linear that are compared, spread over the captured batches, and synthetic ones beside them.
+TOKEN_ROWS = 224
+PROBE_ROWS = 32
+# Several times what float32 dot products lose, relative to the sum of the products' magnitudes.
+_FLOAT32_LOSS = 2.0**-22
+_SHARED_PREFIX = "blocks."
+OUTPUT = "sample"
+
+
+@torch.no_grad()
+def record_reference(
+    original: nn.Module,
+    quantized: nn.Module,
+    adapter: PixArtAdapter,
+    batches: Sequence[TransformerInputs],
+    progress: Progress,
+) -> Reference:
+    """Run both models on `batches` (one timestep each) and keep what the gate compares with.
+
+    `original` tells how large the quantization error is: of the whole model, and of every block on the quantized
+    model's own inputs.
+    """
+    blocks = adapter.blocks(quantized)
+    rows = _LinearInputs.of(quantized, max(1, TOKEN_ROWS // len(batches)))
+    measured = []
+    with progress.task("recording the reference", len(batches) + 1) as task:
+        for batch in batches:
+            inputs = adapter.with_conditions(quantized, batch)
+            with rows.collected(), _boundaries(blocks) as seen:
+                seen[OUTPUT] = adapter.forward(quantized, inputs)
+            measured.append(_measure(original, quantized, adapter, inputs, seen))
+            task.advance()
+        linears = tuple(rows.records())
+        task.advance()
+    names = tuple(name for name, _ in blocks)
+    thresholds = {}
+    for name in measured[0].record.boundaries:
+        part = next((block for block in names if name == f"{block}.output"), None)
+        thresholds[name] = _threshold([one.forced[name] for one in measured], _is_rounded(linears, part, names))
+    free = [one.free for one in measured]
+    return Reference(
+        linears=linears,
+        models=tuple(one.record for one in measured),
+        blocks=names,
+        thresholds=thresholds,
+        end_to_end_threshold=_threshold(free, any(record.activation_format != "none" for record in linears)),
+        quantization_db=min(one.quantization_db for one in free),
+    )
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """How far a result is from the original model's, and from its own on inputs changed as little as rounding does."""
+
+    quantization_db: float
+    sensitivity_db: float
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One batch: the reference, and distances of every boundary when inputs are given, and of the output when not."""
+
+    record: ModelRecord
+    forced: dict[str, _Distances]
+    free: _Distances
+
+
+def _measure(
+    original: nn.Module,
+    quantized: nn.Module,
+    adapter: PixArtAdapter,
+    inputs: TransformerInputs,
+    seen: dict[str, Tensor],
+) -> _Measured:
+    arrays = {name: _numpy(tensor) for name, tensor in seen.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FidelityError(f"the quantized torch model gives NaN or infinity at {name}; nothing can be compared")
+    shaken = _shaken(inputs)
+
+    def distance(name: str, of_original: Tensor, of_shaken: Tensor) -> _Distances:
+        found = (bounded_db(snr_db(_numpy(tensor), arrays[name])) for tensor in (of_original, of_shaken))
+        return _Distances(*found)
+
+    forced = []
+    for model, given in ((original, inputs), (quantized, shaken)):
+        with _forced(adapter.blocks(model), seen) as own:
+            own[OUTPUT] = adapter.forward(model, given)
+        forced.append(own)
+    free = distance(OUTPUT, adapter.forward(original, inputs), adapter.forward(quantized, shaken))
+    return _Measured(
+        ModelRecord(float(inputs.timestep.flatten()[0]), dict(inputs.as_numpy()), arrays),
+        {name: distance(name, forced[0][name], forced[1][name]) for name in arrays},
+        free,
+    )
+
+
+def _shaken(inputs: TransformerInputs) -> TransformerInputs:
+    """`inputs` with relative noise on the latents and the next larger timesteps."""
+    latents, generator = inputs.hidden_states, torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timestep = torch.nextafter(inputs.timestep, torch.full_like(inputs.timestep, torch.inf))
+    return replace(inputs, hidden_states=latents * (1 + INPUT_NOISE * noise), timestep=timestep)
+
+
+def _is_rounded(linears: Sequence[LinearRecord], block: str | None, blocks: Sequence[str]) -> bool:
+    """Whether activations are quantized in `block`, or for None outside all blocks."""
+    inside = {record.layer: next((b for b in blocks if record.layer.startswith(f"{b}.")), None) for record in linears}
+    return any(record.activation_format != "none" and inside[record.layer] == block for record in linears)
+
+
+def _threshold(distances: Sequence[_Distances], rounded: bool) -> float:
+    """Least SNR of a deviation, the least of all batches; only a rounded activation turns a trifle into a whole step."""
+    limits = [EXACT_DB, *(one.sensitivity_db - SENSITIVITY_MARGIN_DB for one in distances)]
+    if rounded:
+        limits += [one.quantization_db + HEADROOM_DB for one in distances]
+    return min(limits)
+
+
+def _numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(tensor.numpy(force=True))
+
+
+@contextmanager
+def _boundaries(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
+    """Collect the first block's tensor inputs and every block's output, under the names that the graph uses."""
+    seen: dict[str, Tensor] = {}
+    first_name, first = blocks[0]
+
+    def keep_inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[f"{first_name}.input"] = args[0]
+        seen.update(_shared(kwargs))
+
+    with ExitStack() as hooks:
+        hooks.callback(first.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
+        for name, block in blocks:
+
+            def keep_output(_module: nn.Module, _args: Any, output: Tensor, name: str = name) -> None:
+                seen[f"{name}.output"] = output
+
+            hooks.callback(block.register_forward_hook(keep_output).remove)
+        yield seen
+
+
+def _shared(kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    return {_SHARED_PREFIX + name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _forced(blocks: Sequence[tuple[str, nn.Module]], given: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Let every block, and what follows the last, see the `given` tensors; collect what the model itself computes."""
+    own: dict[str, Tensor] = {}
+
+    def enter(
+        name: str, kwargs: dict[str, Any], args: tuple[Any, ...], hidden: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if name not in own:
+            own[name] = args[0]
+        own.update({key: value for key, value in _shared(kwargs).items() if key not in own})
+        forced = {
+            key: given[_SHARED_PREFIX + key] if isinstance(value, Tensor) else value for key, value in kwargs.items()
+        }
+        return (hidden, *args[1:]), forced
+
+    with ExitStack() as hooks:
+        hidden_name = f"{blocks[0][0]}.input"
+        for name, block in blocks:
+            hidden, output_name = given[hidden_name], f"{name}.output"
+
+            def before(
+                _module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                hidden: Tensor = hidden,
+                hidden_name: str = hidden_name,
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                return enter(hidden_name, kwargs, args, hidden)
+
+            def after(_module: nn.Module, _args: Any, output: Tensor, name: str = output_name) -> Tensor:
+                own[name] = output
+                return given[name]
+
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(after).remove)
+            hidden_name = output_name
+        yield own
+
+
+@dataclass
+class _LinearInputs:
+    """Token rows of every quantized linear's input, gathered over several batches."""
+
+    modules: dict[str, QuantLinear]
+    per_batch: int
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, per_batch: int) -> _LinearInputs:
+        modules = {module.layer: module for module in model.modules() if isinstance(module, QuantLinear)}
+        return cls(modules, per_batch)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Collect while the model runs once."""
+        with ExitStack() as hooks:
+            for module in self.modules.values():
+                hooks.callback(module.register_forward_pre_hook(self._keep).remove)
+            yield
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, QuantLinear):
+            raise TypeError(f"{type(module).__name__} is no QuantLinear")
+        flat = args[0].reshape(-1, args[0].shape[-1])
+        chosen = torch.linspace(0, len(flat) - 1, min(self.per_batch, len(flat))).round().long()
+        self.rows.setdefault(module.layer, []).append(flat[chosen].clone())
+        self.ranks[module.layer] = args[0].ndim
+
+    def records(self) -> Iterator[LinearRecord]:
+        """One record per linear that ran, in the order in which they first ran."""
+        for layer, parts in self.rows.items():
+            yield _record(self.modules[layer], torch.cat(parts), self.ranks[layer])
+
+
+def _record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
+    x = torch.cat([captured, _probes(captured)])
+    quantized = module.quantize_input(x)
+    values, scales = (None, None) if quantized is None else (_numpy(quantized[0]), _numpy(quantized[1]))
+    seen = x if quantized is None else quantized[0] * quantized[1]
+    y = module(x)
+    bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
+    magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()
+    parts = (magnitudes[:-PROBE_ROWS], magnitudes[-PROBE_ROWS:])
+    return LinearRecord(
+        layer=module.layer,
+        weight_format=module.weight_format,
+        activation_format=module.activation_format,
+        rank=rank,
+        probes=PROBE_ROWS,
+        x=_numpy(x),
+        values=values,
+        scales=scales,
+        y=_numpy(y),
+        bias=_numpy(bias),
+        noise_floor=_numpy(torch.stack([part.mean(dim=0).sqrt() for part in parts]) * _FLOAT32_LOSS),
+    )
+
+
+def _probes(captured: Tensor) -> Tensor:
+    """Rows in which every input channel speaks, so that a wrong weight shows even where real inputs are silent.
+
+    Magnitudes lie within a factor of two below the captured rows' typical largest one; signs are random. The same
+    captured rows give the same probes, so layers that share an input still do.
+    """
+    generator = torch.Generator().manual_seed(captured.shape[-1])
+    shape = (PROBE_ROWS, captured.shape[-1])
+    typical = captured.abs().amax(dim=-1).median().clamp_min(1e-3)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return signs * (0.5 + 0.5 * torch.rand(shape, generator=generator)) * typical

@@ -1,0 +1,138 @@
+"""Running and comparing through polygraphy, and the command line that does the same again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.errors import FidelityError
+from exporter.files import atomic_path
+
+if TYPE_CHECKING:
+    from polygraphy.comparator import IterationResult, RunResults
+
+Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
+
+REFERENCE_NAME = "torch"
+# Fusions of quantize-dequantize pairs would replace the operators that a GPU engine gets.
+UNOPTIMIZED = "ORT_DISABLE_ALL"
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a graph or an input that it cannot take; they have no base class of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidGraph", "InvalidArgument", "InvalidProtobuf", "NotImplemented", "NoSuchFile")
+    return tuple(getattr(state, name) for name in (*names, "RuntimeException", "EPFail"))
+
+
+def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool) -> list[Arrays]:
+    """Run the ONNX file in ONNX Runtime on every feed; `optimized` is False where its fusions must stay out.
+
+    Returns one mapping of output name to array per feed; FP8 outputs are uint8 bytes.
+
+    Raises:
+        FidelityError: ONNX Runtime cannot load or run the file.
+    """
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.comparator import Comparator
+
+    with _quiet():
+        try:
+            session = SessionFromOnnx(str(path), graph_optimization_level=_level(optimized))()
+            results = Comparator.run([OnnxrtRunner(session, name="onnxruntime")], data_loader=list(feeds))
+        except refusals() as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FidelityError(f"{path}: ONNX Runtime cannot run this graph: {reason}") from error
+    return [dict(iteration.items()) for iteration in results["onnxruntime"]]
+
+
+def compare_snr(
+    reference: Sequence[Arrays], outputs: Sequence[Arrays], kept_rows: Mapping[str, npt.NDArray[np.bool_]] | None = None
+) -> dict[str, float]:
+    """Each reference output's worst SNR in dB over the iterations (NaN where one is NaN), by polygraphy's comparator.
+
+    `kept_rows` [R] drops rows (next-to-last axis) of the outputs that it names before they are compared.
+    """
+    from polygraphy.comparator import Comparator, RunResults, SnrCompareFunc
+
+    results = RunResults()
+    results.add(list(reference), runner_name=REFERENCE_NAME)
+    results.add(list(outputs), runner_name="onnxruntime")
+    with _quiet():
+        if kept_rows:
+            results = Comparator.postprocess(results, _RowFilter(kept_rows))
+        (accuracy,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc())
+    worst: dict[str, float] = {}
+    for iteration in accuracy[(REFERENCE_NAME, "onnxruntime")]:
+        for name, verdict in iteration.items():
+            # A bare False stands for shapes that differ; np.minimum keeps a NaN.
+            snr = float("nan") if isinstance(verdict, bool) else float(verdict.snr)
+            worst[name] = float(np.minimum(worst.get(name, np.inf), snr))
+    return worst
+
+
+@dataclass(frozen=True)
+class _RowFilter:
+    kept: Mapping[str, npt.NDArray[np.bool_]]
+
+    def __call__(self, iteration: IterationResult) -> IterationResult:
+        for name, rows in self.kept.items():
+            if name in iteration:
+                iteration[name] = np.compress(rows, iteration[name], axis=-2)
+        return iteration
+
+
+def save_feeds(feeds: Sequence[Arrays], path: Path) -> None:
+    """Write inputs as polygraphy's JSON, for `--load-inputs`."""
+    from polygraphy.json import save_json
+
+    with atomic_path(path) as temporary, _quiet():
+        save_json([dict(feed) for feed in feeds], str(temporary), description="inputs")
+
+
+def save_reference(outputs: Sequence[Arrays], path: Path) -> None:
+    """Write reference outputs as polygraphy's JSON, for `--load-outputs`."""
+    results = _run_results(outputs)
+    with atomic_path(path) as temporary, _quiet():
+        results.save(str(temporary))
+
+
+def _run_results(outputs: Sequence[Arrays]) -> RunResults:
+    from polygraphy.comparator import RunResults
+
+    results = RunResults()
+    results.add([dict(output) for output in outputs], runner_name=REFERENCE_NAME)
+    return results
+
+
+def repeat_command(
+    graph: Path, feeds: Path, reference: Path, thresholds: Mapping[str, float], *, default_db: float, optimized: bool
+) -> str:
+    """The `polygraphy run` line that repeats a comparison; `thresholds` are those that differ from `default_db`."""
+    limits = [f"{default_db:g}"] + [f"{name}:{limit:.1f}" for name, limit in thresholds.items()]
+    level = [] if optimized else ["--graph-optimization-level", UNOPTIMIZED]
+    words = ["polygraphy", "run", str(graph), "--onnxrt", *level, "--load-inputs", str(feeds)]
+    words += ["--load-outputs", str(reference), "--compare", "snr", "--snr-threshold", *limits]
+    return shlex.join(words)
+
+
+def _level(optimized: bool) -> object:
+    import onnxruntime
+
+    return None if optimized else getattr(onnxruntime.GraphOptimizationLevel, UNOPTIMIZED)
+
+
+def _quiet() -> AbstractContextManager[object]:
+    """Silence polygraphy's log: the gate prints its own table."""
+    from polygraphy.logger import G_LOGGER
+
+    quiet: AbstractContextManager[object] = G_LOGGER.verbosity(G_LOGGER.CRITICAL)
+    return quiet

@@ -1,0 +1,89 @@
+"""Blocks, and what lies before and after them, on the reference's own inputs; and the model running free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from exporter.gate.records import Reference
+from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.subgraphs import GivenTensor, cut, given_name, save_cut, tensor_names
+from exporter.gate.table import GateRow, Kind, Stage, bounded_db
+
+OUTPUT = "sample"
+
+
+def compare_blocks(
+    model: onnx.ModelProto, reference: Reference, stage: Stage, path: Path, *, optimized: bool
+) -> tuple[GateRow, ...]:
+    """Cut `model` between the blocks, write the cut graph to `path`, run it and compare every boundary.
+
+    Every block, and the tail, reads the reference's tensors; so each row is about one block alone.
+
+    Raises:
+        CutError: the graph lacks a block's output.
+        FidelityError: it cannot be run.
+    """
+    names = _computed(model, reference)
+    example = reference.models[0].boundaries
+    given = [GivenTensor.like(name, np.asarray(example[name])) for name in names if name != OUTPUT]
+    graph = cut(model, given, names)
+    inputs = {value.name for value in graph.graph.input}
+    feeds = [{name: array for name, array in feed.items() if name in inputs} for feed in model_feeds(reference)]
+    outputs = run_graph(save_cut(graph, path), feeds, optimized=optimized)
+    expected = [{name: model.boundaries[name] for name in names} for model in reference.models]
+    snr = compare_snr(expected, outputs)
+    return tuple(
+        _row(stage, _kind(name, reference.blocks), name, snr.get(name, np.nan), reference.thresholds[name])
+        for name in names
+    )
+
+
+def compare_end_to_end(path: Path, reference: Reference, stage: Stage, *, optimized: bool) -> GateRow:
+    """Run the ONNX file as it is on the captured inputs and compare its output.
+
+    Raises:
+        FidelityError: it cannot be run.
+    """
+    outputs = run_graph(path, [dict(model.inputs) for model in reference.models], optimized=optimized)
+    expected: Sequence[Arrays] = [{OUTPUT: model.boundaries[OUTPUT]} for model in reference.models]
+    snr = compare_snr(expected, outputs)
+    return _row(stage, "end_to_end", OUTPUT, snr.get(OUTPUT, np.nan), reference.end_to_end_threshold)
+
+
+def model_feeds(reference: Reference) -> list[Arrays]:
+    """Per timestep the model's inputs and, under the names of a cut graph's inputs, every boundary."""
+    return [
+        {**model.inputs, **{given_name(name): array for name, array in model.boundaries.items() if name != OUTPUT}}
+        for model in reference.models
+    ]
+
+
+def block_thresholds(model: onnx.ModelProto, reference: Reference) -> Mapping[str, float]:
+    """Least SNR in dB of every output of the cut graph."""
+    return {name: reference.thresholds[name] for name in _computed(model, reference)}
+
+
+def _computed(model: onnx.ModelProto, reference: Reference) -> list[str]:
+    """The boundaries that the graph computes, in the reference's order; block outputs may not be missing.
+
+    A tensor that enters the blocks as the model's own input needs no comparison, and one that no block reads may
+    have been dropped.
+    """
+    known = tensor_names(model) - {value.name for value in model.graph.input}
+    required = {OUTPUT, *(f"{block}.output" for block in reference.blocks)}
+    return [name for name in reference.thresholds if name in known or name in required]
+
+
+def _kind(name: str, blocks: Sequence[str]) -> Kind:
+    if name == OUTPUT:
+        return "tail"
+    return "block" if name in {f"{block}.output" for block in blocks} else "stem"
+
+
+def _row(stage: Stage, kind: Kind, name: str, snr: float, threshold: float) -> GateRow:
+    name = name.removesuffix(".output") if kind == "block" else name
+    return GateRow(stage, kind, name, bounded_db(snr), threshold, passed=bool(snr >= threshold))

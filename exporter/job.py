@@ -1,0 +1,86 @@
+"""One run of the main job: what was asked for, where it writes, and how long its stages took."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from exporter.errors import InputError
+from exporter.files import write_text_atomically
+from exporter.progress import Progress
+from exporter.recipe import Recipe, recipe_to_yaml
+from exporter.targets import Target, TargetChoice, resolve_target
+from exporter.workdir import WorkDir
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage gets; `seconds` fills up as stages end."""
+
+    recipe: Recipe
+    output: Path
+    choice: TargetChoice
+    work: WorkDir
+    keep_graphs: bool
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        """The machine that the engine is for."""
+        return self.choice.target
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the output, of the same name with another ending (`.report.html`)."""
+        return self.output.with_name(self.output.stem + ending)
+
+    def timed(self, name: str, stage: Callable[Concatenate[Job, _P], _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Run `stage(self, …)` and note its wall time under `name`."""
+        start = time.perf_counter()
+        result = stage(self, *args, **kwargs)
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+
+def open_job(
+    recipe: Recipe,
+    output: str | Path,
+    work_dir: str | Path | None,
+    *,
+    fresh: bool,
+    keep_graphs: bool,
+    progress: Progress,
+) -> Job:
+    """Check the output, choose the target, open the work folder and write the resolved recipe beside the output.
+
+    Raises `InputError` for an output that cannot be written, before any work is done.
+    """
+    path = Path(output)
+    choice = resolve_target(recipe.target, path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the output another name")
+    folder = Path(work_dir) if work_dir is not None else path.with_name(f"{path.stem}.work")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
+    for place in (path, folder):
+        _check_parent(place)
+    progress.note(f"target {choice.target.name} ({choice.reason})")
+    job = Job(recipe, path, choice, WorkDir.open(folder, fresh=fresh), keep_graphs, progress)
+    write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(recipe))
+    return job
+
+
+def _check_parent(path: Path) -> None:
+    """Raise `InputError` unless something can be made at `path`, as far as permissions tell."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: the folder {folder} does not exist; make it first: mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: the folder {folder} is not writable")

@@ -1,0 +1,1 @@
+"""Model families: reading a checkpoint, calling it, and what of it is quantized."""

@@ -1,0 +1,100 @@
+"""Safetensors files: finding a checkpoint's, refusing what can run code, and saying what is wrong with the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from exporter.errors import InputError
+
+_STEM = "diffusion_pytorch_model"
+_INDEX = f"{_STEM}.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_ADVICE = (
+    "a pickle can run any code when it is opened; convert it to safetensors where you trust it "
+    "(diffusers: save_pretrained(DIR, safe_serialization=True))"
+)
+_LFS_POINTER = b"version https://git-lfs"
+_ZIP = b"PK\x03\x04"
+_PICKLE_PROTOCOL = b"\x80"
+_LENGTH_BYTES = 8
+
+
+def has_weights(transformer: Path) -> bool:
+    """Whether there are safetensors files at all: a config alone is enough to plan."""
+    return any(transformer.glob("*.safetensors"))
+
+
+def weight_files(transformer: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint: one, or the shards of an index. Raises `InputError`."""
+    index = transformer / _INDEX
+    if index.is_file():
+        return _shards(index)
+    single = transformer / f"{_STEM}.safetensors"
+    if single.is_file():
+        return [single]
+    files = sorted(transformer.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise InputError(f"{transformer}: which of {names} are the weights? Name one {_STEM}.safetensors")
+    pickles = sorted(file for file in transformer.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise InputError(f"{pickles[0]}: refused: {_PICKLE_ADVICE}")
+    raise InputError(f"{transformer}: there is no {_STEM}.safetensors; only the config is here")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        data = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{index}: not valid JSON: {error}") from error
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f"{index}: has no weight_map from tensor names to files")
+    files = [index.parent / name for name in dict.fromkeys(shards.values())]
+    for file in files:
+        if file.parent != index.parent:
+            raise InputError(f"{index}: names {file.name} outside its own folder")
+        if not file.is_file():
+            raise InputError(f"{index}: names {file.name}, which is not there; download it again")
+    return files
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in a safetensors file, one at a time. Raises `InputError`."""
+    _refuse_other_content(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict: it has no iterator
+                yield name, tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(
+            f"{file}: damaged or incomplete safetensors ({file.stat().st_size} bytes): {error}; download it again"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def _refuse_other_content(file: Path) -> None:
+    """Say what a file is that only calls itself safetensors."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    if head.startswith(_LFS_POINTER):
+        raise InputError(f"{file}: is a Git LFS pointer, not the weights; run: git lfs pull")
+    # A safetensors file starts with its header's length, whose high bytes are zero; a pickle does not.
+    pickled = head.startswith((_ZIP, _PICKLE_PROTOCOL)) and any(head[_LENGTH_BYTES // 2 : _LENGTH_BYTES])
+    if file.suffix in _PICKLES or pickled:
+        raise InputError(f"{file}: is a pickle (torch.save), refused: {_PICKLE_ADVICE}")
+    if not head:
+        raise InputError(f"{file}: is empty")

@@ -1,0 +1,55 @@
+"""The number container that each low-bit linear is multiplied in."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from exporter.container_choice import choose_container
+from exporter.errors import InputError
+from exporter.passes.surgery import array_of, variant_of
+from exporter.presets import LayerScheme
+from exporter.recipe import Scales
+from exporter.targets import Target
+from plugins.containers import CONTAINERS, multipliers
+from plugins.formats import get_format
+from plugins.op import Gemm
+
+
+def choose_containers(graph: gs.Graph, target: Target) -> int:
+    """FloatGemm → FloatGemm with attribute `container`: the target's best one in which the layer is exact.
+
+    Raises `InputError` naming the layer when the target has none, or when the multipliers it was folded to are not
+    exact in the one chosen.
+    """
+    changed = 0
+    for node in graph.nodes:
+        gemm = variant_of(node, Gemm)
+        if gemm is None:
+            continue
+        scheme = LayerScheme(gemm.weight_format, gemm.group_size, scales_of(gemm), gemm.activation_format)
+        container = choose_container(node.attrs["layer"], scheme, gemm.count, target)
+        _check_multipliers(node, gemm, container, target)
+        changed += node.attrs["container"] != container
+        node.attrs["container"] = container
+    return changed
+
+
+def scales_of(gemm: Gemm) -> Scales:
+    """What a recipe calls the layer's weight scales."""
+    if gemm.has_multipliers:
+        return "foldable"
+    return "group" if gemm.has_group_scales else "channel"
+
+
+def _check_multipliers(node: gs.Node, gemm: Gemm, container: str, target: Target) -> None:
+    if not gemm.has_multipliers or container not in CONTAINERS:
+        return
+    factors = array_of(node.inputs[gemm.input_names.index("multipliers")])
+    allowed = multipliers(get_format(gemm.weight_format), CONTAINERS[container])
+    wrong = [] if factors is None else sorted({int(m) for m in np.unique(factors)} - set(allowed))
+    if wrong and container != "fp32":
+        raise InputError(
+            f"{node.attrs['layer']}: its group scales are {wrong[0]} times the channel's, which {gemm.weight_format} "
+            f"in {container} (target {target.name}) does not hold; calibrate for this target, or use `scales: channel`"
+        )

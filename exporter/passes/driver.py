@@ -1,0 +1,145 @@
+"""Runs passes over a model and hands back a model that is valid after every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import helper
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from exporter.errors import InputError
+from exporter.passes.layer_table import (
+    LayerEntry,
+    layer_table,
+    read_layer_table,
+    with_encodings,
+    write_layer_table,
+)
+from exporter.targets import Target
+from plugins.op import attach_functions
+
+Pass: TypeAlias = Callable[[gs.Graph, Target], int]
+Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
+
+OPSETS = (21, 22, 23)
+"""Versions of the standard operators that blocked DequantizeLinear, ONNX Runtime and TensorRT's parser share."""
+
+# Larger initializers enter shape inference and the checker by type alone: both would serialize the whole model.
+_LARGEST_INFERRED_ELEMENTS = 1024
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One pass that ran: its name, how many places it changed, and how many nodes the graph has after it."""
+
+    name: str
+    changed: int
+    nodes: int
+
+
+def run_passes(
+    model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None = None
+) -> tuple[onnx.ModelProto, list[PassResult]]:
+    """Run `passes` in order; `model` itself is not changed.
+
+    The result has the function bodies that its nodes need, fresh shapes, and the table of its layers in its metadata.
+    `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
+    operator version out of `OPSETS`, and whatever a pass raises.
+    """
+    _check_opset(model)
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        return _run(model, passes, target, keep)
+
+
+def _run(
+    model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None
+) -> tuple[onnx.ModelProto, list[PassResult]]:
+    graph = gs.import_onnx(model)
+    graph.functions.clear()
+    _constants_to_initializers(graph)
+    _annotate(graph, model)
+    table = layer_table(graph) or read_layer_table(model)
+    results = []
+    for index, run in enumerate(passes, start=1):
+        changed = run(graph, target)
+        graph.cleanup()
+        table = layer_table(graph) or table
+        results.append(PassResult(run.__name__, changed, len(graph.nodes)))
+        if keep is not None:
+            keep(run.__name__, index, _export(graph, model, table, target))
+    exported = _export(graph, model, table, target)
+    onnx.checker.check_model(_skeleton(exported), full_check=True)
+    return exported, results
+
+
+def _check_opset(model: onnx.ModelProto) -> None:
+    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if version not in OPSETS:
+        raise InputError(f"the ONNX graph uses operator version {version}; export it with one of {OPSETS}")
+
+
+def _constants_to_initializers(graph: gs.Graph) -> None:
+    for node in [node for node in graph.nodes if node.op == "Constant" and "value" in node.attrs]:
+        tensor = node.outputs[0]
+        node.outputs.clear()
+        tensor.to_constant(node.attrs["value"].values)
+    graph.cleanup()
+
+
+def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
+    """Give the graph's tensors the types and shapes that inference finds."""
+    known = {info.name: info.type.tensor_type for info in _infer(model)}
+    for name, tensor in graph.tensors().items():
+        if name in known and isinstance(tensor, gs.Variable):
+            kind = known[name]
+            tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            if kind.HasField("shape"):
+                tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
+
+
+def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry], target: Target) -> onnx.ModelProto:
+    model: onnx.ModelProto = gs.export_onnx(graph)
+    model.ir_version = source.ir_version
+    attach_functions(model)
+    model.metadata_props.extend(source.metadata_props)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(_infer(model))
+    types = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
+    write_layer_table(model, with_encodings(table, types), target.name)
+    return model
+
+
+def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Types and shapes of the tensors between the nodes; those behind an operator that is wrong are left out."""
+    inferred = onnx.shape_inference.infer_shapes(_skeleton(model))
+    return list(inferred.graph.value_info)
+
+
+def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB."""
+    small = [tensor for tensor in model.graph.initializer if _elements(tensor) <= _LARGEST_INFERRED_ELEMENTS]
+    large = [
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in model.graph.initializer
+        if _elements(tensor) > _LARGEST_INFERRED_ELEMENTS
+    ]
+    graph = helper.make_graph(
+        list(model.graph.node), model.graph.name, [*model.graph.input, *large], list(model.graph.output), small
+    )
+    return helper.make_model(
+        graph,
+        opset_imports=list(model.opset_import),
+        functions=list(model.functions),
+        ir_version=model.ir_version,
+    )
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count

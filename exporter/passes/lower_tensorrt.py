@@ -1,0 +1,136 @@
+"""Lowering for TensorRT and TensorRT-RTX without plugins: standard QuantizeLinear and DequantizeLinear, scale 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from exporter.errors import InputError
+from exporter.passes.encodings import rounds_in_fp8, unit_of
+from exporter.passes.lowering import Activation, Layer, Quantizer, lower
+from exporter.passes.surgery import Splicer, low_bit_constant
+from exporter.targets import Target
+from plugins.body import Body
+from plugins.containers import FP8, factor
+from plugins.float_quantize.reference import TINY
+from plugins.formats import FloatFormat, Format
+
+
+def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
+    """FloatQuantizeOnline, FloatGemm → Q/DQ around a MatMul, by the layer's container (int8, fp8 or int4).
+
+    Activations: x / token scale, rounded by ordinary operators where the container's own rounding is not the
+    format's, then QuantizeLinear and DequantizeLinear with scale 1, which lose nothing. Weights: INT8, FP8 or INT4
+    constants [K, N] and one DequantizeLinear, per channel or (INT4) per block. The product is multiplied by the
+    token's scale. "<layer>.values" becomes the INT8 or FP8 tensor.
+    """
+    return lower(graph, _quantize, _multiply)
+
+
+def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Activation]:
+    fmt, container = quantizer.format, quantizer.container
+    body = Body(f"{quantizer.layer}.quantize.{container}.")
+    unit = unit_of(fmt, container)
+    amax = body.op("ReduceMax", body.op("Abs", "x"), body.ints(-1), keepdims=1)
+    body.op("Div", body.op("Max", amax, body.float(TINY)), body.float(fmt.max / unit), output="scales")
+    t = body.op("Div", "x", "scales")
+    if not (rounds_in_fp8(fmt) if container == "fp8" else fmt.is_uniform):
+        t = _append_rounding(body, t, fmt, unit)
+    body.op("QuantizeLinear", t, body.float(1.0), "zero", output="values")
+    numbers = body.op("DequantizeLinear", "values", body.float(1.0), "zero")
+    tensors = {
+        "x": quantizer.x,
+        "scales": quantizer.scales,
+        "values": quantizer.values,
+        "zero": splicer.shared(_zero(container)),
+        numbers: gs.Variable(numbers),
+    }
+    return splicer.nodes(body, tensors), Activation(tensors[numbers], quantizer.scales)
+
+
+def _append_rounding(body: Body, t: str, fmt: Format, unit: float) -> str:
+    """t (values / unit) rounded to the format's grid: Round(t / step)·step, with the step of t's own binade.
+
+    No splitting by addition and subtraction here: compilers for GPUs may contract or reorder floats.
+    """
+    step = fmt.step / unit
+    steps = [step]
+    if isinstance(fmt, FloatFormat):
+        binades = int(np.log2(fmt.max / fmt.min_normal)) + 1
+        steps = [step * 2.0**binade for binade in range(binades)]
+    magnitude = body.op("Abs", t)
+    chosen = body.float(steps[-1])
+    for smaller in reversed(steps[:-1]):
+        below = body.op("Less", magnitude, body.float(smaller * 2.0 ** (fmt.mantissa_bits + 1)))
+        chosen = body.op("Where", below, body.float(smaller), chosen)
+    return body.op("Mul", body.op("Round", body.op("Div", t, chosen)), chosen)
+
+
+def _zero(container: str) -> gs.Constant:
+    """A zero point, which says what QuantizeLinear makes."""
+    if container == "int8":
+        return gs.Constant("zero.int8", np.zeros((), np.int8))
+    return low_bit_constant("zero.fp8", np.zeros((), np.uint8), TensorProto.FLOAT8E4M3FN)
+
+
+def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer) -> list[gs.Node]:
+    body = Body(f"{layer.name}.")
+    weight, scales = _weight(layer)
+    tensors = {
+        "x": layer.x if activation is None else activation.numbers,
+        "y": layer.y,
+        "stored": weight,
+        "row_scales": gs.Constant(f"{layer.name}.row_scales", scales),
+    }
+    decoded = (
+        body.op("DequantizeLinear", "stored", "row_scales", axis=0, block_size=layer.gemm.group_size)
+        if layer.container == "int4"
+        else body.op("DequantizeLinear", "stored", "row_scales", axis=1)
+    )
+    product = body.op("MatMul", "x", decoded)
+    steps: list[tuple[str, str]] = []
+    if activation is not None:
+        tensors["token_scales"] = activation.scales
+        steps.append(("Mul", "token_scales"))
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias
+        steps.append(("Add", "bias"))
+    for index, (op_type, operand) in enumerate(steps, start=1):
+        product = body.op(op_type, product, operand, output="y" if index == len(steps) else None)
+    if not steps:
+        body.op("Identity", product, output="y")
+    return splicer.nodes(body, tensors)
+
+
+def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
+    """The constant [K, N] and its scales: [N], or [K/G, N] for INT4's blocks."""
+    if not (layer.weight_scales > 0).all():
+        raise InputError(f"{layer.name}: some of its weight scales are not positive, which TensorRT does not take")
+    name = f"{layer.name}.{layer.container}"
+    scales = layer.weight_scales * np.float32(layer.format.step)
+    numbers = layer.numerators().T
+    if layer.container == "int4":
+        return low_bit_constant(name, _exactly(numbers, np.dtype(np.int8)), TensorProto.INT4), _contiguous(scales.T)
+    if layer.container == "int8":
+        return gs.Constant(name, _exactly(numbers, np.dtype(np.int8))), _contiguous(scales[:, 0])
+    largest = 1 if layer.multipliers is None else int(layer.multipliers.max())
+    into = factor(layer.format, FP8, largest) or 1.0
+    bits = _exactly(numbers * (into * layer.format.step), FP8.dtype).view(np.uint8)
+    scales = layer.weight_scales[:, 0] / np.float32(into)
+    return low_bit_constant(name, bits, TensorProto.FLOAT8E4M3FN), _contiguous(scales)
+
+
+def _contiguous(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(scales, np.float32)
+
+
+def _exactly(numbers: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The numbers in a smaller type. Raises ValueError if one of them changes."""
+    stored = np.ascontiguousarray(numbers.astype(dtype))
+    if not np.array_equal(stored.astype(np.float64), numbers):
+        raise ValueError(f"the weights are not exact in {dtype}")
+    return stored

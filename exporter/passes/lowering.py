@@ -1,0 +1,163 @@
+"""What the lowerings share: one walk over the graph that replaces the project's operators by a target's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from exporter.passes.surgery import Splicer, array_of, is_output, variant_of
+from plugins.formats import Format, get_format
+from plugins.op import Gemm, OnlineQuantize
+from plugins.packing import unpack
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation as a matrix product takes it: numbers of a container, and a scale per token for the result.
+
+    `one` is a scalar that is 1 at run time where the lowering makes one, else None.
+    """
+
+    numbers: gs.Tensor
+    scales: gs.Tensor
+    one: gs.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One FloatQuantizeOnline node and the tensors that the nodes in its place must write.
+
+    `layer` is the first layer that reads it; `container` is the one to quantize into.
+    """
+
+    layer: str
+    format: Format
+    container: str
+    x: gs.Tensor
+    values: gs.Tensor
+    scales: gs.Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One FloatGemm node, taken apart. `weight_scales` is f32 [N, 1] or [N, G]; `multipliers` i32 [N, G]."""
+
+    name: str
+    gemm: Gemm
+    container: str
+    x: gs.Tensor
+    stored: gs.Tensor
+    weight_scales: npt.NDArray[np.float32]
+    multipliers: npt.NDArray[np.int32] | None
+    bias: gs.Tensor | None
+    y: gs.Tensor
+
+    @property
+    def format(self) -> Format:
+        """The weight format."""
+        return get_format(self.gemm.weight_format)
+
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """The weight's codes [N, K]."""
+        stored: npt.NDArray[Any] = np.asarray(self.stored.values)
+        return unpack(stored, self.format.bits, self.gemm.count) if self.gemm.packed else stored
+
+    def numerators(self) -> npt.NDArray[np.int64]:
+        """The weight in units of the format's step, times the groups' multipliers: int64 [N, K]."""
+        numerators = self.format.numerators[self.codes()]
+        if self.multipliers is None:
+            return numerators
+        size = self.gemm.group_size
+        grouped = numerators.reshape(len(numerators), -1, size) * self.multipliers[:, :, None]
+        return np.asarray(grouped.reshape(numerators.shape), np.int64)
+
+
+QuantizeFn: TypeAlias = Callable[[Quantizer, Splicer], tuple[list[gs.Node], Activation]]
+MultiplyFn: TypeAlias = Callable[[Layer, Activation | None, Splicer], list[gs.Node]]
+
+
+def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
+    """Replace quantizers by `quantize` (once per container that reads them) and FloatGemm nodes by `multiply`.
+
+    A quantizer with other readers than FloatGemm, and a FloatGemm whose weight is not constant or whose activation is
+    not quantized here, stay, for `refuse_unsupported` to name.
+    """
+    splicer = Splicer()
+    activations: dict[tuple[int, str], Activation] = {}
+    nodes: list[gs.Node] = []
+    lowered = 0
+    for node in list(graph.nodes):
+        new: list[gs.Node] = []
+        layer = layer_of(node)
+        if variant_of(node, OnlineQuantize) is not None and _read_by_gemms(graph, node):
+            values = node.outputs[0]
+            for quantizer in _quantizers(node):
+                made, activation = quantize(quantizer, splicer)
+                activations[id(values), quantizer.container] = activation
+                new += made
+        elif layer is not None:
+            activation_of_layer = activations.get((id(layer.x), layer.container))
+            if activation_of_layer is not None or not layer.gemm.quantizes_activations:
+                node.inputs.clear()
+                node.outputs.clear()
+                new = multiply(layer, activation_of_layer, splicer)
+        lowered += bool(new)
+        nodes += new or [node]
+    graph.nodes = nodes
+    return lowered
+
+
+def _quantizers(node: gs.Node) -> list[Quantizer]:
+    """One per container, integers first: the first writes the node's own tensors, which it is freed of."""
+    variant = variant_of(node, OnlineQuantize)
+    if variant is None:
+        raise ValueError(f"{node.op} is no online quantizer")
+    x, (values, scales), layer = node.inputs[0], tuple(node.outputs), node.attrs["layer"]
+    containers = sorted(
+        {reader.attrs["container"] for reader in values.outputs}, key=lambda name: (name != "int8", name)
+    )
+    node.inputs.clear()
+    node.outputs.clear()
+    quantizers = []
+    for index, container in enumerate(containers):
+        if index:
+            values = gs.Variable(f"{layer}.values.{container}")
+            scales = gs.Variable(f"{layer}.token_scales.{container}")
+        quantizers.append(Quantizer(layer, get_format(variant.format), container, x, values, scales))
+    return quantizers
+
+
+def layer_of(node: gs.Node) -> Layer | None:
+    """The node taken apart, if it is a FloatGemm with constant weights."""
+    gemm = variant_of(node, Gemm)
+    if gemm is None:
+        return None
+    inputs = dict(zip(gemm.input_names, node.inputs, strict=True))
+    stored = inputs["words" if gemm.packed else "codes"]
+    scales = array_of(inputs["weight_scales"])
+    multipliers = array_of(inputs["multipliers"]) if gemm.has_multipliers else None
+    constant = isinstance(stored, gs.Constant) and scales is not None
+    if not constant or (gemm.has_multipliers and multipliers is None):
+        return None
+    return Layer(
+        name=node.attrs["layer"],
+        gemm=gemm,
+        container=node.attrs["container"],
+        x=node.inputs[0],
+        stored=stored,
+        weight_scales=np.asarray(scales, np.float32),
+        multipliers=multipliers,
+        bias=inputs.get("bias"),
+        y=node.outputs[0],
+    )
+
+
+def _read_by_gemms(graph: gs.Graph, node: gs.Node) -> bool:
+    readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+    lowerable = all(layer_of(reader) is not None for reader in readers)
+    return bool(readers) and lowerable and not any(is_output(graph, tensor) for tensor in node.outputs)

@@ -1,0 +1,83 @@
+"""The whole flow, from recipe to engine, each stage one line.
+
+Every arrow is a value that can be saved, looked at and resumed from: captured inputs and calibrated weights are
+sealed in the work folder, graphs are files, and the gate and the report read what the stages before them wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.evaluate import Evaluation, evaluate
+from exporter.gate.table import GateResult
+from exporter.job import open_job
+from exporter.progress import NullProgress, Progress
+from exporter.recipe import Recipe
+from exporter.results import work_folder_of, write_results
+from exporter.source import load_source
+from exporter.stages import (
+    GATE_FOLDER,
+    LOWERED,
+    build,
+    calibrated_weights,
+    captured_inputs,
+    check_fidelity,
+    exported_graph,
+    fake_quantized,
+    lowered_graph,
+)
+from exporter.validate import validate_output as validate_again
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where everything is, and how good it is. `fidelity` is None when validation was switched off."""
+
+    output: Path
+    report: Path
+    metrics: Path
+    work_dir: Path
+    fidelity: GateResult | None
+    evaluation: Evaluation
+
+
+def export(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    validate: bool = True,
+    keep_graphs: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Run the main job: `recipe` to an engine at `output` (.onnx, .plan or .engine).
+
+    Stages that an earlier run finished with the same inputs are reused from `work_dir` (default: NAME.work beside
+    the output) unless `fresh`. `keep_graphs` keeps the graph after every pass. Raises the errors of
+    `exporter.errors`; the output is written only after validation has passed.
+    """
+    job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress or NullProgress())
+    source = job.timed("load", load_source)
+    captured = job.timed("capture", captured_inputs, source)
+    calibrated = job.timed("calibrate", calibrated_weights, source, captured)
+    quantized = job.timed("quantize", fake_quantized, source, calibrated)
+    exported = job.timed("export", exported_graph, source, quantized)
+    lowered = job.timed("lower", lowered_graph, source, exported)
+    graphs = (exported, lowered)
+    fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
+    engine = job.timed("build", build, lowered)
+    evaluation = job.timed("evaluate", evaluate, source, quantized, lowered)
+    report, metrics = write_results(job, source, engine, evaluation, fidelity)
+    return ExportResult(engine, report, metrics, job.work.path, fidelity[0] if fidelity else None, evaluation)
+
+
+def validate_output(output: str | Path, progress: Progress | None = None) -> GateResult:
+    """Repeat the fidelity gate on a finished output, with the reference kept in its work folder.
+
+    Raises `InputError` where there is no reference, `FidelityError` where the output deviates from it.
+    """
+    path = Path(output)
+    work = work_folder_of(path)
+    return validate_again(path, work / GATE_FOLDER, work / f"{LOWERED}.onnx", progress or NullProgress())

@@ -1,0 +1,204 @@
+"""The plan: what every layer of a model becomes under a recipe, on a target, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from exporter.container_choice import choose_container, scale_multipliers
+from exporter.errors import InputError, did_you_mean
+from exporter.presets import PRESETS, LayerScheme, resolve_rule
+from exporter.recipe import LayerRule, Recipe, Scales
+from exporter.targets import Target
+from plugins.formats import get_format
+from plugins.packing import words_per_row
+
+_FP32_BYTES = 4
+_WORD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer's weight is [out_features, in_features]."""
+
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases."""
+        return self.out_features * (self.in_features + self.has_bias)
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Module path → shape of every linear layer, and parameter count of everything else, in the model's order."""
+
+    linears: Mapping[str, LinearShape]
+    others: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One quantized layer.
+
+    `group_size` weights of a row share a scale, 0 means the whole row; `activation_format` is "none" where only
+    the weights are quantized; `container` is the number type that the target multiplies in.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+    weight_format: str
+    activation_format: str
+    group_size: int
+    scales: Scales
+    container: str
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return self.in_features // self.group_size if self.group_size else 1
+
+    @property
+    def multipliers(self) -> tuple[int, ...]:
+        """The integers that foldable scales choose from; (1,) for other scales."""
+        scheme = LayerScheme(self.weight_format, self.group_size, self.scales, self.activation_format)
+        return scale_multipliers(scheme, self.container)
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Size of weights and biases in the model as it is."""
+        return LinearShape(self.out_features, self.in_features, self.has_bias).parameters * _FP32_BYTES
+
+    def stored_bytes(self, target: Target) -> int:
+        """Expected size in the output: weights, scales, group multipliers and bias.
+
+        ONNX Runtime's file keeps packed codes and a byte per group multiplier; TensorRT's engines hold weights in
+        their container, group scales folded in.
+        """
+        if target.engine == "onnxruntime":
+            bits = get_format(self.weight_format).bits
+            weights = self.out_features * words_per_row(self.in_features, bits) * _WORD_BYTES
+            folded = self.out_features * self.groups if self.scales == "foldable" else 0
+        else:
+            weights = self.out_features * self.in_features // (2 if self.container == "int4" else 1)
+            folded = 0
+        scales = self.out_features * (self.groups if self.scales == "group" else 1) * _FP32_BYTES
+        return weights + folded + scales + self.out_features * self.has_bias * _FP32_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All quantized layers in the model's order, the modules that stay in FP32 with their parameter counts, and
+    sizes: `fp32_bytes` of the model as it is, `expected_bytes` of the output (an upper bound, since exact
+    constants may be stored in half precision).
+    """
+
+    layers: tuple[LayerPlan, ...]
+    high_precision: tuple[tuple[str, int], ...]
+    fp32_bytes: int
+    expected_bytes: int
+
+    def layer(self, name: str) -> LayerPlan:
+        """The plan of the layer with this module path. Raises `KeyError`."""
+        return {layer.name: layer for layer in self.layers}[name]
+
+
+def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[str], target: Target) -> Plan:
+    """Decide formats and containers of every linear layer.
+
+    The first rule of the recipe that matches a layer's module path wins; layers that no rule matches get the preset,
+    unless they match one of the family's `high_precision` patterns. Raises `InputError` for a rule that wins no
+    layer, a group that does not divide a row, scales that cannot be folded, and what the target cannot run.
+    """
+    names = list(shapes.linears)
+    won = [_winner(name, recipe.layers) for name in names]
+    _check_rules(recipe, names, won, shapes)
+    layers = []
+    kept = dict(shapes.others)
+    for name, rule in zip(names, won, strict=True):
+        shape = shapes.linears[name]
+        if rule is not None:
+            scheme, source = resolve_rule(recipe.layers[rule], recipe.preset), f"layers[{rule}]"
+        elif any(fnmatchcase(name, pattern) for pattern in high_precision):
+            scheme, source = None, ""
+        else:
+            scheme, source = (PRESETS[recipe.preset] if recipe.preset else None), f"preset {recipe.preset}"
+        if scheme is None:
+            kept[name] = shape.parameters
+        else:
+            layers.append(_plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
+    if not layers:
+        raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
+    parameters = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
+    return Plan(
+        layers=tuple(layers),
+        high_precision=tuple(kept.items()),
+        fp32_bytes=parameters * _FP32_BYTES,
+        expected_bytes=sum(layer.stored_bytes(target) for layer in layers) + sum(kept.values()) * _FP32_BYTES,
+    )
+
+
+def _winner(name: str, rules: Sequence[LayerRule]) -> int | None:
+    return next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), None)
+
+
+def _check_rules(recipe: Recipe, names: list[str], won: list[int | None], shapes: ModelShapes) -> None:
+    for index, rule in enumerate(recipe.layers):
+        if index in won:
+            continue
+        where = f"{recipe.name}: layers[{index}].match: {rule.match!r}"
+        if any(fnmatchcase(name, rule.match) for name in names):
+            raise InputError(f"{where} matches only layers that earlier rules take; move it before them")
+        others = [name for name in shapes.others if fnmatchcase(name, rule.match)]
+        if others:
+            raise InputError(f"{where} matches no linear layer, and only linear layers are quantized: {others[0]}")
+        raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, _patterns(names)))
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Patterns a rule could have meant: full names, and names with the block's number or all before it as a star."""
+    patterns: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+        if number is not None:
+            patterns[".".join([*parts[:number], "*", *parts[number + 1 :]])] = None
+            patterns[".".join(["*", *parts[number + 1 :]])] = None
+            patterns[".".join(["*", *parts[number + 1 : -1], "*"])] = None
+    return [*patterns, *names]
+
+
+def _plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
+    group = scheme.group_size
+    if group and shape.in_features % group:
+        raise InputError(
+            f"{source}: {name}: group {group} does not divide its {shape.in_features} input features; nearest that "
+            f"does: {_nearest_divisor(shape.in_features, group)}, for example a rule "
+            f"{{match: {name.split('.')[0]}.*, group: {_nearest_divisor(shape.in_features, group)}}}"
+        )
+    container = choose_container(f"{source}: {name}", scheme, shape.in_features, target)
+    if scheme.scales == "foldable" and len(scale_multipliers(scheme, container)) == 1:
+        raise InputError(
+            f"{source}: {name}: {scheme.weight_format} leaves no room for folding group scales; use `scales: channel`"
+        )
+    return LayerPlan(
+        name=name,
+        out_features=shape.out_features,
+        in_features=shape.in_features,
+        has_bias=shape.has_bias,
+        weight_format=scheme.weight_format,
+        activation_format=scheme.activation_format,
+        group_size=group,
+        scales=scheme.scales,
+        container=container,
+    )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = (candidate for candidate in range(1, number + 1) if number % candidate == 0)
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))

@@ -1,0 +1,60 @@
+"""Presets: the formats that a recipe's layers get where no rule of its own says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from exporter.recipe import HIGH_PRECISION, LayerRule, Preset, Scales
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one layer is quantized, nothing left open.
+
+    `group_size` weights of a row share a scale (0: the whole row, which is what `scales` "channel" means);
+    `activation_format` is "none" where only weights are quantized.
+    """
+
+    weight_format: str
+    group_size: int
+    scales: Scales
+    activation_format: str
+
+
+PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
+    {
+        "w4a6": LayerScheme("e2m1", 128, "foldable", "e2m3"),
+        "w4a8": LayerScheme("e2m1", 128, "foldable", "e4m3"),
+        "w8a8": LayerScheme("e4m3", 0, "channel", "e4m3"),
+        "w4a16": LayerScheme("e2m1", 128, "foldable", HIGH_PRECISION),
+    }
+)
+
+# What a rule starts from in a recipe without a preset.
+_NO_PRESET = PRESETS["w4a16"]
+
+
+def resolve_rule(rule: LayerRule, preset: Preset | None) -> LayerScheme | None:
+    """The scheme of the layers that `rule` wins, gaps filled from the preset; None keeps them in high precision.
+
+    Giving only `scales: channel` drops the preset's group, giving only `group: 0` means channel scales, and a group
+    on top of a preset with channel scales makes them foldable.
+    """
+    if rule.weight == HIGH_PRECISION:
+        return None
+    start = PRESETS[preset] if preset is not None else _NO_PRESET
+    scales, group = rule.scales, rule.group
+    if scales is None and group is None:
+        scales, group = start.scales, start.group_size
+    elif scales is None:
+        scales = ("foldable" if start.scales == "channel" else start.scales) if group else "channel"
+    if group is None:
+        group = 0 if scales == "channel" else start.group_size or _NO_PRESET.group_size
+    return LayerScheme(
+        weight_format=start.weight_format if rule.weight is None else rule.weight,
+        group_size=group,
+        scales=scales,
+        activation_format=start.activation_format if rule.activation is None else rule.activation,
+    )

@@ -1,0 +1,184 @@
+"""How far quantization moves the model: noise predictions, single layers, and finished samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from exporter.calibration.capture import CalibrationSet
+from exporter.errors import InputError
+from exporter.gate.snr import power_ratio_db, snr_db
+from exporter.gate.table import bounded_db
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.prompts import Prompts
+from exporter.plan import Plan
+from exporter.progress import Progress
+from exporter.quantize import QuantLinear, planned_linear
+from exporter.runtime import OnnxSession
+from exporter.sampling import Denoiser
+
+_LAYER_ROWS = 512
+
+
+@dataclass(frozen=True)
+class StepSnr:
+    """Noise-prediction SNR in dB at one sampling step: over all inputs, with the prompt, and without (NaN: none)."""
+
+    step: int
+    timestep: float
+    snr_db: float
+    conditional_db: float
+    unconditional_db: float
+
+
+@dataclass(frozen=True)
+class NoiseSnr:
+    """The steps of one sampling schedule, in order."""
+
+    steps: tuple[StepSnr, ...]
+
+    @property
+    def mean_db(self) -> float:
+        """Mean of the steps' decibels."""
+        return float(np.mean([step.snr_db for step in self.steps]))
+
+    @property
+    def worst_db(self) -> float:
+        """The smallest of the steps' decibels."""
+        return min(step.snr_db for step in self.steps)
+
+
+def noise_prediction_snr(
+    original: Denoiser,
+    quantized: Denoiser,
+    held_out: CalibrationSet,
+    prompts: Prompts,
+    progress: Progress,
+    *,
+    batch_size: int = 32,
+) -> NoiseSnr:
+    """Compare both models' noise predictions on the same inputs: `held_out`, captured from the original model with a
+    seed that calibration has not seen. Per step Σ eps² / Σ (eps − eps_quantized)² over all its inputs.
+    """
+    signal, noise = torch.zeros(len(held_out), dtype=torch.float64), torch.zeros(len(held_out), dtype=torch.float64)
+    batches = torch.split(torch.arange(len(held_out)), batch_size)
+    with torch.no_grad(), progress.task("noise-prediction SNR", len(batches)) as task:
+        for indices in batches:
+            inputs = held_out.inputs(indices, prompts)
+            expected = original(inputs).flatten(1).double()
+            difference = expected - quantized(inputs).flatten(1).double()
+            signal[indices] = expected.square().sum(dim=1).cpu()
+            noise[indices] = difference.square().sum(dim=1).cpu()
+            task.advance()
+    conditional = held_out.prompt_index >= 0
+    steps = []
+    for step in sorted(set(held_out.step_index.tolist())):
+        here = held_out.step_index == step
+        figures = [_pooled_db(signal, noise, mask) for mask in (here, here & conditional, here & ~conditional)]
+        steps.append(StepSnr(step, float(held_out.timesteps[here][0]), *figures))
+    return NoiseSnr(tuple(steps))
+
+
+def _pooled_db(signal: Tensor, noise: Tensor, mask: Tensor) -> float:
+    if not bool(mask.any()):
+        return float("nan")
+    return bounded_db(power_ratio_db(float(signal[mask].sum()), float(noise[mask].sum())))
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """What quantization costs one layer: SQNR in dB of its weight, and of its output on the original model's inputs
+    with weight and input quantized."""
+
+    name: str
+    shape: tuple[int, int]
+    weight_format: str
+    activation_format: str
+    group_size: int
+    scales: str
+    container: str
+    weight_sqnr_db: float
+    output_sqnr_db: float
+
+
+@torch.no_grad()
+def layer_quality(
+    original: nn.Module,
+    quantized: nn.Module,
+    adapter: PixArtAdapter,
+    plan: Plan,
+    batches: Sequence[TransformerInputs],
+) -> tuple[LayerQuality, ...]:
+    """Measure every planned layer on token rows of the original model's own inputs, `batches` of the transformer."""
+    names = [layer.name for layer in plan.layers]
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    per_batch = max(1, _LAYER_ROWS // len(batches))
+    with ExitStack() as hooks:
+        for layer in plan.layers:
+
+            def keep(_module: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
+                flat = args[0].reshape(-1, args[0].shape[-1])
+                chosen = torch.linspace(0, len(flat) - 1, min(per_batch, len(flat))).round().long()
+                rows[name].append(flat[chosen].clone())
+
+            hooks.callback(planned_linear(original, layer).register_forward_pre_hook(keep).remove)
+        for batch in batches:
+            adapter.forward(original, batch)
+    return tuple(_measure_layers(original, quantized, plan, rows))
+
+
+def _measure_layers(
+    original: nn.Module, quantized: nn.Module, plan: Plan, rows: dict[str, list[Tensor]]
+) -> Iterator[LayerQuality]:
+    for layer in plan.layers:
+        linear = planned_linear(original, layer)
+        rounded = cast(QuantLinear, quantized.get_submodule(layer.name))
+        x = torch.cat(rows[layer.name])
+        yield LayerQuality(
+            name=layer.name,
+            shape=(layer.out_features, layer.in_features),
+            weight_format=layer.weight_format,
+            activation_format=layer.activation_format,
+            group_size=layer.group_size,
+            scales=layer.scales,
+            container=layer.container,
+            weight_sqnr_db=_sqnr(linear.weight, rounded.weight),
+            output_sqnr_db=_sqnr(linear(x), rounded(x)),
+        )
+
+
+def _sqnr(exact: Tensor, rounded: Tensor) -> float:
+    return bounded_db(snr_db(exact.numpy(force=True), rounded.numpy(force=True)))
+
+
+def class_accuracy(samples: Tensor, labels: Tensor, classifier: Path, *, batch_size: int = 256) -> float:
+    """Fraction of `samples` [n, C, H, W] whose largest logit is that of `labels` int64 [n], by an ONNX classifier.
+
+    Raises:
+        InputError: the classifier cannot be loaded, or does not take the samples, or gives no logits [n, classes].
+    """
+    session = OnnxSession(classifier)
+    correct = 0
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size].numpy(force=True).astype(np.float32)
+        result = session.run({session.inputs[0].name: batch}, [session.outputs[0].name])
+        (logits,) = result.values()
+        correct += _hits(logits, labels[start : start + batch_size].numpy(force=True), classifier)
+    return correct / len(samples)
+
+
+def _hits(logits: npt.NDArray[Any], labels: npt.NDArray[np.int64], classifier: Path) -> int:
+    if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] <= int(labels.max()):
+        raise InputError(
+            f"{classifier}: gives {list(logits.shape)} for {len(labels)} samples labelled up to {int(labels.max())}; "
+            "expected logits [samples, classes]"
+        )
+    return int((logits.argmax(axis=1) == labels).sum())

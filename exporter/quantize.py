@@ -1,0 +1,240 @@
+"""Quantized weights, the module that computes with them, and their file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.errors import InputError
+from exporter.files import atomic_path
+from exporter.plan import LayerPlan, Plan
+from exporter.rounding import quantize_online, round_to_format
+from exporter.symbolic import symbolic_linear
+from plugins.formats import Format, get_format
+from plugins.packing import pack, unpack
+
+_METADATA = "fp4export.quantized"
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as it ships: `codes` uint8 [N, K] of the format, and `scales` float32 [N, G], G groups along K.
+
+    A weight is decode(code)·scale. Scales have few enough significand bits that foldable ones are s·m exactly.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def from_values(cls, values: Tensor, scales: Tensor, fmt: Format) -> QuantizedWeight:
+        """Encode `values` [N, K], which lie on the format's grid in units of `scales` [N, G]."""
+        codes = fmt.encode(values.detach().cpu().numpy())
+        return cls(torch.from_numpy(codes), scales.detach().cpu().contiguous())
+
+    def dequantize(self, fmt: Format) -> Tensor:
+        """Return the weight float32 [N, K]."""
+        values = torch.tensor(fmt.values, device=self.codes.device)[self.codes.int()]
+        return values.mul_(expand_scales(self.scales, values.shape[1]))
+
+
+def expand_scales(scales: Tensor, count: int) -> Tensor:
+    """Repeat group scales [N, G] along the row so that they meet a weight's `count` = K columns: [N, K]."""
+    return scales.repeat_interleave(count // scales.shape[1], dim=1)
+
+
+def round_to_nearest(weight: Tensor, scales: Tensor, fmt: Format) -> QuantizedWeight:
+    """Quantize `weight` [N, K] by rounding to nearest on `scales` [N, G]; zeros are positive."""
+    values = round_to_format(weight / expand_scales(scales, weight.shape[1]), fmt)
+    return QuantizedWeight.from_values(values.add_(0.0), scales, fmt)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized weight and, unless its activation format is "none", a quantized input.
+
+    The input is quantized per token, online. While torch.export traces it, the layer becomes the waist's nodes.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, plan: LayerPlan, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.layer = plan.name
+        self.weight_format = plan.weight_format
+        self.activation_format = plan.activation_format
+        self.group_size = plan.group_size
+        self.in_features = plan.in_features
+        self.out_features = plan.out_features
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("bias", bias)
+        self._dequantized: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight float32 [N, K], computed once per device."""
+        if self._dequantized is None or self._dequantized.device != self.codes.device:
+            fmt = get_format(self.weight_format)
+            self._dequantized = QuantizedWeight(self.codes, self.scales).dequantize(fmt)
+        return self._dequantized
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the input's (values [..., K] on the unit grid, scales [..., 1]); None for a weight-only layer."""
+        if self.activation_format == "none":
+            return None
+        return quantize_online(x, get_format(self.activation_format))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x float32 [..., K] → [..., N]."""
+        if torch.compiler.is_exporting():
+            return symbolic_linear(self, x)
+        quantized = self.quantize_input(x)
+        if quantized is not None:
+            values, scales = quantized
+            x = values * scales
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Name the sizes and formats in the module's printout."""
+        return (
+            f"{self.in_features}, {self.out_features}, weight={self.weight_format}, "
+            f"group={self.group_size}, activation={self.activation_format}"
+        )
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of `model` but not its numbers: both use the same memory. The copy's weights are frozen."""
+    shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(model, shared)
+
+
+def planned_linear(model: nn.Module, plan: LayerPlan) -> nn.Linear:
+    """Return the linear layer that `plan` speaks of. Raises `ValueError` where the model has none like it."""
+    module = dict(model.named_modules()).get(plan.name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{plan.name}: the model has no linear layer of this name")
+    if module.weight.shape != (plan.out_features, plan.in_features) or (module.bias is not None) != plan.has_bias:
+        raise ValueError(f"{plan.name}: the model's layer is {module}, which is not what was planned")
+    return module
+
+
+def quantize_model(model: nn.Module, plan: Plan, weights: Mapping[str, QuantizedWeight]) -> nn.Module:
+    """Return a model whose planned linears are `QuantLinear`s; `model` stays as it is.
+
+    Everything that is not quantized shares its memory with `model`. Raises `ValueError` where plan and model, or
+    plan and weights, do not agree.
+    """
+    quantized = share_copy(model)
+    for layer in plan.layers:
+        linear = planned_linear(model, layer)
+        weight = weights.get(layer.name)
+        if weight is None or weight.codes.shape != linear.weight.shape:
+            raise ValueError(f"{layer.name}: no quantized weight of shape {list(linear.weight.shape)} was given")
+        bias = None if linear.bias is None else linear.bias.detach()
+        device = linear.weight.device
+        moved = QuantizedWeight(weight.codes.to(device), weight.scales.to(device))
+        quantized.set_submodule(layer.name, QuantLinear(layer, moved, bias))
+    return quantized.eval()
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What learned rounding gained on one block, or on one layer outside the blocks.
+
+    Errors are squared errors of the block's output relative to the original output's power, on the same inputs: by
+    rounding to nearest, and as shipped. They are equal where rounding to nearest was kept because it was better.
+    """
+
+    name: str
+    error_rtn: float
+    error_calibrated: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Quantized weights by layer, and the statistics of every block whose rounding was learned."""
+
+    weights: Mapping[str, QuantizedWeight]
+    blocks: tuple[BlockStatistics, ...] = ()
+
+
+def save_quantized(path: Path, result: CalibrationResult, plan: Plan) -> None:
+    """Write safetensors: `<layer>.words` (packed codes) and `<layer>.scales`, the plan's facts as metadata.
+
+    The same result gives the same bytes, so the seconds that blocks took are left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer in plan.layers:
+        weight = result.weights[layer.name]
+        words = pack(weight.codes.cpu().numpy(), get_format(layer.weight_format).bits)
+        tensors[f"{layer.name}.words"] = torch.from_numpy(words)
+        tensors[f"{layer.name}.scales"] = weight.scales.cpu().contiguous()
+    blocks = [asdict(replace(block, seconds=0.0)) for block in result.blocks]
+    # One key only: safetensors writes several in an order that differs between runs.
+    metadata = {_METADATA: json.dumps({"layers": _facts(plan), "blocks": blocks}, sort_keys=True)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_quantized(path: Path, plan: Plan) -> CalibrationResult:
+    """Read what `save_quantized` wrote for the same plan. Raises `InputError` naming what does not fit it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get(_METADATA)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+        if metadata is None:
+            raise InputError(f"{path}: not a file of quantized weights; run the export again to make one")
+        facts = json.loads(metadata)
+        layers, blocks = facts["layers"], tuple(BlockStatistics(**entry) for entry in facts["blocks"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as quantized weights: {error}") from error
+    for found, wanted in zip_longest(layers, _facts(plan)):
+        if found != wanted:
+            name = (wanted or found)["name"]
+            raise InputError(f"{path}: {name}: made for {found}, but the plan is {wanted}; run the export again")
+    names = {f"{layer.name}.{part}" for layer in plan.layers for part in ("words", "scales")}
+    if names != tensors.keys():
+        raise InputError(f"{path}: tensors missing or unexpected: {', '.join(sorted(names ^ tensors.keys()))}")
+    return CalibrationResult({layer.name: _unpack_layer(path, layer, tensors) for layer in plan.layers}, blocks)
+
+
+def _facts(plan: Plan) -> list[dict[str, Any]]:
+    """What codes and scales depend on, per layer: not the container, though the multipliers that it allows."""
+    names = ("name", "out_features", "in_features", "weight_format", "group_size", "scales")
+    return [
+        {name: getattr(layer, name) for name in names} | {"multipliers": list(layer.multipliers)}
+        for layer in plan.layers
+    ]
+
+
+def _unpack_layer(path: Path, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    words, scales = tensors[f"{layer.name}.words"], tensors[f"{layer.name}.scales"]
+    groups = layer.in_features // layer.group_size if layer.group_size else 1
+    if scales.dtype != torch.float32 or scales.shape != (layer.out_features, groups):
+        raise InputError(f"{path}: {layer.name}.scales: {scales.dtype} {list(scales.shape)} does not fit the plan")
+    if not bool((scales.isfinite() & (scales > 0)).all()):
+        raise InputError(f"{path}: {layer.name}.scales: must be finite and positive")
+    fmt = get_format(layer.weight_format)
+    try:
+        codes = unpack(words.numpy(), fmt.bits, layer.in_features)
+    except ValueError as error:
+        raise InputError(f"{path}: {layer.name}.words: {error}") from error
+    if len(codes) != layer.out_features or not bool(fmt.valid[codes].all()):
+        raise InputError(f"{path}: {layer.name}.words: not {layer.out_features} rows of {fmt.name} codes")
+    return QuantizedWeight(torch.from_numpy(codes), scales)

@@ -1,0 +1,231 @@
+"""Recipes: one flat YAML file that says what to export and how, checked before any work starts.
+
+`load_recipe` is the way in. Every section is a frozen pydantic model; unknown keys are errors, and each error is one
+line with the file, the key and the nearest valid value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from exporter.errors import InputError, did_you_mean
+from exporter.explain import explain
+from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
+from exporter.targets import AUTO, TARGETS
+from exporter.yaml_text import dump_yaml
+from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
+
+HIGH_PRECISION = "none"
+
+Preset = Literal["w4a6", "w4a8", "w8a8", "w4a16"]
+Scales = Literal["channel", "group", "foldable"]
+Scheduler = Literal[
+    "DPMSolverMultistepScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+]
+PRESETS: tuple[str, ...] = get_args(Preset)
+SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
+
+_LARGEST_SEED = 2**63 - 1
+
+
+def _weight_format(name: str) -> str:
+    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION))
+
+
+def _activation_format(name: str) -> str:
+    return _known(name, "activation format", (*ACTIVATION_FORMATS, HIGH_PRECISION))
+
+
+def _target(name: str) -> str:
+    return _known(name, "target", (AUTO, *TARGETS))
+
+
+def _known(name: str, kind: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, names)}")
+    return name
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Seed = Annotated[int, Field(ge=0, le=_LARGEST_SEED)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """The transformer to export."""
+
+    family: Literal["pixart"] = "pixart"
+    weights: Text = Field(description="the directory with the transformer in diffusers' layout, or a Hub id")
+    resolution: Count | None = Field(
+        default=None, description="side of the latent (image side / 8 for PixArt); unset: the config's sample_size"
+    )
+
+
+class CalibrationSection(_Section):
+    """How the sampler runs whose transformer inputs calibrate the rounding."""
+
+    prompts: Text = Field(description="the safetensors file with the prompt embeddings")
+    scheduler: Scheduler = "DPMSolverMultistepScheduler"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    guidance: Annotated[float, Field(ge=0)] = 4.5
+    samples: Count = Field(default=16, description="how many sampling trajectories are captured")
+    seed: Seed = 0
+
+
+class MethodSection(_Section):
+    """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
+
+    name: Literal["fp4dit", "rtn"] = "fp4dit"
+    iterations: Count = 2500
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.01, description="relative to the group's amax")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    regularization: Annotated[float, Field(ge=0)] = 0.01
+    beta_start: Annotated[float, Field(gt=0)] = 20.0
+    beta_end: Annotated[float, Field(gt=0)] = 2.0
+    scale_search: Literal["absmax", "mse"] = "mse"
+    quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
+
+    @model_validator(mode="after")
+    def _agree(self) -> MethodSection:
+        if self.beta_end > self.beta_start:
+            raise ValueError(f"beta_end {self.beta_end} is above beta_start {self.beta_start}; beta only falls")
+        return self
+
+
+class LayerRule(_Section):
+    """Formats for the layers whose module path matches; the first matching rule wins.
+
+    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision.
+    """
+
+    match: Text = Field(description="a module path, * and ? allowed")
+    weight: Annotated[str, AfterValidator(_weight_format)] | None = None
+    group: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="weights that share a scale; 0: the whole row"
+    )
+    scales: Scales | None = None
+    activation: Annotated[str, AfterValidator(_activation_format)] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> LayerRule:
+        details = (self.group, self.scales, self.activation)
+        if self.weight == HIGH_PRECISION and any(value not in (None, HIGH_PRECISION) for value in details):
+            raise ValueError("`weight: none` keeps the layer in high precision: drop group, scales and activation")
+        if self.group and self.scales == "channel":
+            raise ValueError(
+                f"`scales: channel` has one scale per row, but group is {self.group}; "
+                "use `scales: foldable` (or group), or `group: 0`"
+            )
+        if self.group == 0 and self.scales in ("group", "foldable"):
+            raise ValueError(f"`scales: {self.scales}` needs a group size, for example `group: 128`")
+        return self
+
+
+class EvaluationSection(_Section):
+    """What the report measures on the finished model."""
+
+    samples: Count = Field(default=1000, description="guided samples that the classifier judges")
+    classifier: Text | None = Field(default=None, description="an ONNX file: samples [B, C, H, W] -> logits")
+    seed: Seed = 1
+    trajectories: Count = Field(default=16, description="held-out trajectories for the noise-prediction SNR")
+    grid: Annotated[int, Field(ge=1, le=400)] = Field(default=20, description="samples shown in the report")
+
+
+class Recipe(_Section):
+    """A whole recipe; `source_dir` is the folder that its relative paths start from."""
+
+    model: ModelSection
+    target: Annotated[str, AfterValidator(_target)] = AUTO
+    preset: Preset | None = None
+    calibration: CalibrationSection
+    method: MethodSection = MethodSection()
+    layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    _source_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _name: str = PrivateAttr(default="recipe")
+
+    @property
+    def source_dir(self) -> Path:
+        """The folder of the recipe's file; the current folder for a recipe made in Python."""
+        return self._source_dir
+
+    @property
+    def name(self) -> str:
+        """The recipe as messages call it: its file's path."""
+        return self._name
+
+    def resolve_path(self, path: str) -> Path:
+        """A path of the recipe (relative to its folder, or absolute, or with ~) as an absolute one."""
+        return Path(os.path.normpath(self._source_dir / Path(path).expanduser()))
+
+    @model_validator(mode="after")
+    def _quantizes_something(self) -> Recipe:
+        if self.preset is None and not self.layers:
+            raise ValueError(f"nothing would be quantized: give a preset ({', '.join(PRESETS)}) or layers")
+        return self
+
+
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    target: str | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """Read a recipe from a file, or a shipped one by name (``digits``), and check it.
+
+    `overrides` are ``key.path=value`` strings with YAML values, list entries by number (``layers.0.weight=e3m0``);
+    `target` and `seed` (the calibration's) come last. Raises `InputError`.
+    """
+    file = find_recipe(path)
+    name = str(path)
+    changes = [parse_override(text) for text in overrides]
+    if target is not None:
+        changes.append(Override(("target",), target, f"--target {target}"))
+    if seed is not None:
+        changes.append(Override(("calibration", "seed"), seed, f"--seed {seed}"))
+    data = apply_overrides(read_mapping(file), changes)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_located(error, name, changes)) from error
+    recipe._source_dir = file.absolute().parent
+    recipe._name = name
+    return recipe
+
+
+def _located(error: ValidationError, name: str, changes: Sequence[Override]) -> str:
+    """The error as one line that blames the flag which set the value, or else the file."""
+    problem = explain(error, Recipe)
+    for change in reversed(changes):
+        shared = min(len(change.location), len(problem.location))
+        if shared and problem.location[:shared] == change.location[:shared]:
+            return f"{change.text}: {problem.path}: {problem.message}"
+    return f"{name}: {problem.path}: {problem.message}" if problem.path else f"{name}: {problem.message}"
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe with every default filled in and paths made absolute, so that it works from any folder."""
+    data: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+    for section, key in (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier")):
+        given = data[section].get(key)
+        # A Hub id stays what it is: no folder of that name exists here.
+        if given is not None and (recipe.resolve_path(given).exists() or key != "weights"):
+            data[section][key] = str(recipe.resolve_path(given))
+    return f"# Resolved from {recipe.name}: every default filled in.\n{dump_yaml(data)}"

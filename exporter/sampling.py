@@ -1,0 +1,201 @@
+"""Run a diffusion sampler over a denoiser: for calibration trajectories, for evaluation and for sample grids."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from exporter.errors import InputError, did_you_mean
+from exporter.models.pixart import TransformerInputs
+from exporter.models.prompts import Prompts
+from exporter.progress import NullProgress, Progress
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+Denoiser = Callable[[TransformerInputs], Tensor]
+"""Transformer inputs of batch B → the noise prediction [B, C, H, W]."""
+
+SCHEDULERS = (
+    "DPMSolverMultistepScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+
+# The noise schedule that PixArt-alpha and PixArt-Sigma were trained with, for a checkpoint without a scheduler.
+_TRAINING_NOISE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+}
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser while sampling.
+
+    `samples` int64 [B] are positions in the list of prompts being sampled; `prompts` int64 [B] their prompt indices,
+    or -1 - row for row `row` of the negative prompts, so -1 wherever one negative prompt serves all.
+    """
+
+    step: int
+    samples: Tensor
+    prompts: Tensor
+    inputs: TransformerInputs
+
+
+def make_scheduler(name: str, model_dir: Path | None) -> SchedulerMixin:
+    """Make diffusers' scheduler `name` with the noise schedule of the checkpoint.
+
+    The schedule is read from `scheduler/scheduler_config.json` in `model_dir` or beside it (a pipeline's folder or
+    its transformer's); without that file it is PixArt's. Raises `InputError` for an unknown name or a broken file.
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise InputError(f"unknown scheduler {name!r}{did_you_mean(name, SCHEDULERS)}")
+    path = _scheduler_config(model_dir)
+    # Latents leave [-1, 1], to which DDIM and DDPM clip unless a config says otherwise.
+    config = {"clip_sample": False} | (_TRAINING_NOISE if path is None else _read_config(path))
+    scheduler_class = getattr(diffusers, name)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    try:
+        scheduler: SchedulerMixin = scheduler_class.from_config(
+            {key: value for key, value in config.items() if key in known}
+        )
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: does not configure a {name}: {error}") from error
+    return scheduler
+
+
+def _scheduler_config(model_dir: Path | None) -> Path | None:
+    if model_dir is None:
+        return None
+    candidates = (folder / "scheduler" / "scheduler_config.json" for folder in (model_dir, model_dir.parent))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: a scheduler's config is a JSON object")
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise InputError(
+            f"{path}: prediction_type {config['prediction_type']!r}: only models that predict the noise ('epsilon')"
+        )
+    return config
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    prompts: Prompts,
+    indices: Tensor,
+    scheduler: SchedulerMixin,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    latent_shape: tuple[int, int, int],
+    progress: Progress | None = None,
+    batch_size: int = 64,
+    record: Callable[[DenoiserCall], None] | None = None,
+) -> Tensor:
+    """Sample one latent per entry of `indices` (prompt indices int64 [n]): float32 [n, C, H, W].
+
+    Classifier-free guidance: eps = eps_u + guidance·(eps_c − eps_u), both from one call of twice the batch, negative
+    prompts first; none at guidance 1. Sample i starts from, and draws all its noise from, a generator seeded with
+    `seed` + i, so results do not depend on `batch_size`. `record` sees every call of the denoiser.
+    """
+    count = len(indices)
+    chunks = [torch.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    latents = []
+    with (progress or NullProgress()).task("sample", len(chunks) * steps) as task:
+        for samples in chunks:
+            run = _Trajectories(denoiser, prompts, indices, samples, guidance, record)
+            latents.append(run.denoise(scheduler, steps, seed, latent_shape, lambda: task.advance()))
+    return torch.cat(latents)
+
+
+@dataclass(frozen=True)
+class _Trajectories:
+    """A batch of samples on their way from noise to latents."""
+
+    denoiser: Denoiser
+    prompts: Prompts
+    indices: Tensor
+    samples: Tensor
+    guidance: float
+    record: Callable[[DenoiserCall], None] | None
+
+    def denoise(
+        self, scheduler: Any, steps: int, seed: int, shape: tuple[int, int, int], advance: Callable[[], None]
+    ) -> Tensor:
+        """Return the latents [b, C, H, W] of this batch after all steps."""
+        generators = [torch.Generator().manual_seed(seed + int(sample)) for sample in self.samples]
+        device = self.prompts.prompt_embeds.device
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        scheduler.set_timesteps(steps, device=device)
+        latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": generators} if takes_generator else {}
+        for step, timestep in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale_model_input(latents, timestep)
+            eps = self._guided(step, scaled, float(timestep))
+            latents = scheduler.step(eps, timestep, latents, return_dict=False, **options)[0]
+            advance()
+        return latents
+
+    def _guided(self, step: int, latents: Tensor, timestep: float) -> Tensor:
+        wanted = self.indices[self.samples]
+        if self.guidance == 1.0:
+            return self._call(step, self.samples, wanted, latents, timestep)
+        negative = torch.full_like(wanted, -1) if len(self.prompts.negative_prompt_embeds) == 1 else -1 - wanted
+        both = self._call(
+            step, self.samples.repeat(2), torch.cat([negative, wanted]), torch.cat([latents, latents]), timestep
+        )
+        unconditional, conditional = both.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def _call(self, step: int, samples: Tensor, wanted: Tensor, latents: Tensor, timestep: float) -> Tensor:
+        inputs = transformer_inputs(latents, torch.full((len(latents),), timestep), wanted, self.prompts)
+        if self.record is not None:
+            self.record(DenoiserCall(step, samples, wanted, inputs))
+        return self.denoiser(inputs)
+
+
+def transformer_inputs(
+    latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, prompts: Prompts
+) -> TransformerInputs:
+    """Gather one call's inputs: latents [B, C, H, W], timesteps [B], prompt indices int64 [B] as `DenoiserCall` has."""
+    rows = prompt_indices.to(prompts.prompt_embeds.device)
+    return TransformerInputs(
+        hidden_states=latents,
+        encoder_hidden_states=_gather(prompts.prompt_embeds, prompts.negative_prompt_embeds, rows),
+        timestep=timesteps.to(latents),
+        encoder_attention_mask=_gather(prompts.prompt_attention_mask, prompts.negative_prompt_attention_mask, rows).to(
+            latents
+        ),
+    )
+
+
+def _gather(positive: Tensor, negative: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `positive`, and where an index is negative row -1 - index of `negative`."""
+    is_negative = (rows < 0).reshape(-1, *[1] * (positive.ndim - 1))
+    return torch.where(is_negative, negative[(-1 - rows).clamp(min=0)], positive[rows.clamp(min=0)])

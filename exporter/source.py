@@ -1,0 +1,82 @@
+"""What an export starts from: the original model, its prompts, and the plan of what becomes of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from exporter.errors import InputError
+from exporter.files import sha256_of
+from exporter.job import Job
+from exporter.models.loading import get_adapter, load_transformer, model_shapes
+from exporter.models.location import CONFIG, ModelFiles, locate_model
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.prompts import Prompts, load_prompts
+from exporter.models.weight_files import weight_files
+from exporter.plan import Plan, plan_layers
+
+
+@dataclass(frozen=True)
+class Source:
+    """The loaded original. `identity` names the exact bytes of everything that was read."""
+
+    model: nn.Module
+    adapter: PixArtAdapter
+    prompts: Prompts
+    plan: Plan
+    files: ModelFiles
+    latent_shape: tuple[int, int, int]
+    identity: dict[str, str]
+
+    @property
+    def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
+        """The original's noise prediction."""
+        return partial(self.adapter.predict_noise, self.model)
+
+    def layer_facts(self) -> list[dict[str, object]]:
+        """What codes and scales depend on, per layer: everything but the container's name."""
+        return [
+            {**{key: value for key, value in asdict(layer).items() if key != "container"}, "m": layer.multipliers}
+            for layer in self.plan.layers
+        ]
+
+
+def load_source(job: Job) -> Source:
+    """Load and check all that the recipe names, before anything takes long. Raises `InputError`."""
+    recipe = job.recipe
+    files = locate_model(recipe)
+    adapter = get_adapter(recipe.model.family)
+    model = load_transformer(files.transformer, recipe.model.family)
+    prompts_file = recipe.resolve_path(recipe.calibration.prompts)
+    prompts = load_prompts(prompts_file, adapter.caption_dim(model))
+    plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, job.target)
+    _check_classifier(job, prompts)
+    read = {file.name: file for file in (files.transformer / CONFIG, *weight_files(files.transformer))}
+    read["prompts"] = prompts_file
+    if files.scheduler is not None:
+        read["scheduler"] = files.scheduler / "scheduler_config.json"
+    return Source(
+        model=model,
+        adapter=adapter,
+        prompts=prompts,
+        plan=plan,
+        files=files,
+        latent_shape=adapter.latent_shape(model, recipe.model.resolution),
+        identity={name: sha256_of(file) for name, file in read.items()},
+    )
+
+
+def _check_classifier(job: Job, prompts: Prompts) -> None:
+    given = job.recipe.evaluation.classifier
+    if given is None:
+        return
+    path = job.recipe.resolve_path(given)
+    if not path.is_file():
+        raise InputError(f"{job.recipe.name}: evaluation.classifier: {path} does not exist")
+    if prompts.labels is None:
+        raise InputError(
+            f"{job.recipe.name}: evaluation.classifier needs a tensor 'labels' in {job.recipe.calibration.prompts}"
+        )

@@ -1,0 +1,182 @@
+"""The stages between the loaded model and the engine: each takes the job and what the stages before it made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from exporter.build import build_engine
+from exporter.calibration.calibrate import calibrate
+from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.errors import InputError
+from exporter.files import atomic_path
+from exporter.gate.table import GateResult
+from exporter.job import Job
+from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
+from exporter.passes.layer_table import read_layer_table
+from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
+from exporter.runtime import read_model
+from exporter.source import Source
+from exporter.to_onnx import to_onnx
+from exporter.validate import captured_batches, validate_graphs
+from exporter.workdir import key_of
+
+GATE_FOLDER = "gate"
+LOWERED = "lowered"
+
+
+def captured_inputs(job: Job, source: Source) -> CalibrationSet:
+    """The transformer's inputs along real sampler trajectories, for calibration and for the gate."""
+    settings = job.recipe.calibration
+    return capture(job, source, "calibration.safetensors", trajectories=settings.samples, seed=settings.seed)
+
+
+def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int) -> CalibrationSet:
+    """Trajectories of the original model, sealed in the work folder as `name`."""
+    settings = job.recipe.calibration
+
+    def make(path: Path) -> None:
+        capture_trajectories(
+            source.model,
+            source.adapter,
+            source.prompts,
+            settings,
+            job.progress,
+            trajectories=trajectories,
+            seed=seed,
+            latent_shape=source.latent_shape,
+            scheduler_dir=source.files.root,
+        ).save(path)
+
+    key = key_of(
+        stage="capture",
+        model=source.identity,
+        shape=source.latent_shape,
+        settings={**settings.model_dump(exclude={"prompts", "samples", "seed"})},
+        trajectories=trajectories,
+        seed=seed,
+    )
+    path, reused = job.work.obtain(name, key, make)
+    captured = CalibrationSet.load(path)
+    job.progress.note(f"{_verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
+    return captured
+
+
+def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
+    """Codes and scales of every planned layer, sealed in the work folder."""
+    settings = job.recipe.calibration
+
+    def make(path: Path) -> None:
+        result = calibrate(
+            source.model,
+            source.adapter,
+            source.plan,
+            captured,
+            source.prompts,
+            job.recipe.method,
+            settings.seed,
+            job.progress,
+        )
+        save_quantized(path, result, source.plan)
+
+    path, reused = job.work.obtain("quantized.safetensors", _calibration_key(job, source), make)
+    job.progress.note(f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name})")
+    return load_quantized(path, source.plan)
+
+
+def _calibration_key(job: Job, source: Source) -> str:
+    return key_of(
+        stage="calibrate",
+        model=source.identity,
+        shape=source.latent_shape,
+        calibration=job.recipe.calibration.model_dump(exclude={"prompts"}),
+        method=job.recipe.method.model_dump(),
+        layers=source.layer_facts(),
+    )
+
+
+def _verb(reused: bool, verb: str) -> str:
+    return f"{verb} earlier:" if reused else verb
+
+
+def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> nn.Module:
+    """The reference: the torch model with every planned linear fake-quantized."""
+    return quantize_model(source.model, source.plan, calibrated.weights)
+
+
+def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
+    """The waist: traced by torch, then fused, folded and packed, still without a target's operators."""
+    example = source.adapter.example_inputs(
+        quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
+    )
+    key = key_of(stage="trace", torch=torch.__version__, calibrated=_calibration_key(job, source))
+    traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))
+    path = _rewritten(job, traced, WAIST_PASSES, "exported")
+    _check_containers(source, path)
+    return path
+
+
+def _check_containers(source: Source, exported: Path) -> None:
+    """Raise `InputError` unless the exported graph has every layer in the container that was planned for it."""
+    found = {entry.layer: entry.container for entry in read_layer_table(read_model(exported))}
+    for layer in source.plan.layers:
+        if found.get(layer.name) != layer.container:
+            raise InputError(
+                f"{layer.name}: planned for container {layer.container}, but the graph has "
+                f"{found.get(layer.name, 'no quantized layer of this name')}"
+            )
+
+
+def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
+    """The graph that the target's engine is made of."""
+    return _rewritten(job, exported, lowering_passes(job.target), LOWERED)
+
+
+def _rewritten(job: Job, source: Path, passes: tuple[Pass, ...], name: str) -> Path:
+    folder = job.work.file("graphs")
+
+    def keep(pass_name: str, index: int, model: onnx.ModelProto) -> None:
+        folder.mkdir(exist_ok=True)
+        onnx.save(model, folder / f"{name}.{index:02d}.{pass_name}.onnx")
+
+    model, results = run_passes(onnx.load(source), passes, job.target, keep if job.keep_graphs else None)
+    path = job.work.file(f"{name}.onnx")
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)
+    changes = ", ".join(f"{result.name} {result.changed}" for result in results if result.changed)
+    job.progress.note(f"{name}: {results[-1].nodes} nodes ({changes})")
+    return path
+
+
+def check_fidelity(
+    job: Job, source: Source, quantized: nn.Module, captured: CalibrationSet, exported: Path, lowered: Path
+) -> tuple[GateResult, float]:
+    """The gate's result, and the quantization error in dB that it is judged against. Raises `FidelityError`."""
+    result, reference = validate_graphs(
+        source.model,
+        quantized,
+        source.adapter,
+        captured_batches(captured, source.prompts),
+        exported,
+        lowered,
+        job.work.file(GATE_FOLDER),
+        job.target,
+        job.progress,
+    )
+    return result, reference.quantization_db
+
+
+def build(job: Job, lowered: Path) -> Path:
+    """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it."""
+    if job.target.engine == "onnxruntime":
+        with atomic_path(job.output) as temporary:
+            shutil.copyfile(lowered, temporary)
+    else:
+        build_engine(lowered, job.output, job.target, job.progress)
+    job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")
+    return job.output

@@ -1,0 +1,73 @@
+"""What a quantized linear and a block boundary become while torch.export traces the model.
+
+Each function emits the custom nodes of the waist through `torch.onnx.ops.symbolic`: one node per call, nothing is
+computed. The nodes and their attributes are described by the operators' own rooms in `plugins`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+from plugins.float_dequantize.descriptor import DequantizeValues, DequantizeWeight
+from plugins.float_quantize.descriptor import OnlineQuantize
+from plugins.op import DOMAIN, OPSET_VERSION, Boundary
+
+if TYPE_CHECKING:
+    from exporter.quantize import QuantLinear
+
+
+def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
+    """x [..., K] → quantize online → dequantize → linear with the dequantized codes → [..., N]."""
+    if module.activation_format != "none":
+        x = _symbolic_quantized_input(module, x)
+    variant = DequantizeWeight(
+        format=module.weight_format, group_size=module.group_size, count=module.codes.shape[1], packed=False
+    )
+    weight = symbolic(
+        f"{DOMAIN}::{variant.op_type}",
+        [module.codes, module.scales],
+        attrs={**variant.attributes(layer=module.layer)},
+        dtype=torch.float32,
+        shape=module.codes.shape,
+        version=OPSET_VERSION,
+    )
+    return F.linear(x, weight, module.bias)
+
+
+def _symbolic_quantized_input(module: QuantLinear, x: Tensor) -> Tensor:
+    quantize = OnlineQuantize(module.activation_format)
+    values, scales = symbolic_multi_out(
+        f"{DOMAIN}::{quantize.op_type}",
+        [x],
+        attrs={**quantize.attributes(layer=module.layer)},
+        dtypes=[torch.float32, torch.float32],
+        shapes=[x.shape, (*x.shape[:-1], 1)],
+        version=OPSET_VERSION,
+    )
+    dequantize = DequantizeValues()
+    return symbolic(
+        f"{DOMAIN}::{dequantize.op_type}",
+        [values, scales],
+        attrs={**dequantize.attributes(layer=module.layer)},
+        dtype=torch.float32,
+        shape=x.shape,
+        version=OPSET_VERSION,
+    )
+
+
+def symbolic_boundary(x: Tensor, name: str) -> Tensor:
+    """Mark `x` so that a pass can give its ONNX tensor the name `name`; the identity otherwise."""
+    boundary = Boundary()
+    return symbolic(
+        f"{DOMAIN}::{boundary.op_type}",
+        [x],
+        attrs={**boundary.attributes(name=name)},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=OPSET_VERSION,
+    )

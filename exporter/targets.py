@@ -1,0 +1,144 @@
+"""What an engine can be built for, which number containers each target multiplies in, and which one a layer gets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from exporter.errors import InputError, did_you_mean
+
+Engine = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+
+AUTO = "auto"
+DEFAULT_RTX = "rtx-sm89"
+SUFFIXES: Mapping[Engine, tuple[str, ...]] = MappingProxyType(
+    {"onnxruntime": (".onnx",), "tensorrt-rtx": (".plan", ".engine"), "tensorrt": (".plan", ".engine")}
+)
+
+_GPU_QUERY_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of machine. `containers` are the ones it multiplies in (fp32 and fp16 aside), best first."""
+
+    name: str
+    engine: Engine
+    compute_capability: tuple[int, int] | None
+    containers: tuple[str, ...]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of an output file for this target."""
+        return SUFFIXES[self.engine]
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """A target and, in words, why it was chosen."""
+
+    target: Target
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU of this machine."""
+
+    name: str
+    compute_capability: tuple[int, int]
+
+
+_INT = ("int8", "int4")
+_FLOAT8 = ("int8", "fp8", "int4")
+_FLOAT4 = ("int8", "fp8", "int4", "fp4")
+
+_TABLE = (
+    Target("cpu", "onnxruntime", None, ("int8",)),
+    Target("rtx-sm75", "tensorrt-rtx", (7, 5), ("int8",)),
+    Target("rtx-sm80", "tensorrt-rtx", (8, 0), _INT),
+    Target("rtx-sm86", "tensorrt-rtx", (8, 6), _INT),
+    Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8),
+    Target("rtx-sm120", "tensorrt-rtx", (12, 0), _FLOAT4),
+    Target("rtx-sm121", "tensorrt-rtx", (12, 1), _FLOAT4),
+    Target("orin", "tensorrt", (8, 7), _INT),
+    Target("l4", "tensorrt", (8, 9), _FLOAT8),
+    Target("h100", "tensorrt", (9, 0), _FLOAT8),
+    Target("h200", "tensorrt", (9, 0), _FLOAT8),
+    Target("b200", "tensorrt", (10, 0), _FLOAT4),
+    Target("thor", "tensorrt", (11, 0), _FLOAT4),
+)
+TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TABLE})
+
+
+def get_target(name: str) -> Target:
+    """The target called `name`. Raises `InputError` with the nearest name."""
+    if name not in TARGETS:
+        raise InputError(f"unknown target {name!r}{did_you_mean(name, TARGETS)}")
+    return TARGETS[name]
+
+
+def resolve_target(name: str, output: Path | str) -> TargetChoice:
+    """The target that `name` (possibly ``auto``) means for an output file, and why.
+
+    ``auto`` is `cpu` for ``.onnx``; for ``.plan`` and ``.engine`` the GPU of this machine, or `DEFAULT_RTX`. Raises
+    `InputError` for an unknown suffix and for a suffix that the named target does not write.
+    """
+    suffix = Path(output).suffix
+    known = tuple(dict.fromkeys(entry for entries in SUFFIXES.values() for entry in entries))
+    if suffix not in known:
+        found = f"unknown suffix {suffix!r}" if suffix else "no suffix"
+        raise InputError(f"{output}: {found}; an output ends in .onnx (ONNX Runtime), .plan or .engine (TensorRT)")
+    if name != AUTO:
+        target = get_target(name)
+        if suffix not in target.suffixes:
+            fitting = ", ".join(entry.name for entry in _TABLE if suffix in entry.suffixes)
+            raise InputError(
+                f"{output}: target {name} is written as {' or '.join(target.suffixes)}, not {suffix}; "
+                f"targets for {suffix}: {fitting}"
+            )
+        return TargetChoice(target, "as asked for")
+    if suffix in SUFFIXES["onnxruntime"]:
+        return TargetChoice(TARGETS["cpu"], f"auto: {suffix} runs in ONNX Runtime")
+    return _target_of_gpu(local_gpu())
+
+
+def _target_of_gpu(gpu: Gpu | None) -> TargetChoice:
+    default = TARGETS[DEFAULT_RTX]
+    if gpu is None:
+        return TargetChoice(default, "auto: no GPU here, so the default; another with --target")
+    fitting = [entry for entry in _TABLE if entry.compute_capability == gpu.compute_capability]
+    version = ".".join(str(part) for part in gpu.compute_capability)
+    if not fitting:
+        reason = f"auto: the default, since no target fits the {gpu.name} here (compute capability {version})"
+        return TargetChoice(default, reason)
+    return TargetChoice(fitting[0], f"auto: the {gpu.name} here (compute capability {version})")
+
+
+def local_gpu() -> Gpu | None:
+    """The first NVIDIA GPU that nvidia-smi lists, None where there is neither."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(  # noqa: S603 - a fixed command line
+            command, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_gpu(answer.stdout)
+
+
+def parse_gpu(listing: str) -> Gpu | None:
+    """The first line of nvidia-smi's ``compute_cap, name`` listing, None if it is not such a line."""
+    capability, _, name = listing.partition("\n")[0].partition(",")
+    major, _, minor = capability.strip().partition(".")
+    if not (major.isdecimal() and minor.isdecimal() and name.strip()):
+        return None
+    return Gpu(name.strip(), (int(major), int(minor)))

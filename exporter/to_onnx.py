@@ -1,0 +1,116 @@
+"""torch → ONNX: the waist graph, one custom node per quantizer and dequantizer, batch size dynamic."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from exporter.errors import InputError
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.symbolic import symbolic_boundary
+from plugins.op import attach_functions
+
+# Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
+OPSET = 21
+# A protobuf file cannot exceed 2 GiB.
+LARGEST_GRAPH_BYTES = 2_000_000_000
+
+
+def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs, path: Path) -> None:
+    """Export `model` (its quantized linears as custom nodes) to the file `path`.
+
+    `example` fixes every size but the batch, which must be at least 2 (torch specialises sizes 0 and 1). Inputs
+    keep the adapter's names, the output is called `sample`, and every block's inputs and output carry a
+    `FloatBoundary` marker with the block's module path. Raises `InputError` when the graph would exceed 2 GB.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size > LARGEST_GRAPH_BYTES:
+        raise InputError(f"the exported graph would hold {size / 1e9:.1f} GB, over ONNX's 2 GB: quantize more layers")
+    module = adapter.forward_module(model)
+    names = adapter.input_names(model)
+    inputs = example.as_dict()
+    arguments = tuple(inputs[name] for name in names)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    with torch.no_grad(), _boundaries(adapter.blocks(model)), _quiet():
+        program = torch.export.export(
+            module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False
+        )
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=names, output_names=["sample"], verbose=False
+        )
+    if exported is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    graph = exported.model_proto
+    _tidy(graph, module, model)
+    attach_functions(graph)
+    onnx.save(graph, path)
+
+
+@contextmanager
+def _boundaries(blocks: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Mark every block's tensor inputs and its output while the model is being traced."""
+    handles = []
+    for name, block in blocks:
+
+        def mark_inputs(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden, *rest = args
+            shared = {
+                key: symbolic_boundary(value, f"blocks.{key}") if isinstance(value, Tensor) else value
+                for key, value in kwargs.items()
+            }
+            return (symbolic_boundary(hidden, f"{name}.input"), *rest), shared
+
+        def mark_output(_module: nn.Module, _args: tuple[Any, ...], output: Tensor, name: str = name) -> Tensor:
+            return symbolic_boundary(output, f"{name}.output")
+
+        handles.append(block.register_forward_pre_hook(mark_inputs, with_kwargs=True))
+        handles.append(block.register_forward_hook(mark_output))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tidy(graph: onnx.ModelProto, module: nn.Module, model: nn.Module) -> None:
+    """Name the batch dimension `batch` and drop the wrapper's prefix from the initializers' names."""
+    prefix = next((f"{name}." for name, child in module.named_children() if child is model), "")
+    renamed = {
+        tensor.name: tensor.name.removeprefix(prefix)
+        for tensor in graph.graph.initializer
+        if prefix and tensor.name.startswith(prefix)
+    }
+    for tensor in graph.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in graph.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    symbol = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    del graph.graph.value_info[:]
+    for value in (*graph.graph.input, *graph.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == symbol:
+                dimension.dim_param = "batch"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notes on optional packages; its errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

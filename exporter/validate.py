@@ -1,0 +1,179 @@
+"""The fidelity gate as a stage: torch fake-quant against the exported and the lowered graph, and again later.
+
+What the comparison needs is kept in a folder: the reference (manifest.json, reference.safetensors), the cut graphs,
+inputs and expected outputs as polygraphy reads them, and the verdict (result.json).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from rich.console import Console
+from torch import nn
+
+from exporter.calibration.capture import CalibrationSet
+from exporter.errors import FidelityError, InputError
+from exporter.files import write_text_atomically
+from exporter.gate.linears import LINEAR_DB, compare_linears, linear_feeds
+from exporter.gate.records import Reference
+from exporter.gate.reference import EXACT_DB, record_reference
+from exporter.gate.runs import repeat_command, save_feeds, save_reference
+from exporter.gate.subgraphs import CutError
+from exporter.gate.table import GateResult, GateRow, Stage, summary_table
+from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, model_feeds
+from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.prompts import Prompts
+from exporter.passes.layer_table import TARGET_KEY, read_layer_table
+from exporter.progress import Progress
+from exporter.targets import Target, get_target
+
+RESULT = "result.json"
+_TIMESTEPS = 3
+_TABLE_WIDTH = 110
+
+
+def captured_batches(
+    captured: CalibrationSet, prompts: Prompts, timesteps: int = _TIMESTEPS
+) -> list[TransformerInputs]:
+    """Inputs of a few timesteps from the first to the last; each batch has a trajectory with and without prompt."""
+    steps = sorted(set(captured.step_index.tolist()))
+    count = min(timesteps, len(steps))
+    conditional = captured.prompt_index >= 0
+    batches = []
+    for position in range(count):
+        here = captured.step_index == steps[position * (len(steps) - 1) // max(count - 1, 1)]
+        sides = [torch.nonzero(here & side).flatten() for side in (conditional, ~conditional)]
+        rows = [side[position * len(side) // count] for side in sides if len(side)]
+        batches.append(captured.inputs(torch.stack(rows), prompts))
+    return batches
+
+
+def validate_graphs(
+    original: nn.Module,
+    quantized: nn.Module,
+    adapter: PixArtAdapter,
+    batches: Sequence[TransformerInputs],
+    exported: Path,
+    lowered: Path,
+    folder: Path,
+    target: Target,
+    progress: Progress,
+) -> tuple[GateResult, Reference]:
+    """Compare both graphs with `quantized` on `batches`; print the table and the commands that repeat it.
+
+    Everything is kept in `folder` (made if need be), the verdict also when it is a failure.
+
+    Raises:
+        FidelityError: something deviates; the message names the first linear, or else the first block.
+    """
+    folder.mkdir(exist_ok=True)
+    reference = record_reference(original, quantized, adapter, batches, progress)
+    reference.save(folder)
+    _save_model_files(reference, folder)
+    first = _compare(exported, "exported", reference, folder, target, progress)
+    second = _compare(lowered, "lowered", reference, folder, target, progress)
+    # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
+    result = GateResult(first.rows + second.rows, second.commands, _notes(lowered, target))
+    return _conclude(result, folder, progress), reference
+
+
+def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress) -> GateResult:
+    """Compare an existing output with the reference that its export kept in `folder`.
+
+    An .onnx file is itself compared. An engine cannot be looked into, so `lowered`, the graph that it was built from,
+    is compared in its place, which the result's notes say.
+
+    Raises:
+        InputError: `folder` holds no reference, or the file is no output of this exporter.
+        FidelityError: something deviates.
+    """
+    reference = Reference.load(folder)
+    is_graph = file.suffix == ".onnx"
+    path = file if is_graph else lowered
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {file.name} was built from it and is validated through it")
+    target = _target_of(path)
+    result = _compare(path, "lowered", reference, folder, target, progress)
+    notes = () if is_graph else (f"{file.name} was not run: {path}, which it was built from, was compared",)
+    return _conclude(GateResult(result.rows, result.commands, notes + _notes(path, target)), folder, progress)
+
+
+def table_text(result: GateResult) -> str:
+    """The summary table as plain text."""
+    text = io.StringIO()
+    console = Console(file=text, width=_TABLE_WIDTH, color_system=None)
+    console.print(summary_table(result))
+    for note in result.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for command in result.commands:
+        console.print(f"repeat: {command}", markup=False, highlight=False, soft_wrap=True)
+    return text.getvalue().rstrip()
+
+
+def _conclude(result: GateResult, folder: Path, progress: Progress) -> GateResult:
+    write_text_atomically(folder / RESULT, result.to_json())
+    progress.note(table_text(result))
+    failure = result.first_failure
+    if failure is not None:
+        raise FidelityError(f"{failure.sentence()}; every comparison is in {folder / RESULT}")
+    return result
+
+
+def _notes(lowered: Path, target: Target) -> tuple[str, ...]:
+    if target.engine == "onnxruntime":
+        return ()
+    return (f"{target.name}: {lowered.name}, which the engine is made of, was run in ONNX Runtime on this machine",)
+
+
+def _target_of(path: Path) -> Target:
+    names = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    if TARGET_KEY not in names:
+        raise InputError(f"{path}: carries no fp4export metadata; validate takes an output that fp4export wrote")
+    return get_target(names[TARGET_KEY])
+
+
+def _compare(
+    path: Path, stage: Stage, reference: Reference, folder: Path, target: Target, progress: Progress
+) -> GateResult:
+    """All rows of one graph, and the files and commands that repeat them."""
+    optimized = stage == "exported" or target.engine == "onnxruntime"
+    model = onnx.load(path)
+    layers = read_layer_table(model)
+    records = {record.layer: record for record in reference.linears}
+    linears_path, blocks_path = (folder / f"{kind}.{stage}.onnx" for kind in ("linears", "blocks"))
+    with progress.task(f"comparing the {stage} graph", 3) as task:
+        try:
+            linears = compare_linears(model, layers, records, stage, linears_path, optimized=optimized)
+            task.advance()
+            blocks = compare_blocks(model, reference, stage, blocks_path, optimized=optimized)
+            task.advance()
+        except CutError as error:
+            raise FidelityError(f"{path}: {error}") from error
+        end = compare_end_to_end(path, reference, stage, optimized=optimized)
+        task.advance()
+    linear_inputs, linear_outputs = (folder / f"linears.{stage}.{what}.json" for what in ("inputs", "reference"))
+    save_feeds([linear_feeds(layers, records)], linear_inputs)
+    save_reference([linears.expected], linear_outputs)
+    model_inputs, model_outputs = folder / "model.inputs.json", folder / "model.reference.json"
+    limits = {name: limit for name, limit in block_thresholds(model, reference).items() if limit != EXACT_DB}
+    commands = (
+        repeat_command(
+            linears_path, linear_inputs, linear_outputs, linears.relaxed, default_db=LINEAR_DB, optimized=optimized
+        ),
+        repeat_command(blocks_path, model_inputs, model_outputs, limits, default_db=EXACT_DB, optimized=optimized),
+        repeat_command(
+            path, model_inputs, model_outputs, {}, default_db=reference.end_to_end_threshold, optimized=optimized
+        ),
+    )
+    rows: tuple[GateRow, ...] = (*linears.rows, *blocks, end)
+    return GateResult(rows, commands)
+
+
+def _save_model_files(reference: Reference, folder: Path) -> None:
+    """Inputs and outputs of the cut between blocks and of the whole model, which reads and gives some of them."""
+    save_feeds(model_feeds(reference), folder / "model.inputs.json")
+    save_reference([dict(model.boundaries) for model in reference.models], folder / "model.reference.json")

@@ -1,0 +1,65 @@
+"""The work folder: finished stages kept beside the output, each under the hash of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.files import atomic_path, sha256_of, write_text_atomically
+
+
+def key_of(**parts: object) -> str:
+    """Hash of everything a stage depends on; the parts must be JSON values."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class WorkDir:
+    """A folder of sealed files.
+
+    Beside a sealed file `NAME` stands `NAME.seal`: JSON with the stage's key and the file's SHA-256. `fresh` makes
+    every stage run again.
+    """
+
+    path: Path
+    fresh: bool = False
+
+    @classmethod
+    def open(cls, path: Path, *, fresh: bool = False) -> WorkDir:
+        """Create the folder if need be; raises `OSError` where that cannot be done."""
+        path.mkdir(exist_ok=True)
+        return cls(path, fresh)
+
+    def file(self, name: str) -> Path:
+        """Path of `name` in the folder."""
+        return self.path / name
+
+    def obtain(self, name: str, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
+        """Path of `name` made under `key`, and whether it was reused.
+
+        An earlier file is reused when its seal carries the same key and the file's checksum still holds; else
+        `make(temporary_path)` writes it anew.
+        """
+        path = self.file(name)
+        if not self.fresh and self._sealed_under(path, key):
+            return path, True
+        with atomic_path(path) as temporary:
+            make(temporary)
+        seal = {"key": key, "sha256": sha256_of(path)}
+        write_text_atomically(self._seal(path), json.dumps(seal, indent=1) + "\n")
+        return path, False
+
+    @staticmethod
+    def _seal(path: Path) -> Path:
+        return path.with_name(path.name + ".seal")
+
+    def _sealed_under(self, path: Path, key: str) -> bool:
+        try:
+            seal = json.loads(self._seal(path).read_text(encoding="utf-8"))
+            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == sha256_of(path)
+        except (OSError, ValueError):
+            return False

@@ -1,0 +1,192 @@
+"""Calibration: deterministic, leaves the model alone, and learned rounding beats rounding to nearest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporter.calibration.calibrate import calibrate
+from exporter.calibration.capture import CalibrationSet
+from exporter.models.pixart import PixArtAdapter
+from exporter.models.prompts import Prompts
+from exporter.plan import Plan
+from exporter.progress import NullProgress
+from exporter.quantize import CalibrationResult, quantize_model
+from exporter.recipe import MethodSection
+from plugins.formats import get_format
+
+RTN = MethodSection(name="rtn")
+LEARNED = MethodSection(iterations=60, batch_size=8, learning_rate=0.02)
+
+Planner = Callable[..., Plan]
+Calibrator = Callable[..., CalibrationResult]
+
+
+@pytest.fixture
+def run(model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts) -> Calibrator:
+    def calibrated(plan: Plan, method: MethodSection, seed: int = 0) -> CalibrationResult:
+        return calibrate(model, adapter, plan, captured, prompts, method, seed, NullProgress())
+
+    return calibrated
+
+
+def _noise_error(
+    model: nn.Module,
+    quantized: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+) -> float:
+    inputs = captured.inputs(torch.arange(len(captured)), prompts)
+    with torch.no_grad():
+        predictions = [partial(adapter.predict_noise, network)(inputs) for network in (model, quantized)]
+    return float((predictions[0] - predictions[1]).square().mean())
+
+
+def _same(a: CalibrationResult, b: CalibrationResult) -> bool:
+    return all(
+        torch.equal(a.weights[name].codes, b.weights[name].codes)
+        and torch.equal(a.weights[name].scales, b.weights[name].scales)
+        for name in a.weights
+    )
+
+
+def test_two_runs_with_one_seed_give_the_same_bytes_and_another_seed_others(run: Calibrator, plan_for: Planner) -> None:
+    plan = plan_for()
+    first = run(plan, LEARNED)
+    assert _same(first, run(plan, LEARNED))
+    assert not _same(first, run(plan, LEARNED, seed=1))
+
+
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_learned_rounding_beats_rounding_to_nearest_block_by_block_and_at_the_output(
+    run: Calibrator,
+    plan_for: Planner,
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+    quantize_activations: bool,
+) -> None:
+    plan = plan_for(activation="e2m3" if quantize_activations else "none")
+    nearest = run(plan, RTN)
+    learned = run(plan, LEARNED.model_copy(update={"quantize_activations": quantize_activations}))
+    assert nearest.blocks == ()
+    assert [block.name for block in learned.blocks] == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert all(0 < block.error_calibrated < 0.95 * block.error_rtn < 0.2 for block in learned.blocks)
+    errors = [
+        _noise_error(model, quantize_model(model, plan, result.weights), adapter, captured, prompts)
+        for result in (nearest, learned)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_learned_codes_are_neighbours_of_the_weight_on_the_scales_of_rounding_to_nearest(
+    run: Calibrator, plan_for: Planner, model: nn.Module
+) -> None:
+    plan, fmt = plan_for(), get_format("e2m1")
+    nearest, learned = run(plan, RTN), run(plan, LEARNED)
+    changed = 0
+    for name, weight in learned.weights.items():
+        original = model.get_submodule(name).weight
+        assert torch.equal(weight.scales, nearest.weights[name].scales)
+        expanded = weight.scales.repeat_interleave(original.shape[1] // weight.scales.shape[1], dim=1)
+        # 2 is the widest gap between neighbours of E2M1.
+        inside = original.abs() <= fmt.max * expanded
+        assert bool(((weight.dequantize(fmt) - original).abs() <= 2.0 * expanded)[inside].all())
+        changed += int((weight.codes != nearest.weights[name].codes).sum())
+    assert changed > 100
+
+
+def test_the_original_model_stays_as_it_was(run: Calibrator, plan_for: Planner, model: nn.Module) -> None:
+    before = copy.deepcopy(model.state_dict())
+    run(plan_for(), LEARNED)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_layers_before_and_after_the_blocks_are_learned_on_their_own(run: Calibrator, plan_for: Planner) -> None:
+    plan = plan_for("caption_projection", "transformer_blocks.1", "proj_out", group_size=0)
+    names = [block.name for block in run(plan, LEARNED).blocks]
+    assert names == ["caption_projection.linear_1", "caption_projection.linear_2", "transformer_blocks.1", "proj_out"]
+
+
+@pytest.mark.parametrize(("factor", "different"), [(1024.0, 0.0), (2.0**-10, 0.0), (1000.0, 0.1)])
+def test_a_layer_in_another_unit_gets_the_same_codes(
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+    plan_for: Planner,
+    factor: float,
+    different: float,
+) -> None:
+    """proj_out is linear in its weight and nothing follows it, so only the unit of its output changes."""
+    plan = plan_for("proj_out", group_size=0, activation="none")
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled.proj_out.weight.mul_(factor)
+        scaled.proj_out.bias.mul_(factor)
+    codes = [
+        calibrate(network, adapter, plan, captured, prompts, LEARNED, 0, NullProgress()).weights["proj_out"].codes
+        for network in (model, scaled)
+    ]
+    # With a factor that is no power of two some scales, and so some codes, round differently.
+    assert float((codes[0] != codes[1]).float().mean()) <= different
+
+
+def test_rounding_to_nearest_stays_where_learning_does_worse(run: Calibrator, plan_for: Planner) -> None:
+    plan = plan_for("transformer_blocks.0")
+    hopeless = LEARNED.model_copy(update={"iterations": 3, "learning_rate": 50.0, "warmup": 0.0})
+    result = run(plan, hopeless)
+    assert result.blocks[0].error_calibrated == result.blocks[0].error_rtn > 0
+    assert _same(result, run(plan, RTN))
+
+
+def test_searched_scales_help_at_the_output(
+    run: Calibrator,
+    plan_for: Planner,
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+) -> None:
+    plan = plan_for(activation="none")
+    errors = [
+        _noise_error(
+            model,
+            quantize_model(model, plan, run(plan, RTN.model_copy(update={"scale_search": search})).weights),
+            adapter,
+            captured,
+            prompts,
+        )
+        for search in ("absmax", "mse")
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_a_block_that_rounds_without_error_is_left_alone(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
+) -> None:
+    plan = plan_for("transformer_blocks.0", group_size=0, activation="none")
+    exact = copy.deepcopy(model)
+    values = torch.from_numpy(get_format("e2m1").values.copy())
+    for layer in plan.layers:
+        weight: Tensor = exact.get_submodule(layer.name).weight
+        codes = torch.randint(0, 16, weight.shape, generator=torch.Generator().manual_seed(1))
+        codes[:, 0] = 7  # every row holds the largest value, so its scale is 1/16
+        with torch.no_grad():
+            weight.copy_(values[codes] / 16)
+    method = LEARNED.model_copy(update={"scale_search": "absmax"})
+    plan = replace(plan, layers=tuple(replace(layer, scales="channel") for layer in plan.layers))
+    result = calibrate(exact, adapter, plan, captured, prompts, method, 0, NullProgress())
+    assert result.blocks[0].error_rtn == result.blocks[0].error_calibrated == 0.0

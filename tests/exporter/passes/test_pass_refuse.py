@@ -1,0 +1,57 @@
+"""Nothing that the target cannot run gets past the last pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from exporter.errors import InputError
+from exporter.passes import WAIST_PASSES, lowering_passes, refuse_unsupported, run_passes
+from exporter.targets import TARGETS
+from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, one_linear, op_types
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx-sm86"])
+def test_layer_that_was_not_lowered_is_named(target: str) -> None:
+    with pytest.raises(InputError, match=rf"blocks\.7\.fc: target {target} cannot run"):
+        run_passes(one_linear(make_weight("blocks.7.fc")), (refuse_unsupported,), TARGETS[target])
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx-sm86"])
+def test_layer_that_could_not_be_fused_is_named(target: str) -> None:
+    waist = WaistGraph()
+    y = waist.linear("x", make_weight("blocks.7.fc"))
+    largest = waist.node("ReduceMax", "blocks.7.fc/w", output="largest", keepdims=0)
+    model, _ = run_passes(waist.model(waist.node("Add", y, largest, output="y")), WAIST_PASSES, TARGETS[target])
+    with pytest.raises(InputError, match=r"blocks\.7\.fc.*weight: none"):
+        run_passes(model, lowering_passes(TARGETS[target]), TARGETS[target])
+
+
+def test_boundary_marker_that_was_not_removed_is_named() -> None:
+    waist = WaistGraph()
+    model = waist.model(waist.node("Neg", waist.boundary("x", "blocks.0.input", "m"), output="y"))
+    with pytest.raises(InputError, match=r"blocks\.0\.input"):
+        run_passes(model, (refuse_unsupported,), TARGETS["cpu"])
+
+
+def test_operator_that_tensorrt_does_not_parse_is_named() -> None:
+    waist = WaistGraph()
+    model = waist.model(waist.node("Det", "x", output="y"), x_shape=("batch", 64), rank=1)
+    assert op_types(run_passes(model, (refuse_unsupported,), TARGETS["cpu"])[0]) == ["Det"]
+    with pytest.raises(InputError, match=r"node 'y_node': target rtx-sm89 cannot run operator Det"):
+        run_passes(model, (refuse_unsupported,), TARGETS["rtx-sm89"])
+
+
+def test_operator_of_another_domain_is_named() -> None:
+    waist = WaistGraph()
+    model = waist.model(waist.node("Gelu", "x", output="y", domain="com.microsoft"))
+    model.opset_import.add(domain="com.microsoft", version=1)
+    with pytest.raises(InputError, match=r"com\.microsoft::Gelu"):
+        run_passes(model, (refuse_unsupported,), TARGETS["cpu"])
+
+
+def test_plain_graph_passes() -> None:
+    waist = WaistGraph()
+    _, (result,) = run_passes(
+        waist.model(waist.node("Abs", "x", output="y")), (refuse_unsupported,), TARGETS["rtx-sm120"]
+    )
+    assert result.changed == 0

@@ -1,0 +1,83 @@
+"""Containers: which one a layer gets on which target, and refusals that say what works."""
+
+import numpy as np
+import pytest
+
+from exporter.container_choice import choose_container, scale_multipliers
+from exporter.errors import InputError
+from exporter.presets import PRESETS, LayerScheme
+from exporter.targets import TARGETS
+from plugins.containers import CONTAINERS
+from plugins.formats import get_format
+
+W4A6, W4A8, W8A8, W4A16 = (PRESETS[name] for name in ("w4a6", "w4a8", "w8a8", "w4a16"))
+GROUPED = LayerScheme("e2m1", 128, "group", "e2m3")
+INT4_ONLY = LayerScheme("e1m2", 64, "group", "none")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "container"),
+    [
+        (W4A6, "cpu", "int8"),
+        (W4A6, "rtx-sm75", "int8"),
+        (W4A6, "rtx-sm120", "int8"),
+        (W4A6, "orin", "int8"),
+        (W4A8, "cpu", "fp32"),
+        (W4A8, "rtx-sm89", "fp8"),
+        (W4A8, "h200", "fp8"),
+        (W8A8, "rtx-sm89", "fp8"),
+        (W4A16, "cpu", "fp32"),
+        (W4A16, "rtx-sm86", "int8"),
+        (GROUPED, "cpu", "fp32"),
+        (INT4_ONLY, "rtx-sm80", "int4"),
+        (LayerScheme("e3m0", 0, "channel", "e2m3"), "rtx-sm86", "int8"),
+        (LayerScheme("e2m1", 0, "channel", "e3m2"), "rtx-sm89", "fp8"),
+        (LayerScheme("int8", 0, "channel", "int8"), "cpu", "int8"),
+        (LayerScheme("int4", 128, "foldable", "int6"), "rtx-sm75", "int8"),
+    ],
+)
+def test_the_container(scheme: LayerScheme, target: str, container: str) -> None:
+    assert choose_container("layer", scheme, 1152, TARGETS[target]) == container
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "message", "works"),
+    [
+        (W4A8, "rtx-sm86", "e4m3 values do not fit int8", "rtx-sm89"),
+        (W8A8, "orin", "e4m3 values do not fit int8", "h100"),
+        (GROUPED, "rtx-sm89", "use `scales: foldable`", "cpu"),
+        (INT4_ONLY, "rtx-sm75", "group scales need e1m2 or int4 weights and an INT4 engine", "rtx-sm80"),
+        (LayerScheme("e2m1", 0, "channel", "e3m4"), "rtx-sm120", "e3m4 values do not fit int8 or fp8", "cpu"),
+        (LayerScheme("int8", 0, "channel", "e4m3"), "rtx-sm89", "do not fit the same one of int8, fp8", "cpu"),
+    ],
+)
+def test_a_refusal_names_the_layer_the_reason_and_targets_that_work(
+    scheme: LayerScheme, target: str, message: str, works: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        choose_container("blocks.3.to_q", scheme, 1152, TARGETS[target])
+    assert f"blocks.3.to_q: target {target} cannot run" in str(caught.value)
+    assert works in str(caught.value).rpartition("targets that can:")[2]
+
+
+def test_sums_too_long_for_the_accumulator_do_not_use_integers() -> None:
+    assert choose_container("layer", W4A6, 2**20, TARGETS["cpu"]) == "fp32"
+
+
+@pytest.mark.parametrize("container", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["e2m1", "e1m2", "int4"])
+def test_folded_weights_are_exact_in_the_container(name: str, container: str) -> None:
+    allowed = scale_multipliers(LayerScheme(name, 128, "foldable", "e2m3"), container)
+    assert len(allowed) > 3
+    fmt = get_format(name)
+    numerators = fmt.values[fmt.valid].astype(np.float64) / fmt.step
+    # A power of two for the whole tensor goes into the row's scale.
+    unit = 1.0 if container == "int8" else CONTAINERS["fp8"].smallest
+    for multiplier in allowed:
+        folded = numerators * multiplier * unit
+        assert np.array_equal(folded.astype(CONTAINERS[container].dtype).astype(np.float64), folded), multiplier
+
+
+def test_other_scales_have_no_multipliers() -> None:
+    assert scale_multipliers(GROUPED, "fp32") == (1,)
+    assert scale_multipliers(LayerScheme("e3m0", 128, "foldable", "e2m3"), "int8") == (1,)

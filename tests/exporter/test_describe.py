@@ -1,0 +1,103 @@
+"""The dry run: the whole plan from a config alone, and nothing written."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from exporter.describe import Description, describe, print_description
+from exporter.errors import InputError
+from exporter.recipe import load_recipe
+
+# PixArt's own widths, two blocks.
+PIXART = {
+    "_class_name": "PixArtTransformer2DModel",
+    "_diffusers_version": "0.22.0",
+    "attention_head_dim": 72,
+    "caption_channels": 4096,
+    "cross_attention_dim": 1152,
+    "in_channels": 4,
+    "num_attention_heads": 16,
+    "num_layers": 2,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 64,
+    "use_linear_projection": False,
+}
+LINEARS_PER_BLOCK = 10
+
+
+@pytest.fixture
+def config_only(tmp_path: Path) -> Path:
+    """A pipeline's directory that holds a config and no weights."""
+    folder = tmp_path / "model"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(PIXART))
+    return folder
+
+
+def printed(description: Description) -> str:
+    """What the command would print."""
+    stream = io.StringIO()
+    print_description(description, Console(file=stream, width=160))
+    return stream.getvalue()
+
+
+def described(recipe: str, weights: Path, output: Path, *overrides: str, **fields: Any) -> Description:
+    """The description of a recipe with other weights."""
+    return describe(load_recipe(recipe, [f"model.weights={weights}", *overrides], **fields), output)
+
+
+@pytest.mark.parametrize("recipe", ["pixart_alpha_w4a6", "pixart_sigma_w4a6"])
+@pytest.mark.parametrize("target", ["cpu", "rtx-sm86", "rtx-sm89", "rtx-sm120", "orin", "h100", "b200"])
+def test_the_published_recipes_plan_on_every_kind_of_target(recipe: str, target: str, config_only: Path) -> None:
+    output = config_only.parent / ("out.onnx" if target == "cpu" else "out.plan")
+    description = described(recipe, config_only, output, target=target)
+    layers = description.plan.layers
+    assert len(layers) == 2 * LINEARS_PER_BLOCK
+    assert {layer.container for layer in layers} == {"int8"}
+    assert {layer.weight_format for layer in layers if layer.name.endswith("ff.net.0.proj")} == {"e3m0"}
+    base = "e2m1" if "alpha" in recipe else "e1m2"
+    assert {layer.weight_format for layer in layers if not layer.name.endswith("ff.net.0.proj")} == {base}
+
+
+def test_everything_is_printed_and_nothing_written(config_only: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    description = described("pixart_alpha_w4a6", config_only, tmp_path / "absent" / "out.onnx")
+    text = printed(description)
+    for layer in description.plan.layers:
+        assert layer.name in text
+    for fact in (
+        "cpu (auto: .onnx runs in ONNX Runtime)",
+        "1152 x 4608",
+        "foldable",
+        "e2m3",
+        "int8",
+        "caption_projection.linear_1",
+        "in FP32",
+        "warning: ",
+        "holds no safetensors, only a config",
+        "mkdir -p",
+        "pixart_alpha_prompts.safetensors does not exist",
+    ):
+        assert fact in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sizes_add_up(config_only: Path, tmp_path: Path) -> None:
+    plan = described("pixart_alpha_w4a6", config_only, tmp_path / "out.onnx").plan
+    kept = sum(count for _, count in plan.high_precision) * 4
+    assert plan.fp32_bytes == kept + sum(layer.fp32_bytes for layer in plan.layers)
+    assert 0.125 < (plan.expected_bytes - kept) / (plan.fp32_bytes - kept) < 0.14
+
+
+def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Path) -> None:
+    file = config_only / "transformer" / "config.json"
+    file.write_text(json.dumps({**PIXART, "_class_name": "UNet2DModel"}))
+    with pytest.raises(InputError, match=r"config\.json: _class_name is 'UNet2DModel'.*supported: pixart"):
+        described("pixart_alpha_w4a6", config_only, tmp_path / "out.onnx")

@@ -1,0 +1,148 @@
+"""The plan: which layer gets what, and what makes a plan impossible."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.errors import InputError
+from exporter.plan import LayerPlan, LinearShape, ModelShapes, Plan, plan_layers
+from exporter.recipe import Recipe
+from exporter.targets import TARGETS
+
+HIGH_PRECISION = ("embed.*", "proj_out")
+LINEARS = {
+    "embed.linear": LinearShape(256, 64, True),
+    "blocks.0.attn.to_q": LinearShape(256, 256, True),
+    "blocks.0.ff.net.0.proj": LinearShape(1024, 256, False),
+    "blocks.1.attn.to_q": LinearShape(256, 256, True),
+    "blocks.1.ff.net.0.proj": LinearShape(1024, 256, False),
+    "proj_out": LinearShape(4, 256, True),
+}
+SHAPES = ModelShapes(LINEARS, {"patch.proj": 100, "table": 512})
+
+
+def planned(shapes: ModelShapes = SHAPES, target: str = "cpu", **fields: Any) -> Plan:
+    """The plan of a recipe with these fields."""
+    data = {"model": {"weights": "w"}, "calibration": {"prompts": "p"}, **fields}
+    return plan_layers(Recipe.model_validate(data), shapes, HIGH_PRECISION, TARGETS[target])
+
+
+def test_the_preset_covers_every_linear_layer_that_the_family_quantizes() -> None:
+    plan = planned(preset="w4a6")
+    assert [layer.name for layer in plan.layers] == [name for name in LINEARS if name.startswith("blocks")]
+    assert plan.layer("blocks.0.ff.net.0.proj") == LayerPlan(
+        name="blocks.0.ff.net.0.proj",
+        out_features=1024,
+        in_features=256,
+        has_bias=False,
+        weight_format="e2m1",
+        activation_format="e2m3",
+        group_size=128,
+        scales="foldable",
+        container="int8",
+    )
+    assert dict(plan.high_precision) == {
+        "patch.proj": 100,
+        "table": 512,
+        "embed.linear": 256 * 65,
+        "proj_out": 4 * 257,
+    }
+
+
+def test_the_first_matching_rule_wins_and_inherits_from_the_preset() -> None:
+    plan = planned(
+        preset="w4a6",
+        layers=[
+            {"match": "blocks.0.*", "weight": "none"},
+            {"match": "*.ff.net.0.proj", "weight": "e3m0", "scales": "channel"},
+        ],
+    )
+    assert [layer.name for layer in plan.layers] == ["blocks.1.attn.to_q", "blocks.1.ff.net.0.proj"]
+    assert [layer.weight_format for layer in plan.layers] == ["e2m1", "e3m0"]
+    assert [layer.activation_format for layer in plan.layers] == ["e2m3", "e2m3"]
+    assert [layer.groups for layer in plan.layers] == [2, 1]
+    assert "blocks.0.attn.to_q" in dict(plan.high_precision)
+
+
+def test_a_rule_can_quantize_what_the_family_keeps() -> None:
+    plan = planned(preset="w4a6", layers=[{"match": "proj_out", "weight": "int8", "scales": "channel"}])
+    assert plan.layer("proj_out").weight_format == "int8"
+
+
+def test_without_a_preset_only_rules_quantize() -> None:
+    plan = planned(layers=[{"match": "*.to_q", "weight": "e2m1", "scales": "channel"}])
+    assert [layer.name for layer in plan.layers] == ["blocks.0.attn.to_q", "blocks.1.attn.to_q"]
+    assert plan.layers[0].activation_format == "none"
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            [{"match": "*.attn.to_k"}],
+            r"layers\[0\]\.match: '\*\.attn\.to_k' matches no layer; did you mean '\*\.attn\.to_q'",
+        ),
+        (
+            [{"match": "blocks.*"}, {"match": "*.to_q"}],
+            r"layers\[1\]\.match: .* matches only layers that earlier rules",
+        ),
+        ([{"match": "patch.*"}], "only linear layers are quantized: patch.proj"),
+        ([{"match": "*", "weight": "none"}], "every layer stays in high precision"),
+        (
+            [{"match": "embed.*"}],
+            "embed.linear: group 128 does not divide its 64 input features; nearest that does: 64",
+        ),
+        (
+            [{"match": "*.to_q", "group": 100}],
+            "group 100 does not divide its 256 input features; nearest that does: 128",
+        ),
+        (
+            [{"match": "*.to_q", "weight": "e3m0"}],
+            "e3m0 leaves no room for folding group scales; use `scales: channel`",
+        ),
+        ([{"match": "*.to_q", "weight": "int8"}], "int8 leaves no room"),
+    ],
+)
+def test_rules_that_cannot_work(layers: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        planned(preset="w4a6", layers=layers)
+    assert str(caught.value).startswith("recipe: ")
+
+
+def test_a_preset_s_group_that_does_not_divide_shows_the_rule_that_helps() -> None:
+    shapes = ModelShapes({"blocks.0.to_q": LinearShape(96, 96, True)}, {})
+    with pytest.raises(InputError, match=r"preset w4a6: blocks\.0\.to_q: .*\{match: blocks\.\*, group: 96\}"):
+        planned(shapes, preset="w4a6")
+    assert planned(shapes, preset="w4a6", layers=[{"match": "blocks.*", "group": 96}]).layers[0].groups == 1
+
+
+def test_a_refusal_of_the_target_names_recipe_and_layer() -> None:
+    with pytest.raises(InputError, match=r"recipe: preset w4a8: blocks\.0\.attn\.to_q: target rtx-sm86 cannot run"):
+        planned(preset="w4a8", target="rtx-sm86")
+
+
+def test_the_expected_size_counts_codes_scales_multipliers_and_the_rest() -> None:
+    one = ModelShapes({"blocks.0.to_q": LinearShape(256, 256, True)}, {"norm": 10})
+    rest = 256 * 4 + 10 * 4
+    assert planned(one, preset="w4a6").fp32_bytes == (256 * 257 + 10) * 4
+    assert planned(one, preset="w4a6").expected_bytes == 256 * 128 + 256 * 2 + 256 * 4 + rest
+    channel = [{"match": "*", "weight": "e2m3", "group": 0}]
+    assert planned(one, preset="w4a6", layers=channel).expected_bytes == 256 * 192 + 256 * 4 + rest
+    group = [{"match": "*", "scales": "group"}]
+    assert planned(one, preset="w4a6", layers=group).expected_bytes == 256 * 128 + 256 * 2 * 4 + rest
+    assert planned(one, preset="w4a6", target="rtx-sm89").expected_bytes == 256 * 256 + 256 * 4 + rest
+
+
+def test_multipliers_fit_the_container() -> None:
+    assert planned(preset="w4a6").layers[0].multipliers == tuple(range(1, 11))
+    assert 7 not in planned(preset="w4a8", target="rtx-sm89").layers[0].multipliers
+    assert planned(preset="w8a8").layers[0].multipliers == (1,)
+
+
+def test_a_plan_has_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, exporter.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,0 +1,43 @@
+"""Presets, and how a rule's gaps are filled from one."""
+
+from typing import Any
+
+import pytest
+
+from exporter import recipe
+from exporter.presets import PRESETS, LayerScheme, resolve_rule
+from exporter.recipe import LayerRule
+from plugins.formats import ACTIVATION_FORMATS, FORMATS, WEIGHT_FORMATS
+
+
+def test_every_preset_of_the_recipe_exists_and_does_what_its_name_says() -> None:
+    assert set(PRESETS) == set(recipe.PRESETS)
+    for name, scheme in PRESETS.items():
+        weight_bits, activation_bits = name.removeprefix("w").split("a")
+        assert scheme.weight_format in WEIGHT_FORMATS
+        assert FORMATS[scheme.weight_format].bits == int(weight_bits)
+        if scheme.activation_format == "none":
+            assert activation_bits == "16"
+        else:
+            assert scheme.activation_format in ACTIVATION_FORMATS
+            assert FORMATS[scheme.activation_format].bits == int(activation_bits)
+
+
+@pytest.mark.parametrize(
+    ("rule", "preset", "scheme"),
+    [
+        ({}, "w4a6", LayerScheme("e2m1", 128, "foldable", "e2m3")),
+        ({"weight": "e1m2"}, "w4a6", LayerScheme("e1m2", 128, "foldable", "e2m3")),
+        ({"weight": "e3m0", "scales": "channel"}, "w4a6", LayerScheme("e3m0", 0, "channel", "e2m3")),
+        ({"group": 0}, "w4a6", LayerScheme("e2m1", 0, "channel", "e2m3")),
+        ({"group": 64}, "w4a6", LayerScheme("e2m1", 64, "foldable", "e2m3")),
+        ({"scales": "group"}, "w4a6", LayerScheme("e2m1", 128, "group", "e2m3")),
+        ({"weight": "e2m1", "group": 64}, "w8a8", LayerScheme("e2m1", 64, "foldable", "e4m3")),
+        ({"weight": "e2m1", "scales": "foldable"}, "w8a8", LayerScheme("e2m1", 128, "foldable", "e4m3")),
+        ({"activation": "none"}, "w4a8", LayerScheme("e2m1", 128, "foldable", "none")),
+        ({"weight": "int8", "scales": "channel"}, None, LayerScheme("int8", 0, "channel", "none")),
+        ({"weight": "none"}, "w4a6", None),
+    ],
+)
+def test_a_rule_s_gaps_come_from_the_preset(rule: dict[str, Any], preset: Any, scheme: LayerScheme | None) -> None:
+    assert resolve_rule(LayerRule(match="*", **rule), preset) == scheme

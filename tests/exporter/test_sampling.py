@@ -1,0 +1,121 @@
+"""The sampler: guidance, seeds that do not depend on the batch, schedulers and their configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from exporter.errors import InputError
+from exporter.models.pixart import TransformerInputs
+from exporter.models.prompts import Prompts
+from exporter.recipe import SCHEDULERS as RECIPE_SCHEDULERS
+from exporter.sampling import SCHEDULERS, DenoiserCall, make_scheduler, sample
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture
+def prompts() -> Prompts:
+    """Prompt p says p + 1 everywhere, the negative prompt 0."""
+    says = torch.arange(1.0, 5.0)[:, None, None].expand(4, 3, 2).clone()
+    return Prompts(says, torch.ones(4, 3), torch.zeros(1, 3, 2), torch.ones(1, 3))
+
+
+def denoiser(inputs: TransformerInputs) -> Tensor:
+    """The exact noise of data that is the prompt's constant everywhere, under PixArt's schedule."""
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[inputs.timestep.long()][:, None, None, None]
+    data = inputs.encoder_hidden_states[:, 0, 0][:, None, None, None]
+    return (inputs.hidden_states - alphas.sqrt() * data) / (1 - alphas).sqrt()
+
+
+def _sample(
+    prompts: Prompts, indices: list[int], scheduler: str = "DPMSolverMultistepScheduler", **options: object
+) -> Tensor:
+    settings: dict[str, object] = {"steps": 10, "guidance": 1.0, "seed": 0, "latent_shape": SHAPE, **options}
+    return sample(denoiser, prompts, torch.tensor(indices), make_scheduler(scheduler, None), **settings)  # type: ignore[arg-type]
+
+
+def test_recipes_offer_the_schedulers_that_exist_here() -> None:
+    assert set(SCHEDULERS) == set(RECIPE_SCHEDULERS)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_each_scheduler_leads_to_the_data_that_the_denoiser_knows(prompts: Prompts, scheduler: str) -> None:
+    result = _sample(prompts, [0, 2, 3], scheduler, steps=20)
+    expected = torch.tensor([1.0, 3.0, 4.0])[:, None, None, None].expand_as(result)
+    torch.testing.assert_close(result, expected, atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_samples_do_not_depend_on_the_batch(prompts: Prompts, scheduler: str) -> None:
+    together = _sample(prompts, [0, 1, 2, 3, 0], scheduler, guidance=2.0)
+    apart = _sample(prompts, [0, 1, 2, 3, 0], scheduler, guidance=2.0, batch_size=2)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    assert bool(together.isfinite().all())
+
+
+def test_the_seed_decides_the_samples(prompts: Prompts) -> None:
+    calls: list[DenoiserCall] = []
+    first = _sample(prompts, [0, 0], record=calls.append)
+    assert torch.equal(first, _sample(prompts, [0, 0]))
+    start = calls[0].inputs.hidden_states
+    assert not torch.equal(start[0], start[1])
+    shifted: list[DenoiserCall] = []
+    _sample(prompts, [0], seed=1, record=shifted.append)
+    assert torch.equal(shifted[0].inputs.hidden_states[0], start[1])
+
+
+def test_guidance_goes_from_the_negative_prompt_through_the_prompt_and_past_it(prompts: Prompts) -> None:
+    result = _sample(prompts, [1], guidance=3.0, steps=20)
+    torch.testing.assert_close(result, torch.full_like(result, 3.0 * 2.0), atol=0.3, rtol=0.05)
+
+
+def test_guidance_calls_negative_prompts_first_and_guidance_1_leaves_them_out(prompts: Prompts) -> None:
+    calls: list[DenoiserCall] = []
+    _sample(prompts, [1, 3], guidance=3.0, record=calls.append)
+    assert [call.step for call in calls] == list(range(10))
+    assert calls[0].prompts.tolist() == [-1, -1, 1, 3]
+    assert calls[0].samples.tolist() == [0, 1, 0, 1]
+    assert calls[0].inputs.encoder_hidden_states[:, 0, 0].tolist() == [0.0, 0.0, 2.0, 4.0]
+    assert torch.equal(calls[0].inputs.hidden_states[:2], calls[0].inputs.hidden_states[2:])
+    assert calls[0].inputs.timestep.dtype == torch.float32
+    calls.clear()
+    _sample(prompts, [1, 3], record=calls.append)
+    assert calls[0].prompts.tolist() == [1, 3]
+
+
+def test_the_checkpoints_noise_schedule_is_used_with_any_scheduler(tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    config = {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.05, "solver_order": 3, "unheard_of": 1}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    (tmp_path / "transformer").mkdir()
+    for folder in (tmp_path, tmp_path / "transformer"):
+        assert make_scheduler("DDIMScheduler", folder).config["beta_end"] == 0.05
+    assert make_scheduler("DPMSolverMultistepScheduler", tmp_path).config["solver_order"] == 3
+    assert make_scheduler("DDIMScheduler", tmp_path / "scheduler" / "nowhere").config["beta_end"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "a JSON object"),
+        ('{"prediction_type": "v_prediction"}', "only models that predict the noise"),
+        ('{"beta_schedule": "parabolic"}', "does not configure a DDIMScheduler"),
+        ('{"num_train_timesteps": "many"}', "does not configure a DDIMScheduler"),
+    ],
+)
+def test_broken_scheduler_configs_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        make_scheduler("DDIMScheduler", tmp_path)
+
+
+def test_unknown_schedulers_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(InputError, match="did you mean 'DDIMScheduler'"):
+        make_scheduler("DDIMSheduler", None)
