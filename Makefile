@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait give their core away: on a shared machine spinning ones slow everything down.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test clean
 

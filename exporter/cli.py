@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -184,6 +185,8 @@ def _print_result(result: ExportResult) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: the process's own) and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Before torch loads: threads that spin while they wait slow everything down on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in words
     try:
         return _run(words)

@@ -12,13 +12,12 @@ from pathlib import Path
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import open_job
+from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import Recipe
-from exporter.results import work_folder_of, write_results
+from exporter.results import write_results
 from exporter.source import load_source
 from exporter.stages import (
-    GATE_FOLDER,
-    LOWERED,
     build,
     calibrated_weights,
     captured_inputs,
@@ -79,5 +78,7 @@ def validate_output(output: str | Path, progress: Progress | None = None) -> Gat
     Raises `InputError` where there is no reference, `FidelityError` where the output deviates from it.
     """
     path = Path(output)
-    work = work_folder_of(path)
-    return validate_again(path, work / GATE_FOLDER, work / f"{LOWERED}.onnx", progress or NullProgress())
+    origin = Origin.load(path)
+    return validate_again(
+        path, origin.gate, origin.graph, progress or NullProgress(), built_sha256=origin.output_sha256
+    )

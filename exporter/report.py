@@ -34,8 +34,8 @@ class Tile:
 class Report:
     """What the report shows; parts that were skipped are None or empty.
 
-    `parts` are named sizes in bytes; `high_precision` modules with their parameter counts; `recipe` the resolved
-    recipe as YAML.
+    `parts` are named sizes in bytes (if empty, the original and the output are shown); `high_precision` modules with
+    their parameter counts; `recipe` the resolved recipe as YAML.
     """
 
     title: str
@@ -141,11 +141,11 @@ def decibels(value: float) -> str:
 
 def file_size(count: float) -> str:
     """Bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if count < _KILO:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= _KILO
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 def duration(seconds: float) -> str:

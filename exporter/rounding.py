@@ -66,12 +66,12 @@ def _round_to_power_of_two(x: Tensor, fmt: Format) -> Tensor:
 def quantize_online(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Quantize every token (last axis) of `x` with its own scale: (values on the unit grid [..., K], scales [..., 1]).
 
-    scale = max(amax, TINY) / fmt.max, values = round(x / scale), both true float32 divisions.
+    scale = max(amax, TINY) / fmt.max, values = round(x / scale), both true float32 divisions; every zero is +0.
     """
     amax = x.abs().amax(dim=-1, keepdim=True).clamp_(min=TINY)
     # A tensor divisor: CUDA multiplies by the reciprocal of a Python number, which is not the same float.
     scales = amax / torch.full_like(amax, fmt.max)
-    return round_to_format(x / scales, fmt), scales
+    return round_to_format(x / scales, fmt).add_(0.0), scales
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -73,6 +73,8 @@ class OnnxSession:
         model = source if isinstance(source, onnx.ModelProto) else read_model(Path(source), external_data=False)
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        # Idle threads would spin on the cores that torch computes on between two runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)

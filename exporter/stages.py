@@ -17,6 +17,7 @@ from exporter.errors import InputError
 from exporter.files import atomic_path
 from exporter.gate.table import GateResult
 from exporter.job import Job
+from exporter.origin import GATE_FOLDER, Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
@@ -25,9 +26,6 @@ from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
 from exporter.workdir import key_of
-
-GATE_FOLDER = "gate"
-LOWERED = "lowered"
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
@@ -134,7 +132,7 @@ def _check_containers(source: Source, exported: Path) -> None:
 
 def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
     """The graph that the target's engine is made of."""
-    return _rewritten(job, exported, lowering_passes(job.target), LOWERED)
+    return _rewritten(job, exported, lowering_passes(job.target), f"lowered.{job.target.name}")
 
 
 def _rewritten(job: Job, source: Path, passes: tuple[Pass, ...], name: str) -> Path:
@@ -178,5 +176,6 @@ def build(job: Job, lowered: Path) -> Path:
             shutil.copyfile(lowered, temporary)
     else:
         build_engine(lowered, job.output, job.target, job.progress)
+    Origin.of(job.output, job.work.path, lowered).save(job.output)
     job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")
     return job.output

@@ -22,11 +22,11 @@ class Body:
 
     def __init__(self, prefix: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self._prefix = prefix
+        self.prefix = prefix
 
     def op(self, op_type: str, *inputs: str, output: str | None = None, **attributes: int | Sequence[int]) -> str:
         """Append a node of the standard domain with one output."""
-        name = output or f"{self._prefix}{op_type.lower()}_{len(self.nodes)}"
+        name = output or f"{self.prefix}{op_type.lower()}_{len(self.nodes)}"
         node = helper.make_node(op_type, inputs, [name], name=f"{name}_node")
         node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
         self.nodes.append(node)
@@ -34,7 +34,7 @@ class Body:
 
     def constant(self, array: npt.NDArray[Any] | np.generic) -> str:
         """Append a Constant node."""
-        name = f"{self._prefix}constant_{len(self.nodes)}"
+        name = f"{self.prefix}constant_{len(self.nodes)}"
         tensor = numpy_helper.from_array(np.asarray(array), name)
         self.nodes.append(helper.make_node("Constant", [], [name], name=f"{name}_node", value=tensor))
         return name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,12 +23,16 @@ ZERO_GROUP_SCALE = 2.0**-14
 # Keeps weight / scale away from float32's subnormals.
 SMALLEST_SCALE = 2.0**-100
 
-# Scale candidates relative to absmax / max; the first is absmax itself, so a search never does worse. Those above 1
-# let absmax meet a smaller value: where values are sparse near the top, as 4 and 6 are in E2M1, that often pays.
-_CLIPPINGS = (1.0, *(1.6 * 2.0 ** (-step / 32) for step in range(56)))
-_CANDIDATES_PER_OCTAVE = 10
-_REFINEMENTS = tuple(0.94 + 0.015 * step for step in range(9))
-_ELEMENTS_AT_ONCE = 1 << 18
+# Candidate scales are absmax / max times powers of two with these exponents. Those above 0 let absmax meet a smaller
+# value: where values are sparse near the top, as 4 and 6 are in E2M1, that often pays.
+_PER_OCTAVE = 16
+_LOWEST, _HIGHEST = -1.0, 0.75
+# Foldable scales also land far above a group's own, where few multipliers are small enough; coarser there.
+_FAR_PER_OCTAVE = 4
+_FARTHEST = 4.5
+_REFINEMENTS = (0.97, 0.985, 1.015, 1.03)
+# Few enough to stay in the cache.
+_ELEMENTS_AT_ONCE = 1 << 16
 
 
 def round_significand(scales: Tensor, bits: int = SIGNIFICAND_BITS) -> Tensor:
@@ -51,8 +57,9 @@ def choose_scales(
     the diagonal of the layer's Gram matrix, so that the sum estimates the error of the layer's output.
 
     With `multipliers` (ascending integers) the scales are foldable: one scale s per row and one multiplier m per
-    group, and scale = s·m and scale / m = s hold exactly in float32, for s has at most 20 significand bits. So have
-    scales without multipliers. All are positive. Raises `ValueError` where the group does not divide K.
+    group, both searched whatever `search` says. scale = s·m and scale / m = s hold exactly in float32, for s has at
+    most 20 significand bits, as scales without multipliers have. All are positive. Raises `ValueError` where the
+    group does not divide K.
     """
     count = weight.shape[1]
     size = group_size or count
@@ -62,11 +69,23 @@ def choose_scales(
         importance = torch.ones(count, device=weight.device)
     # Only ratios count: a mean of 1 keeps the sums in range whatever the activations' unit.
     importance = importance / importance.mean().clamp_min(SMALLEST_SCALE)
-    chosen = [
-        _choose_rows(part, fmt, size, search, importance, tuple(multipliers))
-        for part in torch.split(weight, max(1, _ELEMENTS_AT_ONCE // count))
-    ]
+    with _one_thread():
+        chosen = [
+            _choose_rows(part, fmt, size, search, importance, tuple(multipliers))
+            for part in torch.split(weight, max(1, _ELEMENTS_AT_ONCE // count))
+        ]
     return torch.cat(chosen)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep small operations on one core: threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _choose_rows(
@@ -74,87 +93,100 @@ def _choose_rows(
 ) -> Tensor:
     """Choose scales [n, G] for a few rows [n, K], computing in units of each row's power of two."""
     unit = power_of_two_below(weight.abs().amax(dim=1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
-    grouped = (weight / unit).reshape(len(weight), -1, size)
+    grouped = (weight / unit).abs_().reshape(len(weight), -1, size)
     importance = importance.reshape(-1, size)
     groups = grouped.shape[1]
     if len(allowed) == 1:  # one multiplier only: a channel scale, said G times
         grouped, importance = grouped.reshape(len(weight), 1, -1), importance.reshape(1, -1)
-    amax = grouped.abs().amax(dim=2)
-    wanted = (amax / torch.full_like(amax, fmt.max)).clamp_min(SMALLEST_SCALE)
-    if search == "mse":
-        wanted = _search_clipping(grouped, fmt, wanted, importance)
+    amax = grouped.amax(dim=2)
+    absmax = (amax / torch.full_like(amax, fmt.max)).clamp_(min=SMALLEST_SCALE)
+    error = _RoundingError(grouped, fmt, importance)
+    zero = amax == 0
     if len(allowed) > 1:
-        wanted = torch.where(amax == 0, wanted.amax(dim=1, keepdim=True), wanted)
-        chosen = _fold(grouped, fmt, wanted, allowed, importance) * unit
-        zero = (amax == 0).all(dim=1, keepdim=True)
+        chosen = _fold(error, torch.where(zero, absmax.amax(dim=1, keepdim=True), absmax), allowed)
+        zero = zero.all(dim=1, keepdim=True)
     else:
-        chosen, zero = round_significand(wanted) * unit, amax == 0
-    return torch.where(zero, ZERO_GROUP_SCALE, chosen.clamp_min(SMALLEST_SCALE)).expand(-1, groups)
+        chosen = round_significand(absmax if search == "absmax" else _search_clipping(error, absmax))
+    return torch.where(zero, ZERO_GROUP_SCALE, (chosen * unit).clamp_(min=SMALLEST_SCALE)).expand(-1, groups)
 
 
-def _rounding_error(grouped: Tensor, fmt: Format, scales: Tensor, importance: Tensor) -> Tensor:
-    """Return the importance-weighted squared error [n, G] of rounding [n, G, g] on `scales` [n, G]."""
-    scales = scales.unsqueeze(2)
-    error = round_to_format(grouped / scales, fmt).mul_(scales).sub_(grouped).square_()
-    return error.mul_(importance).sum(dim=2)
+@dataclass(frozen=True)
+class _RoundingError:
+    """The importance-weighted squared error of rounding magnitudes [n, G, g], importance [G, g], on given scales."""
+
+    magnitudes: Tensor
+    fmt: Format
+    importance: Tensor
+
+    def __call__(self, scales: Tensor) -> Tensor:
+        """scales [n, G] → [n, G]."""
+        scales = scales.unsqueeze(2)
+        error = round_to_format(self.magnitudes / scales, self.fmt).mul_(scales).sub_(self.magnitudes)
+        return error.square_().mul_(self.importance).sum(dim=2)
 
 
-def _search_clipping(grouped: Tensor, fmt: Format, absmax: Tensor, importance: Tensor) -> Tensor:
-    """Return the scales [n, G] of least weighted error among `absmax` times the clippings."""
-    best, least = absmax, torch.full_like(absmax, torch.inf)
-    for clipping in _CLIPPINGS:
-        candidate = round_significand((absmax * clipping).clamp_min_(SMALLEST_SCALE))
-        error = _rounding_error(grouped, fmt, candidate, importance)
-        better = error < least
-        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+def _better(best: Tensor, least: Tensor, candidate: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Put candidates where their error is below the least one so far."""
+    better = error < least
+    return torch.where(better, candidate, best), torch.where(better, error, least)
+
+
+def _search_clipping(error: _RoundingError, absmax: Tensor) -> Tensor:
+    """Return the scales [n, G] of least error around `absmax`, which itself is a candidate."""
+    best, least = absmax, error(absmax)
+    for step in range(round(_LOWEST * _PER_OCTAVE), round(_HIGHEST * _PER_OCTAVE) + 1):
+        candidate = round_significand(absmax * 2.0 ** (step / _PER_OCTAVE))
+        best, least = _better(best, least, candidate, error(candidate))
+    for factor in _REFINEMENTS:
+        candidate = round_significand(best * factor)
+        best, least = _better(best, least, candidate, error(candidate))
     return best
 
 
-def _fold(grouped: Tensor, fmt: Format, wanted: Tensor, allowed: tuple[int, ...], importance: Tensor) -> Tensor:
-    """Replace the `wanted` group scales [n, G] by s·m, s per row and m in `allowed`, of least weighted error."""
-    # From the row whose largest scale takes the largest multiplier to the one where it takes the smallest.
-    largest, octaves = wanted.amax(dim=1, keepdim=True) / allowed[-1], math.log2(allowed[-1] / allowed[0])
-    count = round(octaves * _CANDIDATES_PER_OCTAVE)
-    candidates = [largest * 2 ** (octaves * step / count) for step in range(count + 1)]
-    channel, _ = _best_channel(grouped, fmt, wanted, allowed, importance, candidates)
-    refined = [channel * factor for factor in _REFINEMENTS]
-    _, scales = _best_channel(grouped, fmt, wanted, allowed, importance, [channel, *refined])
-    return scales
+def _fold(error: _RoundingError, absmax: Tensor, allowed: tuple[int, ...]) -> Tensor:
+    """Return group scales s·m [n, G], s per row and m in `allowed`, of least error summed over the row.
 
-
-def _best_channel(
-    grouped: Tensor,
-    fmt: Format,
-    wanted: Tensor,
-    allowed: tuple[int, ...],
-    importance: Tensor,
-    candidates: Iterable[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Among candidate row scales [n, 1] return the best one and the group scales [n, G] it gives."""
+    Every group's error is tabulated over a range of scales, and all pairs of s and m are judged by the tables.
+    """
     # A scale and its multiplier share float32's 24 bits, so that neither s·m nor (s·m)/m rounds.
     widest = max((multiplier // (multiplier & -multiplier)).bit_length() for multiplier in allowed)
     bits = min(SIGNIFICAND_BITS, FLOAT32_SIGNIFICAND_BITS - widest)
-    steps = torch.tensor(allowed, dtype=torch.float32, device=grouped.device)
-    least = torch.full_like(wanted[:, :1], torch.inf)
-    best, best_scales = torch.zeros_like(least), wanted
-    for candidate in candidates:
-        channel = round_significand(candidate.clamp_min(SMALLEST_SCALE), bits)
-        scales, error = _best_multipliers(grouped, fmt, wanted, steps, importance, channel)
-        better = error < least
-        best, least = torch.where(better, channel, best), torch.where(better, error, least)
-        best_scales = torch.where(better, scales, best_scales)
-    return best, best_scales
+    steps = torch.tensor(allowed, dtype=torch.float32, device=absmax.device)
+    table = _error_table(error, absmax)
+    # From the channel scale whose largest multiplier gives the row's absmax to the one whose smallest does.
+    largest, octaves = absmax.amax(dim=1, keepdim=True) / allowed[-1], math.log2(allowed[-1] / allowed[0])
+    count = round((octaves + _HIGHEST - _LOWEST) * _PER_OCTAVE)
+    best = steps[0] * absmax
+    least, channel = torch.full_like(largest, torch.inf), largest
+    for step in range(count + 1):
+        candidate = round_significand(largest * 2.0 ** (_LOWEST + step / _PER_OCTAVE), bits)
+        judged, chosen = _look_up(table, (candidate.unsqueeze(2) * steps / absmax.unsqueeze(2)).log2_()).min(dim=2)
+        total = judged.sum(dim=1, keepdim=True)
+        best = torch.where(total < least, steps[chosen], best)
+        channel, least = _better(channel, least, candidate, total)
+    least = error(channel * best).sum(dim=1, keepdim=True)
+    for factor in _REFINEMENTS:
+        candidate = round_significand(channel * factor, bits)
+        channel, least = _better(channel, least, candidate, error(candidate * best).sum(dim=1, keepdim=True))
+    return channel * best
 
 
-def _best_multipliers(
-    grouped: Tensor, fmt: Format, wanted: Tensor, steps: Tensor, importance: Tensor, channel: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Per group try the multiplier nearest to wanted / channel and its neighbours: (scales [n, G], error [n, 1])."""
-    nearest = (steps - (wanted / channel).unsqueeze(2)).abs().argmin(dim=2)
-    best, least = wanted, torch.full_like(wanted, torch.inf)
-    for neighbour in (0, -1, 1):
-        scales = channel * steps[(nearest + neighbour).clamp(0, len(steps) - 1)]
-        error = _rounding_error(grouped, fmt, scales, importance)
-        better = error < least
-        best, least = torch.where(better, scales, best), torch.where(better, error, least)
-    return best, least.sum(dim=1, keepdim=True)
+def _error_table(error: _RoundingError, absmax: Tensor) -> Tensor:
+    """Return the errors [n, G, J] on the scales absmax·2^(_LOWEST + j / _PER_OCTAVE)."""
+    near = range(round(_LOWEST * _PER_OCTAVE), round(_HIGHEST * _PER_OCTAVE) + 1)
+    columns = [error(absmax * 2.0 ** (step / _PER_OCTAVE)) for step in near]
+    between = _PER_OCTAVE // _FAR_PER_OCTAVE
+    for step in range(round((_FARTHEST - _HIGHEST) * _FAR_PER_OCTAVE)):
+        before = columns[-1]
+        after = error(absmax * 2.0 ** (_HIGHEST + (step + 1) / _FAR_PER_OCTAVE))
+        columns += [torch.lerp(before, after, (part + 1) / between) for part in range(between)]
+    return torch.stack(columns, dim=2)
+
+
+def _look_up(table: Tensor, exponents: Tensor) -> Tensor:
+    """Interpolate the table [n, G, J] at the exponents [n, G, m]; below its range is as bad as can be."""
+    position = (exponents - _LOWEST) * _PER_OCTAVE
+    inside = position.clamp(0, table.shape[2] - 1.001)
+    index = inside.long()
+    found = torch.lerp(table.gather(2, index), table.gather(2, index + 1), inside - index)
+    return torch.where(position < 0, torch.inf, found)

@@ -19,7 +19,7 @@ from exporter.files import atomic_path, write_text_atomically
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 MANIFEST = "manifest.json"
-_TENSORS = "reference.safetensors"
+TENSORS = "reference.safetensors"
 _VERSION = 1
 _FACTS = ("layer", "weight_format", "activation_format", "rank", "probes")
 _ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
@@ -65,8 +65,9 @@ class Reference:
     """Everything the gate compares with.
 
     thresholds: boundary name → least SNR in dB when the reference's inputs are given; `end_to_end_threshold` the same
-    for the free-running model. `blocks`: module paths in order. `quantization_db`: SNR of the quantized model's output
-    against the original's, the worst over timesteps.
+    for the free-running model. `blocks`: module paths in order. The worst over timesteps of the output's SNR:
+    `quantization_db` against the original model's, `sensitivity_db` against its own on inputs changed as little as
+    rounding does.
     """
 
     linears: tuple[LinearRecord, ...]
@@ -75,6 +76,7 @@ class Reference:
     thresholds: Mapping[str, float]
     end_to_end_threshold: float
     quantization_db: float
+    sensitivity_db: float
 
     def save(self, folder: Path) -> None:
         """Write manifest.json and reference.safetensors into `folder`."""
@@ -92,8 +94,9 @@ class Reference:
             "thresholds": dict(self.thresholds),
             "end_to_end_threshold": self.end_to_end_threshold,
             "quantization_db": self.quantization_db,
+            "sensitivity_db": self.sensitivity_db,
         }
-        with atomic_path(folder / _TENSORS) as temporary:
+        with atomic_path(folder / TENSORS) as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary)
         write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -106,7 +109,7 @@ class Reference:
         """
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            tensors = load_file(folder / _TENSORS)
+            tensors = load_file(folder / TENSORS)
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename or folder}: no validation reference; export again without --no-validate"
@@ -137,6 +140,7 @@ class Reference:
             manifest["thresholds"],
             manifest["end_to_end_threshold"],
             manifest["quantization_db"],
+            manifest["sensitivity_db"],
         )
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from exporter.errors import FidelityError
 from exporter.gate.records import LinearRecord, ModelRecord, Reference
+from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
 from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.progress import Progress
-from exporter.quantize import QuantLinear
 
 # Where nothing is quantized on the way, two float32 computations agree at least this well.
 EXACT_DB = 100.0
@@ -29,11 +28,6 @@ HEADROOM_DB = 10.0
 # differ by about as much, so no more than this, with a margin, can be asked for.
 INPUT_NOISE = 1e-6
 SENSITIVITY_MARGIN_DB = 6.0
-# Tokens of each linear that are compared, spread over the captured batches, and synthetic ones beside them.
-TOKEN_ROWS = 224
-PROBE_ROWS = 32
-# Several times what float32 dot products lose, relative to the sum of the products' magnitudes.
-_FLOAT32_LOSS = 2.0**-22
 _SHARED_PREFIX = "blocks."
 OUTPUT = "sample"
 
@@ -52,7 +46,7 @@ def record_reference(
     model's own inputs.
     """
     blocks = adapter.blocks(quantized)
-    rows = _LinearInputs.of(quantized, max(1, TOKEN_ROWS // len(batches)))
+    rows = LinearInputs.of(quantized, len(batches))
     measured = []
     with progress.task("recording the reference", len(batches) + 1) as task:
         for batch in batches:
@@ -76,6 +70,7 @@ def record_reference(
         thresholds=thresholds,
         end_to_end_threshold=_threshold(free, any(record.activation_format != "none" for record in linears)),
         quantization_db=min(one.quantization_db for one in free),
+        sensitivity_db=min(one.sensitivity_db for one in free),
     )
 
 
@@ -103,14 +98,14 @@ def _measure(
     inputs: TransformerInputs,
     seen: dict[str, Tensor],
 ) -> _Measured:
-    arrays = {name: _numpy(tensor) for name, tensor in seen.items()}
+    arrays = {name: as_array(tensor) for name, tensor in seen.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise FidelityError(f"the quantized torch model gives NaN or infinity at {name}; nothing can be compared")
     shaken = _shaken(inputs)
 
     def distance(name: str, of_original: Tensor, of_shaken: Tensor) -> _Distances:
-        found = (bounded_db(snr_db(_numpy(tensor), arrays[name])) for tensor in (of_original, of_shaken))
+        found = (bounded_db(snr_db(as_array(tensor), arrays[name])) for tensor in (of_original, of_shaken))
         return _Distances(*found)
 
     forced = []
@@ -141,15 +136,11 @@ def _is_rounded(linears: Sequence[LinearRecord], block: str | None, blocks: Sequ
 
 
 def _threshold(distances: Sequence[_Distances], rounded: bool) -> float:
-    """Least SNR of a deviation, the least of all batches; only a rounded activation turns a trifle into a whole step."""
+    """Least SNR of a deviation over all batches; only a rounded activation turns a trifle into a whole step."""
     limits = [EXACT_DB, *(one.sensitivity_db - SENSITIVITY_MARGIN_DB for one in distances)]
     if rounded:
         limits += [one.quantization_db + HEADROOM_DB for one in distances]
     return min(limits)
-
-
-def _numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(tensor.numpy(force=True))
 
 
 @contextmanager
@@ -215,76 +206,3 @@ def _forced(blocks: Sequence[tuple[str, nn.Module]], given: dict[str, Tensor]) -
             hooks.callback(block.register_forward_hook(after).remove)
             hidden_name = output_name
         yield own
-
-
-@dataclass
-class _LinearInputs:
-    """Token rows of every quantized linear's input, gathered over several batches."""
-
-    modules: dict[str, QuantLinear]
-    per_batch: int
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module, per_batch: int) -> _LinearInputs:
-        modules = {module.layer: module for module in model.modules() if isinstance(module, QuantLinear)}
-        return cls(modules, per_batch)
-
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Collect while the model runs once."""
-        with ExitStack() as hooks:
-            for module in self.modules.values():
-                hooks.callback(module.register_forward_pre_hook(self._keep).remove)
-            yield
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, QuantLinear):
-            raise TypeError(f"{type(module).__name__} is no QuantLinear")
-        flat = args[0].reshape(-1, args[0].shape[-1])
-        chosen = torch.linspace(0, len(flat) - 1, min(self.per_batch, len(flat))).round().long()
-        self.rows.setdefault(module.layer, []).append(flat[chosen].clone())
-        self.ranks[module.layer] = args[0].ndim
-
-    def records(self) -> Iterator[LinearRecord]:
-        """One record per linear that ran, in the order in which they first ran."""
-        for layer, parts in self.rows.items():
-            yield _record(self.modules[layer], torch.cat(parts), self.ranks[layer])
-
-
-def _record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
-    x = torch.cat([captured, _probes(captured)])
-    quantized = module.quantize_input(x)
-    values, scales = (None, None) if quantized is None else (_numpy(quantized[0]), _numpy(quantized[1]))
-    seen = x if quantized is None else quantized[0] * quantized[1]
-    y = module(x)
-    bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
-    magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()
-    parts = (magnitudes[:-PROBE_ROWS], magnitudes[-PROBE_ROWS:])
-    return LinearRecord(
-        layer=module.layer,
-        weight_format=module.weight_format,
-        activation_format=module.activation_format,
-        rank=rank,
-        probes=PROBE_ROWS,
-        x=_numpy(x),
-        values=values,
-        scales=scales,
-        y=_numpy(y),
-        bias=_numpy(bias),
-        noise_floor=_numpy(torch.stack([part.mean(dim=0).sqrt() for part in parts]) * _FLOAT32_LOSS),
-    )
-
-
-def _probes(captured: Tensor) -> Tensor:
-    """Rows in which every input channel speaks, so that a wrong weight shows even where real inputs are silent.
-
-    Magnitudes lie within a factor of two below the captured rows' typical largest one; signs are random. The same
-    captured rows give the same probes, so layers that share an input still do.
-    """
-    generator = torch.Generator().manual_seed(captured.shape[-1])
-    shape = (PROBE_ROWS, captured.shape[-1])
-    typical = captured.abs().amax(dim=-1).median().clamp_min(1e-3)
-    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    return signs * (0.5 + 0.5 * torch.rand(shape, generator=generator)) * typical

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -47,6 +48,7 @@ def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool) -> list[A
     with _quiet():
         try:
             session = SessionFromOnnx(str(path), graph_optimization_level=_level(optimized))()
+            _check_inputs(path, {value.name for value in session.get_inputs()}, feeds[0])
             results = Comparator.run([OnnxrtRunner(session, name="onnxruntime")], data_loader=list(feeds))
         except refusals() as error:
             reason = str(error).strip().splitlines()[0]
@@ -54,23 +56,35 @@ def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool) -> list[A
     return [dict(iteration.items()) for iteration in results["onnxruntime"]]
 
 
+def _check_inputs(path: Path, wanted: set[str], feed: Arrays) -> None:
+    """polygraphy would guess which other array might be meant."""
+    missing = sorted(wanted - feed.keys())
+    if missing:
+        raise FidelityError(f"{path}: the graph has an input {missing[0]!r} that the reference does not have")
+
+
 def compare_snr(
     reference: Sequence[Arrays], outputs: Sequence[Arrays], kept_rows: Mapping[str, npt.NDArray[np.bool_]] | None = None
 ) -> dict[str, float]:
     """Each reference output's worst SNR in dB over the iterations (NaN where one is NaN), by polygraphy's comparator.
 
-    `kept_rows` [R] drops rows (next-to-last axis) of the outputs that it names before they are compared.
+    `kept_rows` [R] drops rows (next-to-last axis) of the outputs that it names before they are compared; an output
+    without any row left is NaN.
     """
     from polygraphy.comparator import Comparator, RunResults, SnrCompareFunc
 
+    kept_rows = kept_rows or {}
+    empty = {name for name, rows in kept_rows.items() if not rows.any()}
+    worst = dict.fromkeys(empty, float("nan"))
     results = RunResults()
-    results.add(list(reference), runner_name=REFERENCE_NAME)
-    results.add(list(outputs), runner_name="onnxruntime")
+    for runner, iterations in ((REFERENCE_NAME, reference), ("onnxruntime", outputs)):
+        given = [{name: array for name, array in arrays.items() if name not in empty} for arrays in iterations]
+        results.add(given, runner_name=runner)
+    if not any(results[REFERENCE_NAME]):
+        return worst
     with _quiet():
-        if kept_rows:
-            results = Comparator.postprocess(results, _RowFilter(kept_rows))
+        results = Comparator.postprocess(results, _RowFilter(kept_rows))
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc())
-    worst: dict[str, float] = {}
     for iteration in accuracy[(REFERENCE_NAME, "onnxruntime")]:
         for name, verdict in iteration.items():
             # A bare False stands for shapes that differ; np.minimum keeps a NaN.
@@ -117,7 +131,9 @@ def repeat_command(
     graph: Path, feeds: Path, reference: Path, thresholds: Mapping[str, float], *, default_db: float, optimized: bool
 ) -> str:
     """The `polygraphy run` line that repeats a comparison; `thresholds` are those that differ from `default_db`."""
-    limits = [f"{default_db:g}"] + [f"{name}:{limit:.1f}" for name, limit in thresholds.items()]
+    # Rounded down, so that what passed here passes there.
+    limits = [f"{math.floor(default_db * 10) / 10:g}"]
+    limits += [f"{name}:{math.floor(limit * 10) / 10:g}" for name, limit in thresholds.items()]
     level = [] if optimized else ["--graph-optimization-level", UNOPTIMIZED]
     words = ["polygraphy", "run", str(graph), "--onnxrt", *level, "--load-inputs", str(feeds)]
     words += ["--load-outputs", str(reference), "--compare", "snr", "--snr-threshold", *limits]

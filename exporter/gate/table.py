@@ -110,7 +110,7 @@ _COMPARED: Mapping[Kind, str] = {
     "stem": "before the blocks",
     "block": "blocks",
     "tail": "after the blocks",
-    "end_to_end": "end to end, running free",
+    "end_to_end": "end to end",
 }
 
 

@@ -12,8 +12,8 @@ from plugins.packing import unpack_nodes
 def append_decode(body: Body, stored: str, fmt: Format, count: int, packed: bool) -> str:
     """Codes uint8 [N, K], or INT32 words [N, W], → values float32 [N, K]."""
     if packed:
-        codes = "codes"
-        body.nodes.extend(unpack_nodes(stored, codes, "unpack_", fmt.bits, count))
+        codes = f"{body.prefix}codes"
+        body.nodes.extend(unpack_nodes(stored, codes, f"{body.prefix}unpack_", fmt.bits, count))
     else:
         codes = body.op("Cast", stored, to=TensorProto.INT64)
     return body.op("Gather", body.constant(fmt.values), codes, axis=0)

@@ -160,7 +160,7 @@ def test_searched_scales_help_at_the_output(
     captured: CalibrationSet,
     prompts: Prompts,
 ) -> None:
-    plan = plan_for(activation="none")
+    plan = plan_for(activation="none", group_size=0)
     errors = [
         _noise_error(
             model,

@@ -1,0 +1,106 @@
+"""Record what every quantized linear of the torch model computes on rows of its own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from exporter.gate.records import LinearRecord
+from exporter.quantize import QuantLinear
+
+# Tokens of each linear that are compared, spread over the captured batches, and synthetic ones beside them.
+TOKEN_ROWS = 224
+PROBE_ROWS = 32
+# A large model's linears get fewer rows, so that the saved numbers stay within a few hundred megabytes.
+_MOST_NUMBERS = 64_000_000
+_FEWEST_ROWS = 32
+# Several times what float32 dot products lose, relative to the sum of the products' magnitudes.
+_FLOAT32_LOSS = 2.0**-22
+
+
+def as_array(tensor: Tensor) -> npt.NDArray[Any]:
+    """The tensor as a contiguous array."""
+    return np.ascontiguousarray(tensor.numpy(force=True))
+
+
+@dataclass
+class LinearInputs:
+    """Token rows of every quantized linear's input, gathered over several batches."""
+
+    modules: dict[str, QuantLinear]
+    per_batch: int
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: int) -> LinearInputs:
+        """For `model`, which is going to run `batches` times."""
+        modules = {module.layer: module for module in model.modules() if isinstance(module, QuantLinear)}
+        per_row = sum(2 * module.in_features + module.out_features for module in modules.values())
+        rows = min(TOKEN_ROWS, max(_FEWEST_ROWS, _MOST_NUMBERS // max(per_row, 1)))
+        return cls(modules, max(1, rows // batches))
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Collect while the model runs once."""
+        with ExitStack() as hooks:
+            for module in self.modules.values():
+                hooks.callback(module.register_forward_pre_hook(self._keep).remove)
+            yield
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, QuantLinear):
+            raise TypeError(f"{type(module).__name__} is no QuantLinear")
+        flat = args[0].reshape(-1, args[0].shape[-1])
+        chosen = torch.linspace(0, len(flat) - 1, min(self.per_batch, len(flat))).round().long()
+        self.rows.setdefault(module.layer, []).append(flat[chosen].clone())
+        self.ranks[module.layer] = args[0].ndim
+
+    def records(self) -> Iterator[LinearRecord]:
+        """One record per linear that ran, in the order in which they first ran."""
+        for layer, parts in self.rows.items():
+            yield _record(self.modules[layer], torch.cat(parts), self.ranks[layer])
+
+
+def _record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
+    x = torch.cat([captured, _probes(captured)])
+    quantized = module.quantize_input(x)
+    values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))
+    seen = x if quantized is None else quantized[0] * quantized[1]
+    y = module(x)
+    bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
+    magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()
+    parts = (magnitudes[:-PROBE_ROWS], magnitudes[-PROBE_ROWS:])
+    return LinearRecord(
+        layer=module.layer,
+        weight_format=module.weight_format,
+        activation_format=module.activation_format,
+        rank=rank,
+        probes=PROBE_ROWS,
+        x=as_array(x),
+        values=values,
+        scales=scales,
+        y=as_array(y),
+        bias=as_array(bias),
+        noise_floor=as_array(torch.stack([part.mean(dim=0).sqrt() for part in parts]) * _FLOAT32_LOSS),
+    )
+
+
+def _probes(captured: Tensor) -> Tensor:
+    """Rows in which every input channel speaks, so that a wrong weight shows even where real inputs are silent.
+
+    Magnitudes lie within a factor of two below the captured rows' typical largest one; signs are random. The same
+    captured rows give the same probes, so layers that share an input still do.
+    """
+    generator = torch.Generator().manual_seed(captured.shape[-1])
+    shape = (PROBE_ROWS, captured.shape[-1])
+    typical = captured.abs().amax(dim=-1).median().clamp_min(1e-3)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return signs * (0.5 + 0.5 * torch.rand(shape, generator=generator)) * typical

@@ -1,0 +1,76 @@
+"""Where a finished output came from, so that it can be validated again: NAME.SUFFIX.origin.json beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from exporter.errors import InputError
+from exporter.files import sha256_of, write_text_atomically
+from exporter.gate.records import TENSORS
+
+GATE_FOLDER = "gate"
+_ENDING = ".origin.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The work folder of an output, the graph in it that the output was made of, and checksums.
+
+    `output_sha256` is the output's own; `reference_sha256` that of the gate's reference, None without validation.
+    """
+
+    work_dir: str
+    lowered: str
+    output_sha256: str
+    reference_sha256: str | None
+
+    @classmethod
+    def of(cls, output: Path, work: Path, lowered: Path) -> Origin:
+        """What to remember of a finished `output`."""
+        reference = work / GATE_FOLDER / TENSORS
+        checksum = sha256_of(reference) if reference.is_file() else None
+        return cls(str(work.absolute()), lowered.name, sha256_of(output), checksum)
+
+    def save(self, output: Path) -> None:
+        """Write it beside `output`."""
+        write_text_atomically(_file(output), json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, output: Path) -> Origin:
+        """Read what stands beside `output`; a work folder that was moved along with the output is found, too.
+
+        Raises `InputError` when there is no origin, or its work folder is gone or now holds another export.
+        """
+        file = _file(output)
+        try:
+            origin = cls(**json.loads(file.read_text(encoding="utf-8")))
+            work = next(p for p in (Path(origin.work_dir), output.parent / Path(origin.work_dir).name) if p.is_dir())
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{file}: cannot be read: {error}; export again") from error
+        except StopIteration as error:
+            raise InputError(f"{output}: its work folder {origin.work_dir} is gone; export again") from error
+        origin = cls(str(work), origin.lowered, origin.output_sha256, origin.reference_sha256)
+        if origin.reference_sha256 is None:
+            raise InputError(f"{output}: was exported with --no-validate, so there is no reference; export again")
+        reference = origin.gate / TENSORS
+        if not reference.is_file() or sha256_of(reference) != origin.reference_sha256:
+            raise InputError(f"{output}: its work folder {work} holds another export by now; export again")
+        return origin
+
+    @property
+    def gate(self) -> Path:
+        """The gate's folder."""
+        return Path(self.work_dir) / GATE_FOLDER
+
+    @property
+    def graph(self) -> Path:
+        """The lowered graph."""
+        return Path(self.work_dir) / self.lowered
+
+
+def _file(output: Path) -> Path:
+    return output.with_name(output.name + _ENDING)
