@@ -119,24 +119,13 @@ def device_command(lowered: Path, output: Path, shapes: Shapes) -> str:
     return " ".join(["trtexec", f"--onnx={lowered}", "--stronglyTyped", f"--saveEngine={output}", *flags])
 
 
-def _check_environment(lowered: Path, output: Path, target: Target, shapes: Shapes) -> None:
+def missing_builder(target: Target) -> str:
+    """What building for `target` needs and this machine does not have; "" if it has all."""
+    if target.engine == "onnxruntime":
+        return ""
     if target.engine == "tensorrt-rtx":
-        if importlib.util.find_spec("tensorrt_rtx") is None:
-            raise EnvironmentLacksError(
-                f"target {target.name} needs TensorRT-RTX: pip install 'fp4export[rtx]', then run the same command "
-                f"again; the lowered graph is ready: {lowered}"
-            )
-        return
-    lacking = _lacking(target)
-    if lacking:
-        raise EnvironmentLacksError(
-            f"target {target.name}: {lacking}; the lowered graph is ready: {lowered}; on the device run: "
-            f"{device_command(lowered, output, shapes)}"
-        )
-
-
-def _lacking(target: Target) -> str:
-    """What a TensorRT build needs and this machine does not have; "" if it has all."""
+        installed = importlib.util.find_spec("tensorrt_rtx") is not None
+        return "" if installed else "TensorRT-RTX is not installed here (pip install 'fp4export[rtx]')"
     if importlib.util.find_spec("tensorrt") is None:
         return "TensorRT is not installed here (pip install 'fp4export[tensorrt]')"
     gpu = local_gpu()
@@ -148,6 +137,17 @@ def _lacking(target: Target) -> str:
             f"TensorRT builds only for the GPU it runs on, here {gpu.name} with compute capability {here}, not {wanted}"
         )
     return ""
+
+
+def _check_environment(lowered: Path, output: Path, target: Target, shapes: Shapes) -> None:
+    missing = missing_builder(target)
+    if not missing:
+        return
+    if target.engine == "tensorrt-rtx":
+        advice = "then run the same command again"
+    else:
+        advice = f"on the device run: {device_command(lowered, output, shapes)}"
+    raise EnvironmentLacksError(f"target {target.name}: {missing}; the lowered graph is ready: {lowered}; {advice}")
 
 
 def _run(job: EngineJob, target: Target) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from exporter.models.loading import get_adapter, linear_shapes
+from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
@@ -32,9 +32,10 @@ def describe(recipe: Recipe, output: str | Path) -> Description:
     path = Path(output)
     choice = resolve_target(recipe.target, path)
     found = locate_config(recipe)
-    shapes = linear_shapes(found.content, recipe.model.family, found.file)
+    model = skeleton(found.content, recipe.model.family, found.file)
     adapter = get_adapter(recipe.model.family)
-    plan = plan_layers(recipe, shapes, adapter.high_precision, choice.target)
+    adapter.latent_shape(model, recipe.model.resolution)
+    plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, choice.target)
     return Description(path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing)))
 
 

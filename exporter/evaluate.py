@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
+from exporter.models.pixart import TransformerInputs
 from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, noise_prediction_snr
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source
 from exporter.stages import capture
+from exporter.workdir import key_of
 
 _LAYER_BATCHES = 8
 
@@ -43,7 +46,7 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     layers = layer_quality(source.model, quantized, source.adapter, source.plan, batches)
     judged = settings.samples if settings.classifier is not None else settings.grid
     count = max(judged, settings.grid)
-    original, ours = (samples(job, source, denoiser, count) for denoiser in (source.denoiser, engine))
+    original, ours = original_samples(job, source, count), samples(job, source, engine, count)
     return Evaluation(
         noise=noise,
         layers=layers,
@@ -61,7 +64,6 @@ def _held_out_seed(job: Job) -> int:
 
 def graph_denoiser(source: Source, session: OnnxSession) -> Denoiser:
     """The noise prediction of an exported graph."""
-    from exporter.models.pixart import TransformerInputs
 
     def denoise(inputs: TransformerInputs) -> Tensor:
         complete = source.adapter.with_conditions(source.model, inputs)
@@ -71,6 +73,24 @@ def graph_denoiser(source: Source, session: OnnxSession) -> Denoiser:
     return denoise
 
 
+def original_samples(job: Job, source: Source, count: int) -> Tensor:
+    """`samples` of the original model, sealed in the work folder, since they are the same for every target."""
+    key = key_of(
+        stage="samples",
+        model=source.identity,
+        shape=source.latent_shape,
+        settings=job.recipe.calibration.model_dump(exclude={"prompts", "samples", "seed"}),
+        seed=_held_out_seed(job),
+        count=count,
+    )
+
+    def make(path: Path) -> None:
+        save_file({"samples": samples(job, source, source.denoiser, count)}, path)
+
+    path, _ = job.work.obtain("samples.safetensors", key, make)
+    return load_file(path)["samples"]
+
+
 def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
     """`count` guided samples float32 [count, C, H, W], prompts taken in turn, from held-out seeds."""
     settings = job.recipe.calibration
@@ -78,7 +98,7 @@ def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
         denoiser,
         source.prompts,
         prompt_order(source, count),
-        make_scheduler(settings.scheduler, source.files.root),
+        make_scheduler(settings.scheduler, source.files.scheduler, settings.steps),
         steps=settings.steps,
         guidance=settings.guidance,
         seed=_held_out_seed(job),

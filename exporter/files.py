@@ -32,15 +32,25 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
     try:
         yield temporary
+        _open_to_others(temporary)
         os.replace(temporary, final)
     except SafetensorError as error:
         raise InputError(f"{final}: cannot be written: {error}") from error
     except OSError as error:
-        if error.filename not in (None, str(temporary)):
+        # Copying names the source first; an error about any other file is not ours to explain.
+        if error.filename is not None and str(temporary) not in (error.filename, error.filename2):
             raise
         raise InputError(f"{final}: cannot be written: {error.strerror or error}") from error
     finally:
         _remove(temporary)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the rights that a newly opened one has; safetensors writes files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    if path.is_file():
+        path.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:

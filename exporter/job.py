@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+from exporter.build import missing_builder
 from exporter.errors import InputError
-from exporter.files import write_text_atomically
 from exporter.progress import Progress
-from exporter.recipe import Recipe, recipe_to_yaml
+from exporter.recipe import Recipe
 from exporter.targets import Target, TargetChoice, resolve_target
 from exporter.workdir import WorkDir
 
@@ -37,6 +37,11 @@ class Job:
         """The machine that the engine is for."""
         return self.choice.target
 
+    @property
+    def gate_folder(self) -> Path:
+        """Where the gate keeps its reference and verdict for this target."""
+        return self.work.file(f"gate.{self.target.name}")
+
     def beside(self, ending: str) -> Path:
         """A file beside the output, of the same name with another ending (`.report.html`)."""
         return self.output.with_name(self.output.stem + ending)
@@ -58,7 +63,7 @@ def open_job(
     keep_graphs: bool,
     progress: Progress,
 ) -> Job:
-    """Check the output, choose the target, open the work folder and write the resolved recipe beside the output.
+    """Check the output, choose the target and open the work folder.
 
     Raises `InputError` for an output that cannot be written, before any work is done.
     """
@@ -73,7 +78,9 @@ def open_job(
         _check_parent(place)
     progress.note(f"target {choice.target.name} ({choice.reason})")
     job = Job(recipe, path, choice, WorkDir.open(folder, fresh=fresh), keep_graphs, progress)
-    write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(recipe))
+    missing = missing_builder(choice.target)
+    if missing:
+        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
     return job
 
 

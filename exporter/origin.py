@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from exporter.errors import InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.records import TENSORS
 
-GATE_FOLDER = "gate"
 _ENDING = ".origin.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The work folder of an output, the graph in it that the output was made of, and checksums.
+    """The work folder of an output, its lowered graph and gate folder in there, and checksums.
 
     `output_sha256` is the output's own; `reference_sha256` that of the gate's reference, None without validation.
     """
 
     work_dir: str
     lowered: str
+    gate_folder: str
     output_sha256: str
     reference_sha256: str | None
 
     @classmethod
-    def of(cls, output: Path, work: Path, lowered: Path) -> Origin:
-        """What to remember of a finished `output`."""
-        reference = work / GATE_FOLDER / TENSORS
-        checksum = sha256_of(reference) if reference.is_file() else None
-        return cls(str(work.absolute()), lowered.name, sha256_of(output), checksum)
+    def of(cls, output: Path, lowered: Path, gate: Path | None) -> Origin:
+        """What to remember of a finished `output`; `gate` is None when it was not validated."""
+        checksum = None if gate is None else sha256_of(gate / TENSORS)
+        work = lowered.absolute().parent
+        return cls(str(work), lowered.name, gate.name if gate else "", sha256_of(output), checksum)
 
     def save(self, output: Path) -> None:
         """Write it beside `output`."""
@@ -53,7 +53,7 @@ class Origin:
             raise InputError(f"{file}: cannot be read: {error}; export again") from error
         except StopIteration as error:
             raise InputError(f"{output}: its work folder {origin.work_dir} is gone; export again") from error
-        origin = cls(str(work), origin.lowered, origin.output_sha256, origin.reference_sha256)
+        origin = replace(origin, work_dir=str(work))
         if origin.reference_sha256 is None:
             raise InputError(f"{output}: was exported with --no-validate, so there is no reference; export again")
         reference = origin.gate / TENSORS
@@ -64,7 +64,7 @@ class Origin:
     @property
     def gate(self) -> Path:
         """The gate's folder."""
-        return Path(self.work_dir) / GATE_FOLDER
+        return Path(self.work_dir) / self.gate_folder
 
     @property
     def graph(self) -> Path:

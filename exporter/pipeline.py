@@ -66,7 +66,7 @@ def export(
     lowered = job.timed("lower", lowered_graph, source, exported)
     graphs = (exported, lowered)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
-    engine = job.timed("build", build, lowered)
+    engine = job.timed("build", build, lowered, validated=validate)
     evaluation = job.timed("evaluate", evaluate, source, quantized, lowered)
     report, metrics = write_results(job, source, engine, evaluation, fidelity)
     return ExportResult(engine, report, metrics, job.work.path, fidelity[0] if fidelity else None, evaluation)

@@ -93,9 +93,12 @@ class MethodSection(_Section):
     name: Literal["fp4dit", "rtn"] = "fp4dit"
     iterations: Count = 2500
     batch_size: Count = 32
-    learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.01, description="relative to the group's amax")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.03, description="relative to the group's amax")
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    regularization: Annotated[float, Field(ge=0)] = 0.01
+    regularization: Annotated[float, Field(ge=0)] = Field(
+        default=30.0,
+        description="per weight, beside a loss of 1 for rounding to nearest (the paper's 0.01 is absolute)",
+    )
     beta_start: Annotated[float, Field(gt=0)] = 20.0
     beta_end: Annotated[float, Field(gt=0)] = 2.0
     scale_search: Literal["absmax", "mse"] = "mse"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,22 +16,13 @@ from exporter.errors import InputError, did_you_mean
 from exporter.models.pixart import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.progress import NullProgress, Progress
+from exporter.recipe import SCHEDULERS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 Denoiser = Callable[[TransformerInputs], Tensor]
 """Transformer inputs of batch B → the noise prediction [B, C, H, W]."""
-
-SCHEDULERS = (
-    "DPMSolverMultistepScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "UniPCMultistepScheduler",
-)
 
 # The noise schedule that PixArt-alpha and PixArt-Sigma were trained with, for a checkpoint without a scheduler.
 _TRAINING_NOISE: dict[str, Any] = {
@@ -57,35 +48,32 @@ class DenoiserCall:
     inputs: TransformerInputs
 
 
-def make_scheduler(name: str, model_dir: Path | None) -> SchedulerMixin:
-    """Make diffusers' scheduler `name` with the noise schedule of the checkpoint.
+def make_scheduler(name: str, config_file: Path | None, steps: int) -> SchedulerMixin:
+    """Make diffusers' scheduler `name`, set to `steps`, with the noise schedule of the checkpoint's `config_file`.
 
-    The schedule is read from `scheduler/scheduler_config.json` in `model_dir` or beside it (a pipeline's folder or
-    its transformer's); without that file it is PixArt's. Raises `InputError` for an unknown name or a broken file.
+    Without a file the schedule is PixArt's. Raises `InputError` for an unknown name, a broken file, or steps that the
+    schedule does not have.
     """
     import diffusers
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}{did_you_mean(name, SCHEDULERS)}")
-    path = _scheduler_config(model_dir)
     # Latents leave [-1, 1], to which DDIM and DDPM clip unless a config says otherwise.
-    config = {"clip_sample": False} | (_TRAINING_NOISE if path is None else _read_config(path))
+    config = {"clip_sample": False} | (_TRAINING_NOISE if config_file is None else _read_config(config_file))
     scheduler_class = getattr(diffusers, name)
     known = inspect.signature(scheduler_class.__init__).parameters
     try:
-        scheduler: SchedulerMixin = scheduler_class.from_config(
-            {key: value for key, value in config.items() if key in known}
-        )
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{path}: does not configure a {name}: {error}") from error
-    return scheduler
-
-
-def _scheduler_config(model_dir: Path | None) -> Path | None:
-    if model_dir is None:
-        return None
-    candidates = (folder / "scheduler" / "scheduler_config.json" for folder in (model_dir, model_dir.parent))
-    return next((path for path in candidates if path.is_file()), None)
+        scheduler: Any = scheduler_class.from_config({key: value for key, value in config.items() if key in known})
+        if steps > scheduler.config.num_train_timesteps:
+            raise InputError(
+                f"calibration.steps: {steps} is more than the {scheduler.config.num_train_timesteps} steps that the "
+                f"model was trained with"
+            )
+        scheduler.set_timesteps(steps)
+    except (TypeError, ValueError, IndexError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{config_file}: does not configure a {name} of {steps} steps: {reason}") from error
+    return cast("SchedulerMixin", scheduler)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from exporter.errors import InputError
@@ -17,6 +18,7 @@ from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts, load_prompts
 from exporter.models.weight_files import weight_files
 from exporter.plan import Plan, plan_layers
+from exporter.quality import class_accuracy
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,25 @@ def load_source(job: Job) -> Source:
     prompts_file = recipe.resolve_path(recipe.calibration.prompts)
     prompts = load_prompts(prompts_file, adapter.caption_dim(model))
     plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, job.target)
-    _check_classifier(job, prompts)
+    latent_shape = adapter.latent_shape(model, recipe.model.resolution)
+    _check_classifier(job, prompts, latent_shape)
     read = {file.name: file for file in (files.transformer / CONFIG, *weight_files(files.transformer))}
     read["prompts"] = prompts_file
     if files.scheduler is not None:
-        read["scheduler"] = files.scheduler / "scheduler_config.json"
+        read["scheduler"] = files.scheduler
     return Source(
         model=model,
         adapter=adapter,
         prompts=prompts,
         plan=plan,
         files=files,
-        latent_shape=adapter.latent_shape(model, recipe.model.resolution),
+        latent_shape=latent_shape,
         identity={name: sha256_of(file) for name, file in read.items()},
     )
 
 
-def _check_classifier(job: Job, prompts: Prompts) -> None:
+def _check_classifier(job: Job, prompts: Prompts, latent_shape: tuple[int, int, int]) -> None:
+    """Let the classifier judge blank samples, so that one that cannot judge is found before hours of work."""
     given = job.recipe.evaluation.classifier
     if given is None:
         return
@@ -80,3 +84,4 @@ def _check_classifier(job: Job, prompts: Prompts) -> None:
         raise InputError(
             f"{job.recipe.name}: evaluation.classifier needs a tensor 'labels' in {job.recipe.calibration.prompts}"
         )
+    class_accuracy(torch.zeros(prompts.count, *latent_shape), prompts.labels, path)

@@ -7,20 +7,20 @@ import shutil
 from pathlib import Path
 
 import onnx
-import torch
 from torch import nn
 
 from exporter.build import build_engine
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.errors import InputError
-from exporter.files import atomic_path
+from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
-from exporter.origin import GATE_FOLDER, Origin
+from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
+from exporter.recipe import recipe_to_yaml
 from exporter.runtime import read_model
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
@@ -48,7 +48,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
             trajectories=trajectories,
             seed=seed,
             latent_shape=source.latent_shape,
-            scheduler_dir=source.files.root,
+            scheduler_config=source.files.scheduler,
         ).save(path)
 
     key = key_of(
@@ -112,9 +112,9 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     example = source.adapter.example_inputs(
         quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
     )
-    key = key_of(stage="trace", torch=torch.__version__, calibrated=_calibration_key(job, source))
+    key = key_of(stage="trace", calibrated=_calibration_key(job, source))
     traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))
-    path = _rewritten(job, traced, WAIST_PASSES, "exported")
+    path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
     return path
 
@@ -162,20 +162,24 @@ def check_fidelity(
         captured_batches(captured, source.prompts),
         exported,
         lowered,
-        job.work.file(GATE_FOLDER),
+        job.gate_folder,
         job.target,
         job.progress,
     )
     return result, reference.quantization_db
 
 
-def build(job: Job, lowered: Path) -> Path:
-    """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it."""
+def build(job: Job, lowered: Path, *, validated: bool) -> Path:
+    """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it.
+
+    Beside it, the recipe as it was resolved and the origin, by which `validate` finds the reference.
+    """
     if job.target.engine == "onnxruntime":
         with atomic_path(job.output) as temporary:
             shutil.copyfile(lowered, temporary)
     else:
         build_engine(lowered, job.output, job.target, job.progress)
-    Origin.of(job.output, job.work.path, lowered).save(job.output)
+    write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
+    Origin.of(job.output, lowered, job.gate_folder if validated else None).save(job.output)
     job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")
     return job.output

@@ -6,15 +6,29 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from exporter.files import atomic_path, sha256_of, write_text_atomically
 
+_LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
+
 
 def key_of(**parts: object) -> str:
-    """Hash of everything a stage depends on; the parts must be JSON values."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    """Hash of everything a stage depends on: its parts, which must be JSON values, and the program itself."""
+    text = json.dumps({"program": program_identity(), **parts}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def program_identity() -> str:
+    """Hash of this program's own source and of the versions of the libraries that decide what it writes."""
+    digest = hashlib.sha256(json.dumps({name: version(name) for name in _LIBRARIES}).encode())
+    root = Path(__file__).resolve().parents[1]
+    for file in sorted(file for package in ("exporter", "plugins") for file in (root / package).rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

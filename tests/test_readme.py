@@ -36,9 +36,7 @@ def commands(program: str) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", commands("fp4export"), ids=lambda words: words[-1])
-def test_command_lines_write_what_they_name(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_lines_write_what_they_name(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
     overrides = [word for change in LESS for word in ("--set", change)]

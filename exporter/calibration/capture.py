@@ -85,11 +85,11 @@ def capture_trajectories(
     trajectories: int,
     seed: int,
     latent_shape: tuple[int, int, int],
-    scheduler_dir: Path | None,
+    scheduler_config: Path | None,
 ) -> CalibrationSet:
     """Sample `trajectories` latents with `model` and keep every call's inputs: each step, conditional and not.
 
-    Prompts are used in turn; `scheduler_dir` is the checkpoint's folder, see `make_scheduler`. Raises `InputError`
+    Prompts are used in turn; `scheduler_config` is the checkpoint's, see `make_scheduler`. Raises `InputError`
     when a latent is no longer finite.
     """
     parts: list[CalibrationSet] = []
@@ -102,7 +102,7 @@ def capture_trajectories(
         partial(adapter.predict_noise, model),
         prompts,
         torch.arange(trajectories) % len(prompts.prompt_embeds),
-        make_scheduler(settings.scheduler, scheduler_dir),
+        make_scheduler(settings.scheduler, scheduler_config, settings.steps),
         steps=settings.steps,
         guidance=settings.guidance,
         seed=seed,

@@ -89,11 +89,6 @@ def model_shapes(model: nn.Module) -> ModelShapes:
     return ModelShapes(linears, others)
 
 
-def linear_shapes(config: dict[str, Any], family: str, file: Path) -> ModelShapes:
-    """`model_shapes` of a config alone."""
-    return model_shapes(skeleton(config, family, file))
-
-
 def _checked(tensor: Tensor, name: str, wanted: Mapping[str, Tensor], file: Path) -> Tensor:
     """The tensor in float32, if the model has one of that name and shape and all of it is finite."""
     if name not in wanted:

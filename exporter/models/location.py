@@ -31,9 +31,10 @@ class ModelFiles:
 
     @property
     def scheduler(self) -> Path | None:
-        """The pipeline's scheduler folder, None where there is none."""
-        folder = self.root / "scheduler"
-        return folder if (folder / "scheduler_config.json").is_file() else None
+        """The pipeline's scheduler config, also when only its transformer's folder was given; None without one."""
+        pipeline = self.root.parent if self.root.name == TRANSFORMER else self.root
+        file = pipeline / "scheduler" / "scheduler_config.json"
+        return file if file.is_file() else None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _PICKLE_ADVICE = (
 )
 _LFS_POINTER = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
-_PICKLE_PROTOCOL = b"\x80"
+_PICKLED = (_ZIP, *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 _LENGTH_BYTES = 8
 
 
@@ -93,7 +93,7 @@ def _refuse_other_content(file: Path) -> None:
     if head.startswith(_LFS_POINTER):
         raise InputError(f"{file}: is a Git LFS pointer, not the weights; run: git lfs pull")
     # A safetensors file starts with its header's length, whose high bytes are zero; a pickle does not.
-    pickled = head.startswith((_ZIP, _PICKLE_PROTOCOL)) and any(head[_LENGTH_BYTES // 2 : _LENGTH_BYTES])
+    pickled = head.startswith(_PICKLED) and any(head[_LENGTH_BYTES // 2 : _LENGTH_BYTES])
     if file.suffix in _PICKLES or pickled:
         raise InputError(f"{file}: is a pickle (torch.save), refused: {_PICKLE_ADVICE}")
     if not head:

@@ -10,7 +10,9 @@ import pytest
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.gate.records import TENSORS
-from exporter.origin import GATE_FOLDER, Origin
+from exporter.origin import Origin
+
+GATE_FOLDER = "gate.cpu"
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def output(tmp_path: Path) -> Path:
     (gate / TENSORS).write_bytes(b"reference")
     path = tmp_path / "home" / "x.onnx"
     path.write_bytes(b"output")
-    Origin.of(path, gate.parent, gate.parent / "lowered.cpu.onnx").save(path)
+    Origin.of(path, gate.parent / "lowered.cpu.onnx", gate).save(path)
     return path
 
 
@@ -51,7 +53,7 @@ def test_without_validation_there_is_no_reference(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"output")
     (tmp_path / "x.work").mkdir()
-    Origin.of(path, tmp_path / "x.work", path).save(path)
+    Origin.of(path, tmp_path / "x.work" / "lowered.cpu.onnx", None).save(path)
     with pytest.raises(InputError, match="--no-validate"):
         Origin.load(path)
 

@@ -36,7 +36,9 @@ def _sample(
     prompts: Prompts, indices: list[int], scheduler: str = "DPMSolverMultistepScheduler", **options: object
 ) -> Tensor:
     settings: dict[str, object] = {"steps": 10, "guidance": 1.0, "seed": 0, "latent_shape": SHAPE, **options}
-    return sample(denoiser, prompts, torch.tensor(indices), make_scheduler(scheduler, None), **settings)  # type: ignore[arg-type]
+    return sample(
+        denoiser, prompts, torch.tensor(indices), make_scheduler(scheduler, None, int(settings["steps"])), **settings
+    )  # type: ignore[arg-type]
 
 
 def test_recipes_offer_the_schedulers_that_exist_here() -> None:
@@ -89,14 +91,12 @@ def test_guidance_calls_negative_prompts_first_and_guidance_1_leaves_them_out(pr
 
 
 def test_the_checkpoints_noise_schedule_is_used_with_any_scheduler(tmp_path: Path) -> None:
-    (tmp_path / "scheduler").mkdir()
+    file = tmp_path / "scheduler_config.json"
     config = {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.05, "solver_order": 3, "unheard_of": 1}
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    (tmp_path / "transformer").mkdir()
-    for folder in (tmp_path, tmp_path / "transformer"):
-        assert make_scheduler("DDIMScheduler", folder).config["beta_end"] == 0.05
-    assert make_scheduler("DPMSolverMultistepScheduler", tmp_path).config["solver_order"] == 3
-    assert make_scheduler("DDIMScheduler", tmp_path / "scheduler" / "nowhere").config["beta_end"] == 0.02
+    file.write_text(json.dumps(config))
+    assert make_scheduler("DDIMScheduler", file, 5).config["beta_end"] == 0.05
+    assert make_scheduler("DPMSolverMultistepScheduler", file, 5).config["solver_order"] == 3
+    assert make_scheduler("DDIMScheduler", None, 5).config["beta_end"] == 0.02
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,18 @@ def test_the_checkpoints_noise_schedule_is_used_with_any_scheduler(tmp_path: Pat
         ('{"prediction_type": "v_prediction"}', "only models that predict the noise"),
         ('{"beta_schedule": "parabolic"}', "does not configure a DDIMScheduler"),
         ('{"num_train_timesteps": "many"}', "does not configure a DDIMScheduler"),
+        ('{"num_train_timesteps": 4}', "5 is more than the 4 steps"),
+        ('{"timestep_spacing": "foo"}', "does not configure a DDIMScheduler"),
     ],
 )
 def test_broken_scheduler_configs_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
-    with pytest.raises(InputError, match=message):
-        make_scheduler("DDIMScheduler", tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        make_scheduler("DDIMScheduler", file, 5)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_schedulers_are_refused_with_a_suggestion() -> None:
     with pytest.raises(InputError, match="did you mean 'DDIMScheduler'"):
-        make_scheduler("DDIMSheduler", None)
+        make_scheduler("DDIMSheduler", None, 5)

@@ -83,7 +83,7 @@ def captured(
         trajectories=TRAJECTORIES,
         seed=3,
         latent_shape=LATENT_SHAPE,
-        scheduler_dir=None,
+        scheduler_config=None,
     )
 
 

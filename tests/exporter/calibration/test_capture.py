@@ -44,7 +44,7 @@ def test_the_inputs_are_those_that_the_denoiser_saw(
         denoiser,
         prompts,
         torch.tensor([0, 1, 2, 0]),
-        make_scheduler(settings.scheduler, None),
+        make_scheduler(settings.scheduler, None, settings.steps),
         steps=settings.steps,
         guidance=settings.guidance,
         seed=3,
@@ -68,7 +68,7 @@ def test_without_guidance_only_conditional_inputs_are_captured(
         trajectories=2,
         seed=0,
         latent_shape=SHAPE,
-        scheduler_dir=None,
+        scheduler_config=None,
     )
     assert len(captured) == 3 * 2
     assert bool((captured.prompt_index >= 0).all())
@@ -87,7 +87,7 @@ def test_a_diverging_sampler_is_reported_with_its_step(
             trajectories=1,
             seed=0,
             latent_shape=SHAPE,
-            scheduler_dir=None,
+            scheduler_config=None,
         )
 
 

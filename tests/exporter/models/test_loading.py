@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.models.loading import get_adapter, linear_shapes, load_transformer, model_shapes
+from exporter.models.loading import get_adapter, load_transformer, model_shapes, skeleton
 from exporter.models.location import read_config
 
 ModelMaker = Callable[[str], nn.Module]
@@ -94,7 +94,7 @@ def test_shapes_of_a_config_alone_are_those_of_the_model(checkpoint: Callable[..
     folder = checkpoint("micro")
     model = load_transformer(folder, "pixart")
     (folder / WEIGHTS).unlink()
-    shapes = linear_shapes(read_config(folder), "pixart", folder / "config.json")
+    shapes = model_shapes(skeleton(read_config(folder), "pixart", folder / "config.json"))
     assert shapes == model_shapes(model)
     total = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
     assert total == sum(parameter.numel() for parameter in model.parameters())

@@ -41,8 +41,9 @@ def test_a_transformer_is_found_by_itself_and_inside_a_pipeline(tmp_path: Path) 
     write_pipeline(tmp_path)
     pipeline, alone = find_model(tmp_path), find_model(tmp_path / "transformer")
     assert pipeline.transformer == alone.transformer == tmp_path / "transformer"
-    assert pipeline.scheduler == tmp_path / "scheduler"
-    assert alone.scheduler is None
+    assert pipeline.scheduler == alone.scheduler == tmp_path / "scheduler" / "scheduler_config.json"
+    (tmp_path / "transformer").rename(tmp_path / "another")
+    assert find_model(tmp_path / "another").scheduler is None
 
 
 def test_a_relative_directory_starts_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
