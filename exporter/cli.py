@@ -54,6 +54,7 @@ Beside OUT (here NAME.onnx) it writes
   NAME.metrics.json  the same figures for programs
   NAME.recipe.yaml   the recipe with every default filled in
   NAME.work/         finished stages: a second run, also after Ctrl-C, goes on from them
+  OUT.origin.json    where `fp4export validate OUT` finds the reference
 
 \b
 Exit codes:

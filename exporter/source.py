@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from exporter.errors import InputError
+from exporter.errors import EnvironmentLacksError, InputError
 from exporter.files import sha256_of
 from exporter.job import Job
+from exporter.models.config import PixArtConfig
 from exporter.models.loading import get_adapter, load_transformer, model_shapes
 from exporter.models.location import CONFIG, ModelFiles, locate_model
 from exporter.models.pixart import PixArtAdapter, TransformerInputs
@@ -19,6 +21,10 @@ from exporter.models.prompts import Prompts, load_prompts
 from exporter.models.weight_files import weight_files
 from exporter.plan import Plan, plan_layers
 from exporter.quality import class_accuracy
+from exporter.recipe import CalibrationSection
+
+# Inputs, targets, outputs by rounding to nearest and as learned, and the next block's inputs.
+_BLOCK_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ def load_source(job: Job) -> Source:
     plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, job.target)
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
+    if recipe.method.name == "fp4dit":
+        check_memory(recipe.calibration, adapter.config(model), latent_shape, installed_memory())
     read = {file.name: file for file in (files.transformer / CONFIG, *weight_files(files.transformer))}
     read["prompts"] = prompts_file
     if files.scheduler is not None:
@@ -70,6 +78,30 @@ def load_source(job: Job) -> Source:
         latent_shape=latent_shape,
         identity={name: sha256_of(file) for name, file in read.items()},
     )
+
+
+def check_memory(
+    settings: CalibrationSection, config: PixArtConfig, latent_shape: tuple[int, int, int], available: int
+) -> None:
+    """Raise `EnvironmentLacksError` if block reconstruction would hold more than `available` bytes.
+
+    A block's inputs, targets and outputs are kept for every captured input: [calls, tokens, width] in float32.
+    """
+    _, height, width = latent_shape
+    tokens = height * width // config.patch_size**2
+    calls = settings.steps * (1 if settings.guidance == 1.0 else 2)
+    per_trajectory = _BLOCK_COPIES * calls * tokens * config.inner_dim * 4
+    if settings.samples * per_trajectory > available:
+        raise EnvironmentLacksError(
+            f"calibration.samples: {settings.samples} trajectories need about "
+            f"{settings.samples * per_trajectory / 1e9:.0f} GB of memory, this machine has {available / 1e9:.0f} GB: "
+            f"at most {available // per_trajectory} fit (method.name=rtn needs none of it)"
+        )
+
+
+def installed_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_classifier(job: Job, prompts: Prompts, latent_shape: tuple[int, int, int]) -> None:
