@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import onnx
 
-from exporter.engine_worker import EngineJob
+from exporter.engine_worker import RESULT_START, EngineJob
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.files import atomic_path
 from exporter.progress import Progress
@@ -116,7 +117,7 @@ def device_command(lowered: Path, output: Path, shapes: Shapes) -> str:
     for index, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
         sizes = ",".join(f"{name}:{'x'.join(map(str, shape[index]))}" for name, shape in shapes.items())
         flags += [f"--{flag}={sizes}"] if sizes else []
-    return " ".join(["trtexec", f"--onnx={lowered}", "--stronglyTyped", f"--saveEngine={output}", *flags])
+    return shlex.join(["trtexec", f"--onnx={lowered}", "--stronglyTyped", f"--saveEngine={output}", *flags])
 
 
 def missing_builder(target: Target) -> str:
@@ -166,7 +167,8 @@ def _run(job: EngineJob, target: Target) -> str:
         log.seek(0)
         lines = log.read().splitlines()
     if process.returncode == 0:
-        return str(json.loads(lines[-1])["version"])
+        result = next(line for line in reversed(lines) if line.startswith(RESULT_START))
+        return str(json.loads(result)["version"])
     raise InputError(f"{job.onnx}: target {target.name} cannot be built: {_reason(lines, process.returncode)}")
 
 

@@ -50,7 +50,7 @@ Targets:
 
 \b
 Beside OUT (here NAME.onnx) it writes
-  NAME.report.html   samples, noise-prediction SNR, every layer, sizes, times
+  NAME.report.html   samples, noise-prediction SNR, every layer, sizes, times (of the NAME made last)
   NAME.metrics.json  the same figures for programs
   NAME.recipe.yaml   the recipe with every default filled in
   NAME.work/         finished stages: a second run, also after Ctrl-C, goes on from them
@@ -105,7 +105,7 @@ _DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an er
 )
 @click.option("--work-dir", metavar="DIR", help="Where finished stages are kept (default: NAME.work beside OUT).")
 @click.option("--dry-run", is_flag=True, help="Print the plan: target, layers, formats, sizes. Writes nothing.")
-@click.option("--no-validate", is_flag=True, help="Skip the comparison of the engine with the PyTorch reference.")
+@click.option("--no-validate", is_flag=True, help="Skip the comparison of the graphs with the PyTorch reference.")
 @click.option("--keep-graphs", is_flag=True, help="Keep the ONNX graph after every pass, in the work folder.")
 @click.option("--fresh", is_flag=True, help="Run every stage again, whatever the work folder holds.")
 @_QUIET

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+RESULT_START = '{"version"'
+
 
 @dataclass(frozen=True)
 class EngineJob:

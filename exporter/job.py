@@ -74,8 +74,8 @@ def open_job(
     folder = Path(work_dir) if work_dir is not None else path.with_name(f"{path.stem}.work")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
-    for place in (path, folder):
-        _check_parent(place)
+    _check_folder(path, path.parent)
+    _check_folder(folder, folder if folder.is_dir() else folder.parent)
     progress.note(f"target {choice.target.name} ({choice.reason})")
     job = Job(recipe, path, choice, WorkDir.open(folder, fresh=fresh), keep_graphs, progress)
     missing = missing_builder(choice.target)
@@ -84,9 +84,8 @@ def open_job(
     return job
 
 
-def _check_parent(path: Path) -> None:
-    """Raise `InputError` unless something can be made at `path`, as far as permissions tell."""
-    folder = path.parent
+def _check_folder(path: Path, folder: Path) -> None:
+    """Raise `InputError` unless `path` can be written in `folder`, as far as permissions tell."""
     if not folder.is_dir():
         raise InputError(f"{path}: the folder {folder} does not exist; make it first: mkdir -p {folder}")
     if not os.access(folder, os.W_OK):

@@ -15,14 +15,15 @@ _ENDING = ".origin.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """The work folder of an output, its lowered graph and gate folder in there, and checksums.
+    """The work folder of an output, its lowered graph and gate folder in there, and checksums of all three.
 
-    `output_sha256` is the output's own; `reference_sha256` that of the gate's reference, None without validation.
+    `reference_sha256` is that of the gate's reference, None without validation.
     """
 
     work_dir: str
     lowered: str
     gate_folder: str
+    lowered_sha256: str
     output_sha256: str
     reference_sha256: str | None
 
@@ -31,7 +32,7 @@ class Origin:
         """What to remember of a finished `output`; `gate` is None when it was not validated."""
         checksum = None if gate is None else sha256_of(gate / TENSORS)
         work = lowered.absolute().parent
-        return cls(str(work), lowered.name, gate.name if gate else "", sha256_of(output), checksum)
+        return cls(str(work), lowered.name, gate.name if gate else "", sha256_of(lowered), sha256_of(output), checksum)
 
     def save(self, output: Path) -> None:
         """Write it beside `output`."""
@@ -46,7 +47,7 @@ class Origin:
         file = _file(output)
         try:
             origin = cls(**json.loads(file.read_text(encoding="utf-8")))
-            work = next(p for p in (Path(origin.work_dir), output.parent / Path(origin.work_dir).name) if p.is_dir())
+            work = next(p for p in (output.parent / Path(origin.work_dir).name, Path(origin.work_dir)) if p.is_dir())
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote") from error
         except (OSError, ValueError, TypeError) as error:
@@ -56,8 +57,10 @@ class Origin:
         origin = replace(origin, work_dir=str(work))
         if origin.reference_sha256 is None:
             raise InputError(f"{output}: was exported with --no-validate, so there is no reference; export again")
-        reference = origin.gate / TENSORS
-        if not reference.is_file() or sha256_of(reference) != origin.reference_sha256:
+        needed = {origin.gate / TENSORS: origin.reference_sha256}
+        if output.suffix != ".onnx":
+            needed[origin.graph] = origin.lowered_sha256
+        if any(not file.is_file() or sha256_of(file) != checksum for file, checksum in needed.items()):
             raise InputError(f"{output}: its work folder {work} holds another export by now; export again")
         return origin
 

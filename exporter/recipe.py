@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -36,6 +37,7 @@ Scheduler = Literal[
 PRESETS: tuple[str, ...] = get_args(Preset)
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 
+_PATHS = (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier"))
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -194,11 +196,12 @@ def load_recipe(
     """Read a recipe from a file, or a shipped one by name (``digits``), and check it.
 
     `overrides` are ``key.path=value`` strings with YAML values, list entries by number (``layers.0.weight=e3m0``);
+    their paths start from the current folder where that has them, else from the recipe's;
     `target` and `seed` (the calibration's) come last. Raises `InputError`.
     """
     file = find_recipe(path)
     name = str(path)
-    changes = [parse_override(text) for text in overrides]
+    changes = [_from_here(parse_override(text)) for text in overrides]
     if target is not None:
         changes.append(Override(("target",), target, f"--target {target}"))
     if seed is not None:
@@ -211,6 +214,14 @@ def load_recipe(
     recipe._source_dir = file.absolute().parent
     recipe._name = name
     return recipe
+
+
+def _from_here(override: Override) -> Override:
+    """A path on the command line means the current folder's file, if there is one."""
+    value = override.value
+    if override.location in _PATHS and isinstance(value, str) and value and Path(value).expanduser().exists():
+        return replace(override, value=str(Path(value).expanduser().absolute()))
+    return override
 
 
 def _located(error: ValidationError, name: str, changes: Sequence[Override]) -> str:
@@ -226,7 +237,7 @@ def _located(error: ValidationError, name: str, changes: Sequence[Override]) -> 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in and paths made absolute, so that it works from any folder."""
     data: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
-    for section, key in (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier")):
+    for section, key in _PATHS:
         given = data[section].get(key)
         # A Hub id stays what it is: no folder of that name exists here.
         if given is not None and (recipe.resolve_path(given).exists() or key != "weights"):

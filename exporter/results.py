@@ -1,4 +1,4 @@
-"""What an export leaves beside its engine: the report, the metrics, and what is needed to validate it again."""
+"""What an export leaves beside its engine for people and programs to read: the report and the metrics."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
-        settings={**settings.model_dump(exclude={"prompts", "samples", "seed"})},
+        settings=settings.model_dump(exclude={"prompts", "samples", "seed"}),
         trajectories=trajectories,
         seed=seed,
     )

@@ -21,6 +21,7 @@ def output(tmp_path: Path) -> Path:
     gate = tmp_path / "home" / "x.work" / GATE_FOLDER
     gate.mkdir(parents=True)
     (gate / TENSORS).write_bytes(b"reference")
+    (gate.parent / "lowered.cpu.onnx").write_bytes(b"graph")
     path = tmp_path / "home" / "x.onnx"
     path.write_bytes(b"output")
     Origin.of(path, gate.parent / "lowered.cpu.onnx", gate).save(path)
@@ -49,10 +50,28 @@ def test_what_no_longer_speaks_for_the_output_is_refused(output: Path) -> None:
         Origin.load(output)
 
 
+def test_an_engine_whose_graph_was_replaced_is_refused(output: Path) -> None:
+    plan = output.with_suffix(".plan")
+    plan.write_bytes(b"engine")
+    work = output.with_name("x.work")
+    Origin.of(plan, work / "lowered.cpu.onnx", work / GATE_FOLDER).save(plan)
+    assert Origin.load(plan).graph == work / "lowered.cpu.onnx"
+    (work / "lowered.cpu.onnx").write_bytes(b"another target's graph")
+    with pytest.raises(InputError, match="holds another export"):
+        Origin.load(plan)
+    assert Origin.load(output).output_sha256 == sha256_of(output)
+
+
+def test_a_copy_uses_the_folder_that_was_copied_with_it(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output.parent, tmp_path / "copy"))
+    assert Origin.load(copy / "x.onnx").gate.parent == copy / "x.work"
+
+
 def test_without_validation_there_is_no_reference(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"output")
     (tmp_path / "x.work").mkdir()
+    (tmp_path / "x.work" / "lowered.cpu.onnx").write_bytes(b"graph")
     Origin.of(path, tmp_path / "x.work" / "lowered.cpu.onnx", None).save(path)
     with pytest.raises(InputError, match="--no-validate"):
         Origin.load(path)

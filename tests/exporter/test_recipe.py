@@ -229,3 +229,14 @@ def test_an_installed_copy_finds_its_recipes(tmp_path: Path) -> None:
         check=True,
     )
     assert answer.stdout.strip() == str(tmp_path / "site" / DATA_PACKAGE)
+
+
+def test_a_path_on_the_command_line_is_the_current_folder_s_if_it_is_there(
+    smallest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "weights").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    recipe = load_recipe(smallest, ["model.weights=weights", "calibration.prompts=elsewhere.safetensors"])
+    assert recipe.resolve_path(recipe.model.weights) == here / "weights"
+    assert recipe.resolve_path(recipe.calibration.prompts) == smallest.parent / "elsewhere.safetensors"

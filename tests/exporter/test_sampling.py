@@ -12,8 +12,8 @@ from torch import Tensor
 from exporter.errors import InputError
 from exporter.models.pixart import TransformerInputs
 from exporter.models.prompts import Prompts
-from exporter.recipe import SCHEDULERS as RECIPE_SCHEDULERS
-from exporter.sampling import SCHEDULERS, DenoiserCall, make_scheduler, sample
+from exporter.recipe import SCHEDULERS
+from exporter.sampling import DenoiserCall, make_scheduler, sample
 
 SHAPE = (1, 4, 4)
 
@@ -39,10 +39,6 @@ def _sample(
     return sample(
         denoiser, prompts, torch.tensor(indices), make_scheduler(scheduler, None, int(settings["steps"])), **settings
     )  # type: ignore[arg-type]
-
-
-def test_recipes_offer_the_schedulers_that_exist_here() -> None:
-    assert set(SCHEDULERS) == set(RECIPE_SCHEDULERS)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
