@@ -1,8 +1,6 @@
 """`python -m exporter` is the `fp4export` command."""
 
-import sys
-
-from exporter.cli import main
+from exporter.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

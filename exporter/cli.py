@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -181,6 +181,20 @@ def _print_result(result: ExportResult) -> None:
     click.echo(f"report   {result.report}")
     click.echo(f"metrics  {result.metrics}")
     click.echo(f"work     {result.work_dir}")
+
+
+def run() -> NoReturn:
+    """Run the command as this process and end it with the exit code.
+
+    Python kills itself by SIGINT at its end, whatever `sys.exit` says, if a KeyboardInterrupt passed through code
+    that a library ran with `exec`, as torch's tracing does; so an interrupted run ends without that last step.
+    """
+    code = main()
+    if code == EXIT_INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
