@@ -49,11 +49,6 @@ class PixArtConfig(BaseModel):
             return self.sample_size == 128
         return self.use_additional_conditions
 
-    @property
-    def predicts_variance(self) -> bool:
-        """Whether the second half of the output channels is a variance that samplers drop."""
-        return self.out_channels == 2 * self.in_channels
-
     @model_validator(mode="after")
     def _agree(self) -> PixArtConfig:
         if self.inner_dim > _WIDEST:
