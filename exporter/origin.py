@@ -15,24 +15,25 @@ _ENDING = ".origin.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """The work folder of an output, its lowered graph and gate folder in there, and checksums of all three.
+    """The work folder of an output, the compared graph and the gate folder in there, and checksums of all three.
 
     `reference_sha256` is that of the gate's reference, None without validation.
     """
 
     work_dir: str
-    lowered: str
+    compared: str
     gate_folder: str
-    lowered_sha256: str
+    compared_sha256: str
     output_sha256: str
     reference_sha256: str | None
 
     @classmethod
-    def of(cls, output: Path, lowered: Path, gate: Path | None) -> Origin:
+    def of(cls, output: Path, compared: Path, gate: Path | None) -> Origin:
         """What to remember of a finished `output`; `gate` is None when it was not validated."""
         checksum = None if gate is None else sha256_of(gate / TENSORS)
-        work = lowered.absolute().parent
-        return cls(str(work), lowered.name, gate.name if gate else "", sha256_of(lowered), sha256_of(output), checksum)
+        work = compared.absolute().parent
+        folder = gate.name if gate else ""
+        return cls(str(work), compared.name, folder, sha256_of(compared), sha256_of(output), checksum)
 
     def save(self, output: Path) -> None:
         """Write it beside `output`."""
@@ -59,7 +60,7 @@ class Origin:
             raise InputError(f"{output}: was exported with --no-validate, so there is no reference; export again")
         needed = {origin.gate / TENSORS: origin.reference_sha256}
         if output.suffix != ".onnx":
-            needed[origin.graph] = origin.lowered_sha256
+            needed[origin.graph] = origin.compared_sha256
         if any(not file.is_file() or sha256_of(file) != checksum for file, checksum in needed.items()):
             raise InputError(f"{output}: its work folder {work} holds another export by now; export again")
         return origin
@@ -71,8 +72,8 @@ class Origin:
 
     @property
     def graph(self) -> Path:
-        """The lowered graph."""
-        return Path(self.work_dir) / self.lowered
+        """The graph that stands for the output in comparisons."""
+        return Path(self.work_dir) / self.compared
 
 
 def _file(output: Path) -> Path:

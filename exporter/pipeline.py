@@ -25,6 +25,7 @@ from exporter.stages import (
     exported_graph,
     fake_quantized,
     lowered_graph,
+    runnable_graph,
 )
 from exporter.validate import validate_output as validate_again
 
@@ -64,10 +65,11 @@ def export(
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     exported = job.timed("export", exported_graph, source, quantized)
     lowered = job.timed("lower", lowered_graph, source, exported)
-    graphs = (exported, lowered)
+    runnable = runnable_graph(job, lowered)
+    graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
-    engine = job.timed("build", build, lowered, validated=validate)
-    evaluation = job.timed("evaluate", evaluate, source, quantized, lowered)
+    engine = job.timed("build", build, lowered, runnable, validated=validate)
+    evaluation = job.timed("evaluate", evaluate, source, quantized, runnable)
     report, metrics = write_results(job, source, engine, evaluation, fidelity)
     return ExportResult(engine, report, metrics, job.work.path, fidelity[0] if fidelity else None, evaluation)
 

@@ -18,6 +18,7 @@ from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
+from exporter.passes.emulate import emulation_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.recipe import recipe_to_yaml
@@ -135,6 +136,20 @@ def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
     return _rewritten(job, exported, lowering_passes(job.target), f"lowered.{job.target.name}")
 
 
+def runnable_graph(job: Job, lowered: Path) -> Path:
+    """What stands for the lowered graph in ONNX Runtime: itself, or the same numbers in types that ONNX Runtime has."""
+    passes = emulation_passes(job.target)
+    if not passes:
+        return lowered
+    model, results = run_passes(onnx.load(lowered), passes, job.target)
+    if not any(result.changed for result in results):
+        return lowered
+    path = job.work.file(f"emulated.{job.target.name}.onnx")
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)
+    return path
+
+
 def _rewritten(job: Job, source: Path, passes: tuple[Pass, ...], name: str) -> Path:
     folder = job.work.file("graphs")
 
@@ -169,10 +184,11 @@ def check_fidelity(
     return result, reference.quantization_db
 
 
-def build(job: Job, lowered: Path, *, validated: bool) -> Path:
+def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
     """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it.
 
-    Beside it, the recipe as it was resolved and the origin, by which `validate` finds the reference.
+    Beside it, the recipe as it was resolved and the origin, by which `validate` finds the reference and the graph
+    that was compared with it (`runnable`).
     """
     if job.target.engine == "onnxruntime":
         with atomic_path(job.output) as temporary:
@@ -180,6 +196,6 @@ def build(job: Job, lowered: Path, *, validated: bool) -> Path:
     else:
         build_engine(lowered, job.output, job.target, job.progress)
     write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
-    Origin.of(job.output, lowered, job.gate_folder if validated else None).save(job.output)
+    Origin.of(job.output, runnable, job.gate_folder if validated else None).save(job.output)
     job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")
     return job.output
