@@ -25,6 +25,7 @@ HIGH_PRECISION = "none"
 
 Preset = Literal["w4a6", "w4a8", "w8a8", "w4a16"]
 Scales = Literal["channel", "group", "foldable"]
+Storage = Literal["packed", "int8"]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
     "DDIMScheduler",
@@ -158,6 +159,9 @@ class Recipe(_Section):
     model: ModelSection
     target: Annotated[str, AfterValidator(_target)] = AUTO
     preset: Preset | None = None
+    storage: Storage = Field(
+        default="packed", description="how a .onnx keeps weights: 4 bits each, or int8 (twice the file, loads at once)"
+    )
     calibration: CalibrationSection
     method: MethodSection = MethodSection()
     layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()

@@ -133,7 +133,7 @@ def _check_containers(source: Source, exported: Path) -> None:
 
 def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
     """The graph that the target's engine is made of."""
-    return _rewritten(job, exported, lowering_passes(job.target), f"lowered.{job.target.name}")
+    return _rewritten(job, exported, lowering_passes(job.target, job.recipe.storage), f"lowered.{job.target.name}")
 
 
 def runnable_graph(job: Job, lowered: Path) -> Path:

@@ -8,16 +8,18 @@ from exporter.passes.driver import Keep, Pass, PassResult, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
 from exporter.passes.half import store_exactly_in_half
-from exporter.passes.lower_cpu import lower_to_cpu
+from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
 from exporter.passes.packing import pack_weights
 from exporter.passes.refuse import refuse_unsupported
 from exporter.passes.sharing import share_activation_quantizers
 from exporter.passes.squeezes import drop_noop_squeezes
+from exporter.recipe import Storage
 from exporter.targets import Target
 
 __all__ = [
     "CPU_PASSES",
+    "CPU_PASSES_IN_BYTES",
     "TENSORRT_PASSES",
     "WAIST_PASSES",
     "Keep",
@@ -38,9 +40,15 @@ WAIST_PASSES: tuple[Pass, ...] = (
     store_exactly_in_half,
 )
 CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, refuse_unsupported)
+CPU_PASSES_IN_BYTES: tuple[Pass, ...] = (lower_to_cpu_in_bytes, *CPU_PASSES[1:])
 TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, refuse_unsupported)
 
 
-def lowering_passes(target: Target) -> tuple[Pass, ...]:
-    """The passes that turn the waist into the target's own operators."""
-    return CPU_PASSES if target.engine == "onnxruntime" else TENSORRT_PASSES
+def lowering_passes(target: Target, storage: Storage = "packed") -> tuple[Pass, ...]:
+    """The passes that turn the waist into the target's own operators.
+
+    `storage` says how ONNX Runtime's file keeps weights of 4 bits; engines hold them in their container anyway.
+    """
+    if target.engine != "onnxruntime":
+        return TENSORRT_PASSES
+    return CPU_PASSES if storage == "packed" else CPU_PASSES_IN_BYTES

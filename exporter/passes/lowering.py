@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from exporter.passes.surgery import Splicer, array_of, is_output, variant_of
+from plugins.body import Body
 from plugins.formats import Format, get_format
 from plugins.op import Gemm, OnlineQuantize
 from plugins.packing import unpack
@@ -155,6 +156,15 @@ def layer_of(node: gs.Node) -> Layer | None:
         bias=inputs.get("bias"),
         y=node.outputs[0],
     )
+
+
+def append_epilogue(body: Body, product: str, factors: Sequence[str], *, has_bias: bool) -> None:
+    """product · factors + "bias" → "y"."""
+    steps = [("Mul", factor) for factor in factors] + [("Add", "bias")] * has_bias
+    for index, (op_type, operand) in enumerate(steps, start=1):
+        product = body.op(op_type, product, operand, output="y" if index == len(steps) else None)
+    if not steps:
+        body.op("Identity", product, output="y")
 
 
 def _read_by_gemms(graph: gs.Graph, node: gs.Node) -> bool:

@@ -91,6 +91,10 @@ class Splicer:
         """The one initializer with this content."""
         return self.shared(gs.Constant(f"constant.{digest(array)}", array))
 
+    def __contains__(self, name: str) -> bool:
+        """True if an initializer of this name has been made."""
+        return name in self._constants
+
     def shared(self, constant: gs.Constant) -> gs.Constant:
         """The one initializer with this name."""
         return self._constants.setdefault(constant.name, constant)
@@ -103,7 +107,7 @@ class Splicer:
             if proto.op_type == "Constant":
                 known[proto.output[0]] = self.constant(numpy_helper.to_array(proto.attribute[0].t))
                 continue
-            inputs = [known[name] for name in proto.input]
+            inputs = [known[name] if name in known else self._constants[name] for name in proto.input]
             outputs = [known.setdefault(name, gs.Variable(name)) for name in proto.output]
             attributes = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
             nodes.append(gs.Node(proto.op_type, outputs[0].name, attributes, inputs, outputs))
@@ -111,8 +115,8 @@ class Splicer:
 
 
 def low_bit_constant(name: str, array: npt.NDArray[Any], onnx_type: int) -> gs.Constant:
-    """An initializer of a type that numpy lacks: FLOAT8E4M3FN (`array` holds its bytes) or INT4 (int8 values)."""
-    if onnx_type == onnx.TensorProto.INT4:
+    """An initializer of a type that numpy lacks: FLOAT8E4M3FN (`array` holds its bytes), INT4 or UINT4."""
+    if onnx_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
         nibbles = np.pad(array.astype(np.uint8).ravel() & 0xF, (0, array.size % 2))
         raw = (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
     else:

@@ -24,18 +24,24 @@ def append_given(body: Body, x: str, scales: str, values: str, fmt: Format) -> N
 def append_rounding(body: Body, t: str, values: str, fmt: Format) -> None:
     """t → `fmt.round(t)` with +0 for zeros, bit for bit, for every t but NaN.
 
-    Veltkamp's splitting, c - (c - t) with c = t·(2^(23-M) + 1), rounds t to M + 1 significant bits, ties to even.
-    Below `min_normal` the same c as at `min_normal` rounds to multiples of the step instead, and on a uniform grid
-    c = 1.5·2^23·step does so everywhere. Each operation must round on its own: contracted into one fused
-    multiply-add the splitting breaks. `max` is a value of the format, so clipping first changes no rounding, and
-    nothing after it can overflow.
+    `max` is a value of the format, so clipping first changes no rounding, and nothing after it can overflow.
     """
     clipped = body.op("Clip", t, body.float(-fmt.max), body.float(fmt.max))
-    if fmt.is_uniform:
-        c = body.float(1.5 * 2**FLOAT32_MANTISSA_BITS * fmt.step)
-    else:
-        min_normal = body.float(fmt.min_normal)
-        below = body.op("Less", body.op("Abs", clipped), min_normal)
-        raised = body.op("Where", below, min_normal, clipped)
-        c = body.op("Mul", raised, body.float(2 ** (FLOAT32_MANTISSA_BITS - fmt.mantissa_bits) + 1))
-    body.op("Sub", c, body.op("Sub", c, clipped), output=values)
+    append_splitting(body, clipped, values, fmt, fmt.step)
+
+
+def append_splitting(body: Body, t: str, values: str, fmt: Format, step: float) -> None:
+    """t → t rounded to the grid whose smallest step is `step`, ties to even, for |t| up to the grid's largest value.
+
+    Splitting after Veltkamp, c - (c - t) with c = |t|·(2^(23-M) - 1): c - t lies in the binade of |t|·2^(23-M),
+    whose floats are multiples of t's own step, and c is even wherever t is a tie. Below the normal numbers c stays
+    1.5·2^23·step, whose binade has floats at multiples of the smallest step; on a uniform grid it does everywhere.
+    Exact for every float32 (`tests/plugins/float_quantize` tries all significands). Each operation must round on its
+    own: contracted into one fused multiply-add it breaks.
+    """
+    least = body.float(1.5 * 2**FLOAT32_MANTISSA_BITS * step)
+    c = least
+    if not fmt.is_uniform:
+        raised = body.op("Mul", body.op("Abs", t), body.float(2 ** (FLOAT32_MANTISSA_BITS - fmt.mantissa_bits) - 1))
+        c = body.op("Max", raised, least)
+    body.op("Sub", c, body.op("Sub", c, t), output=values)

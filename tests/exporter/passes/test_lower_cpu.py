@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from onnx import TensorProto
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.fold import fold_rows
 from exporter.passes.layer_table import LayerEntry, read_layer_table
+from exporter.recipe import Storage
 from exporter.targets import TARGETS
 from plugins.containers import INT8, multipliers
 from plugins.float_quantize.reference import quantize_online
-from plugins.formats import ACTIVATION_FORMATS, FloatFormat, Values, get_format
+from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, Values, get_format
 from tests.exporter.passes.waist_graphs import (
     TOKENS,
     WaistGraph,
@@ -35,9 +37,9 @@ CPU = TARGETS["cpu"]
 IN_INT8 = [name for name in ACTIVATION_FORMATS if get_format(name).max_numerator <= 127]
 
 
-def _lower(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[LayerEntry, ...]]:
+def _lower(model: onnx.ModelProto, storage: Storage = "packed") -> tuple[onnx.ModelProto, tuple[LayerEntry, ...]]:
     waist, _ = run_passes(model, WAIST_PASSES, CPU)
-    lowered, _ = run_passes(waist, lowering_passes(CPU), CPU)
+    lowered, _ = run_passes(waist, lowering_passes(CPU, storage), CPU)
     onnx.checker.check_model(lowered, full_check=True)
     return lowered, read_layer_table(lowered)
 
@@ -129,22 +131,48 @@ def test_one_tensor_read_in_two_containers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["channel", "foldable"])
-def test_runtime_folds_the_weight_to_bytes_and_fuses_the_product(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_runtime_folds_the_weight_to_bytes_and_fuses_the_product(tmp_path: Path, kind: str, in_bytes: bool) -> None:
     weight = make_weight("fc", group_size=0 if kind == "channel" else 16, kind=kind)
-    lowered, _ = _lower(one_linear(weight))
+    lowered, _ = _lower(one_linear(weight), "int8" if in_bytes else "packed")
     stored = {t.name: t.data_type for t in lowered.graph.initializer if np.prod(t.dims) >= 64}
-    folded = {"fc.multipliers.u8": TensorProto.UINT8} if kind == "foldable" else {}
-    assert stored == {"fc.words": TensorProto.INT32, **folded}
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(lowered.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    optimized = onnx.load(tmp_path / "optimized.onnx")
-    large = [t for t in optimized.graph.initializer if np.prod(t.dims) > 64]
+    if in_bytes:
+        assert stored == {"fc.int8": TensorProto.INT8}
+    else:
+        folded = {"fc.multipliers.u8": TensorProto.UINT8} if kind == "foldable" else {}
+        tables = {name for name in stored if name.startswith("constant.")}
+        assert stored == {"fc.u4": TensorProto.UINT4, **folded, **dict.fromkeys(tables, TensorProto.INT8)}
+    large, kinds = _as_the_runtime_has_it(lowered, tmp_path)
     assert [(t.data_type, list(t.dims)) for t in large] == [(TensorProto.INT8, [64, 24])]
-    kinds = Counter(op_types(optimized))
     assert kinds["MatMulIntegerToFloat"] == 1
     assert not {"Gather", "Mod", "Transpose", "Cast", "Slice"} & set(kinds)
+
+
+def _as_the_runtime_has_it(model: onnx.ModelProto, folder: Path) -> tuple[list[onnx.TensorProto], Counter[str]]:
+    """Large initializers and operators of the graph that ONNX Runtime makes of the model."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(folder / "optimized.onnx")
+    return [t for t in optimized.graph.initializer if np.prod(t.dims) > 64], Counter(op_types(optimized))
+
+
+@pytest.mark.parametrize(("weight_format", "kind"), [(n, "channel") for n in WEIGHT_FORMATS] + [("e2m3", "foldable")])
+def test_both_ways_of_storing_a_weight_compute_the_same_bits(weight_format: str, kind: str) -> None:
+    weight = make_weight("fc", weight_format, 0 if kind == "channel" else 16, kind)
+    packed, in_bytes = (_lower(one_linear(weight), storage)[0] for storage in ("packed", "int8"))
+    assert np.array_equal(run(packed, tokens())[0], run(in_bytes, tokens())[0])
+
+
+def test_layers_that_share_a_weight_share_its_codes() -> None:
+    waist = WaistGraph()
+    weight = make_weight("a")
+    model = waist.model(waist.linear("x", weight), waist.linear("x", replace(weight, layer="b")))
+    for node in model.graph.node:
+        node.input[:] = ["a.codes" if name == "b.codes" else name for name in node.input]
+    lowered, _ = _lower(model)
+    assert [t.name for t in lowered.graph.initializer if t.data_type == TensorProto.UINT4] == ["a.u4"]
 
 
 @pytest.mark.parametrize("activation_format", [name for name in IN_INT8 if name != "int8"])
@@ -172,8 +200,21 @@ def test_two_dimensional_input() -> None:
     assert snr_db(reference(x.reshape(-1, 64), weight, "e2m3")[1], run(lowered, x)[0]) > 120
 
 
-def test_every_uniform_format_is_rounded_by_the_quantizer_alone() -> None:
+def test_uniform_formats_are_divided_and_rounded_row_by_row_in_one_operator() -> None:
     for name in IN_INT8:
-        fmt = get_format(name)
         lowered, _ = _lower(one_linear(make_weight("fc"), name))
-        assert ("Where" in op_types(lowered)) == (isinstance(fmt, FloatFormat) and not fmt.is_uniform)
+        uniform = get_format(name).is_uniform
+        quantizer = next(node for node in lowered.graph.node if node.op_type == "QuantizeLinear")
+        assert any(attribute.name == "axis" and attribute.i == 0 for attribute in quantizer.attribute) == uniform
+        assert op_types(lowered).count("Div") == (1 if uniform else 2)
+        assert "Where" not in op_types(lowered)
+
+
+@pytest.mark.parametrize("sizes", [("a", "b"), ("a", 7), (2, 7), (14,)])
+def test_any_mix_of_known_and_unknown_sizes(sizes: tuple[int | str, ...]) -> None:
+    weight = make_weight("fc")
+    waist = WaistGraph()
+    lowered, _ = _lower(waist.model(waist.linear("x", weight, "int8"), x_shape=sizes, rank=len(sizes) + 1))
+    shape = [size if isinstance(size, int) else 3 for size in sizes]
+    x = np.random.default_rng(0).standard_normal([*shape, 64]).astype(np.float32)
+    assert snr_db(reference(x, weight, "int8")[1], run(lowered, x)[0]) > 120

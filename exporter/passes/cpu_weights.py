@@ -1,0 +1,102 @@
+"""Weights for ONNX Runtime on a CPU: 4 bits each in the file, expanded once when the runtime loads it.
+
+The nodes that expand them have constant inputs only, so the runtime folds them. They are few and cheap, a cast, an
+addition and a table look-up, because a large model's load time is theirs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from exporter.passes.lowering import Layer
+from exporter.passes.surgery import Splicer, low_bit_constant
+from plugins.body import Body
+from plugins.packing import unpack_nodes
+
+_NIBBLE_BITS = 4
+_BYTE_BITS = 8
+
+
+def expanded_bytes(layer: Layer) -> npt.NDArray[np.int8]:
+    """The weight's numerators times multipliers, int8 [K, N]. Raises ValueError if one does not fit."""
+    numerators = layer.numerators().T
+    stored = np.ascontiguousarray(numerators.astype(np.int8))
+    if not np.array_equal(stored, numerators):
+        raise ValueError(f"{layer.name}: its folded weights do not fit int8")
+    return stored
+
+
+def append_integer_weight(
+    body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer, *, in_bytes: bool
+) -> str:
+    """Numerators times multipliers, int8 [K, N]: a constant if `in_bytes` or of 8 bits anyway, else expanded.
+
+    int8 = table[code + codes · multiplier], the table holding every numerator times every multiplier.
+    """
+    if in_bytes or layer.format.bits == _BYTE_BITS:
+        name = f"{layer.name}.int8"
+        tensors[name] = gs.Constant(name, expanded_bytes(layer))
+        return name
+    table = layer.format.numerators
+    codes = _append_codes(body, layer, tensors, splicer)
+    if layer.multipliers is None:
+        return body.op("Gather", body.constant(table.astype(np.int8)), codes, axis=0)
+    products = np.arange(layer.multipliers.max() + 1)[:, None] * table
+    steps = body.op("Cast", _multipliers(layer, tensors), to=TensorProto.INT32)
+    offsets = body.op("Mul", steps, body.constant(np.int32(len(table))))
+    indices = body.op("Add", _append_groups(body, layer, codes), offsets)
+    weight = body.op("Gather", body.constant(products.ravel().astype(np.int8)), indices, axis=0)
+    return _append_whole(body, layer, weight)
+
+
+def append_float_weight(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:
+    """Values times scales, f32 [K, N]; exact while the scales keep to 20 bits."""
+    codes = _append_codes(body, layer, tensors, splicer)
+    weight = body.op("Gather", body.constant(layer.format.values), codes, axis=0)
+    scales = f"{layer.name}.weight_scales"
+    grouped = layer.weight_scales.shape[1] > 1
+    tensors[scales] = gs.Constant(
+        scales, np.ascontiguousarray(layer.weight_scales.T[:, None] if grouped else layer.weight_scales.T)
+    )
+    if layer.multipliers is None and not grouped:
+        return body.op("Mul", weight, scales)
+    if layer.multipliers is not None:
+        scales = body.op("Mul", scales, body.op("Cast", _multipliers(layer, tensors), to=TensorProto.FLOAT))
+    return _append_whole(body, layer, body.op("Mul", _append_groups(body, layer, weight), scales))
+
+
+def _append_codes(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:
+    """INT32 codes [K, N]."""
+    if layer.format.bits == _NIBBLE_BITS:
+        name = f"{layer.stored.name.removesuffix('.codes').removesuffix('.words')}.u4"
+        if name not in splicer:
+            splicer.shared(low_bit_constant(name, np.ascontiguousarray(layer.codes().T), TensorProto.UINT4))
+        return body.op("Cast", name, to=TensorProto.INT32)
+    tensors["stored"] = layer.stored
+    codes = "stored"
+    if layer.gemm.packed:
+        codes = f"{body.prefix}codes"
+        body.nodes += unpack_nodes("stored", codes, f"{body.prefix}unpack.", layer.format.bits, layer.gemm.count)
+    return body.op("Transpose", body.op("Cast", codes, to=TensorProto.INT32), perm=[1, 0])
+
+
+def _multipliers(layer: Layer, tensors: dict[str, gs.Tensor]) -> str:
+    """One byte per group: uint8 [G, 1, N]."""
+    if layer.multipliers is None:
+        raise ValueError(f"{layer.name} has no multipliers")
+    name = f"{layer.name}.multipliers.u8"
+    tensors[name] = gs.Constant(name, np.ascontiguousarray(layer.multipliers.T[:, None].astype(np.uint8)))
+    return name
+
+
+def _append_groups(body: Body, layer: Layer, matrix: str) -> str:
+    """[K, N] → [G, K / G, N]."""
+    size = layer.gemm.group_size
+    return body.op("Reshape", matrix, body.ints(layer.gemm.count // size, size, len(layer.weight_scales)))
+
+
+def _append_whole(body: Body, layer: Layer, grouped: str) -> str:
+    return body.op("Reshape", grouped, body.ints(layer.gemm.count, len(layer.weight_scales)))
