@@ -23,10 +23,12 @@ from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_r
 from exporter.gate.runs import repeat_command, save_feeds, save_reference
 from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage, summary_table
+from exporter.gate.tiles import compare_tiles
 from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, model_feeds
 from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
+from exporter.passes.tiling import untiled
 from exporter.progress import Progress
 from exporter.runtime import read_model
 from exporter.targets import Target, get_target
@@ -156,7 +158,8 @@ def _compare(
 ) -> GateResult:
     """All rows of one graph, and the files and commands that repeat them."""
     optimized = stage == "exported" or target.engine == "onnxruntime"
-    model = read_model(path)
+    written = read_model(path)
+    model = untiled(written)
     layers = read_layer_table(model)
     records = {record.layer: record for record in reference.linears}
     linears_path, blocks_path = (folder / f"{kind}.{stage}.onnx" for kind in ("linears", "blocks"))
@@ -184,7 +187,10 @@ def _compare(
             path, model_inputs, model_outputs, {}, default_db=reference.end_to_end_threshold, optimized=optimized
         ),
     )
-    rows: tuple[GateRow, ...] = (*linears.rows, *blocks, end)
+    tiles: tuple[GateRow, ...] = ()
+    if model is not written:
+        tiles = (compare_tiles(path, model, reference, stage, folder / f"whole.{stage}.onnx"),)
+    rows: tuple[GateRow, ...] = (*linears.rows, *blocks, *tiles, end)
     return GateResult(rows, commands)
 
 

@@ -7,6 +7,7 @@ from exporter.passes.choose import choose_containers
 from exporter.passes.driver import Keep, Pass, PassResult, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
+from exporter.passes.fused_attention import fuse_attention
 from exporter.passes.half import store_exactly_in_half
 from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
@@ -14,6 +15,7 @@ from exporter.passes.packing import pack_weights
 from exporter.passes.refuse import refuse_unsupported
 from exporter.passes.sharing import share_activation_quantizers
 from exporter.passes.squeezes import drop_noop_squeezes
+from exporter.passes.tiling import tile_feed_forward
 from exporter.recipe import Storage
 from exporter.targets import Target
 
@@ -39,7 +41,7 @@ WAIST_PASSES: tuple[Pass, ...] = (
     pack_weights,
     store_exactly_in_half,
 )
-CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, refuse_unsupported)
+CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, fuse_attention, tile_feed_forward, refuse_unsupported)
 CPU_PASSES_IN_BYTES: tuple[Pass, ...] = (lower_to_cpu_in_bytes, *CPU_PASSES[1:])
 TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, refuse_unsupported)
 

@@ -19,6 +19,8 @@ from exporter.passes.layer_table import (
     with_encodings,
     write_layer_table,
 )
+from exporter.passes.surgery import CONTRIB_DOMAIN
+from exporter.passes.tiling import untiled
 from exporter.targets import Target
 from plugins.op import attach_functions
 
@@ -105,12 +107,21 @@ def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry
     model: onnx.ModelProto = gs.export_onnx(graph)
     model.ir_version = source.ir_version
     attach_functions(model)
+    _import_domain_of_contrib(model)
     model.metadata_props.extend(source.metadata_props)
+    inferred = _infer(untiled(model))
+    types = {info.name: info.type.tensor_type.elem_type for info in inferred}
+    outside = {name for node in model.graph.node for name in node.output}
     del model.graph.value_info[:]
-    model.graph.value_info.extend(_infer(model))
-    types = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
+    model.graph.value_info.extend(info for info in inferred if info.name in outside)
     write_layer_table(model, with_encodings(table, types), target.name)
     return model
+
+
+def _import_domain_of_contrib(model: onnx.ModelProto) -> None:
+    used = any(node.domain == CONTRIB_DOMAIN for node in model.graph.node)
+    if used and all(entry.domain != CONTRIB_DOMAIN for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
 
 
 def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -120,7 +131,12 @@ def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB."""
+    """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB.
+
+    Of what it says of tensors between nodes only the results of operators stay that inference does not know.
+    """
+    unknown = {name for node in model.graph.node if node.domain == CONTRIB_DOMAIN for name in node.output}
+    stated = [value for value in model.graph.value_info if value.name in unknown]
     small = [tensor for tensor in model.graph.initializer if _elements(tensor) <= _LARGEST_INFERRED_ELEMENTS]
     large = [
         helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
@@ -128,7 +144,12 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
         if _elements(tensor) > _LARGEST_INFERRED_ELEMENTS
     ]
     graph = helper.make_graph(
-        list(model.graph.node), model.graph.name, [*model.graph.input, *large], list(model.graph.output), small
+        list(model.graph.node),
+        model.graph.name,
+        [*model.graph.input, *large],
+        list(model.graph.output),
+        small,
+        value_info=stated,
     )
     return helper.make_model(
         graph,

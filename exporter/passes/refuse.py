@@ -6,6 +6,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from exporter.errors import InputError
+from exporter.passes.surgery import CONTRIB_DOMAIN
 from exporter.targets import Target
 from plugins.op import is_ours
 
@@ -30,6 +31,9 @@ _TENSORRT_OPERATORS = frozenset({
 # fmt: on
 """Standard operators that the ONNX parser of TensorRT 10.9 and later, and TensorRT-RTX, take."""
 
+_CONTRIB_OPERATORS = frozenset({"MultiHeadAttention"})
+"""ONNX Runtime's own operators that a pass here makes."""
+
 
 def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
     """Changes nothing (0). Raises `InputError` naming the first layer or node that the target cannot run.
@@ -50,6 +54,8 @@ def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
 
 
 def _known(node: gs.Node, opset: int, target: Target) -> bool:
+    if node.domain == CONTRIB_DOMAIN and target.engine == "onnxruntime":
+        return node.op in _CONTRIB_OPERATORS
     if node.domain not in (None, "", "ai.onnx"):
         return False
     if target.engine == "onnxruntime":

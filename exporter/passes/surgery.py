@@ -17,6 +17,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from plugins.body import Body
 from plugins.op import is_ours
 
+CONTRIB_DOMAIN = "com.microsoft"
+"""The domain of ONNX Runtime's own operators, which every build of it has."""
+
 # The names that the passes and the boundary markers give, which nothing renames afterwards.
 _GIVEN = re.compile(r"blocks\.\w+|.+\.(input|output|values|token_scales)")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -197,22 +198,25 @@ def scale_of_one_channel_off(arrays: dict[str, np.ndarray]) -> str:
 
 
 def one_nibble_flipped(arrays: dict[str, np.ndarray]) -> str:
-    arrays[words_name(arrays)][3, 2] ^= 1 << 12
-    return words_name(arrays)
+    name = codes_name(arrays)
+    codes = arrays[name].astype(np.uint8)
+    codes[3, 2] ^= 2
+    arrays[name] = codes.astype(ml_dtypes.uint4)
+    return name
 
 
 def a_pair_swapped(arrays: dict[str, np.ndarray]) -> str:
-    """The first two different nibbles of a row's first word."""
-    words = arrays[words_name(arrays)]
-    nibbles = [int(words[5, 0]) >> shift & 15 for shift in range(0, 28, 4)]
-    other = next(index for index, nibble in enumerate(nibbles) if nibble & 7 != nibbles[0] & 7)
-    difference = nibbles[0] ^ nibbles[other]
-    words[5, 0] ^= difference | difference << 4 * other
-    return words_name(arrays)
+    """Two different weights of an output channel, far enough apart in value not to differ by the sign of a zero."""
+    name = codes_name(arrays)
+    codes = arrays[name].astype(np.uint8)
+    other = next(index for index in range(len(codes)) if codes[index, 5] & 7 != codes[0, 5] & 7)
+    codes[[0, other], 5] = codes[[other, 0], 5]
+    arrays[name] = codes.astype(ml_dtypes.uint4)
+    return name
 
 
-def words_name(arrays: dict[str, np.ndarray]) -> str:
-    (name,) = (name for name, array in arrays.items() if name.startswith(LAYER) and array.dtype == np.int32)
+def codes_name(arrays: dict[str, np.ndarray]) -> str:
+    (name,) = (name for name, array in arrays.items() if name.startswith(LAYER) and array.dtype == ml_dtypes.uint4)
     return name
 
 
