@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from exporter.compute import Compute
 from exporter.passes.boundaries import name_boundaries
 from exporter.passes.choose import choose_containers
+from exporter.passes.compute_type import compute_in_bf16, compute_in_fp16
 from exporter.passes.driver import Keep, Pass, PassResult, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
@@ -17,6 +22,7 @@ from exporter.passes.squeezes import drop_noop_squeezes
 from exporter.targets import Target
 
 __all__ = [
+    "COMPUTE_PASSES",
     "CPU_PASSES",
     "TENSORRT_PASSES",
     "WAIST_PASSES",
@@ -40,7 +46,13 @@ WAIST_PASSES: tuple[Pass, ...] = (
 CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, refuse_unsupported)
 TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, refuse_unsupported)
 
+# Before the lowering, because there a quantized linear is still one node.
+COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(
+    {"fp32": (), "fp16": (compute_in_fp16,), "bf16": (compute_in_bf16,)}
+)
 
-def lowering_passes(target: Target) -> tuple[Pass, ...]:
-    """The passes that turn the waist into the target's own operators."""
-    return CPU_PASSES if target.engine == "onnxruntime" else TENSORRT_PASSES
+
+def lowering_passes(target: Target, compute: Compute = "fp32") -> tuple[Pass, ...]:
+    """The passes that turn the waist into the target's own operators, other than linears in the compute type."""
+    lowering = CPU_PASSES if target.engine == "onnxruntime" else TENSORRT_PASSES
+    return (*COMPUTE_PASSES[compute], *lowering)
