@@ -68,11 +68,16 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
 
 def give_name(graph: gs.Graph, tensor: gs.Tensor, name: str) -> bool:
     """Name a computed tensor, unless it is a graph input or output or has been given a name before; True if named."""
-    taken = _GIVEN.fullmatch(tensor.name) or is_output(graph, tensor) or not tensor.inputs
+    taken = has_given_name(tensor.name) or is_output(graph, tensor) or not tensor.inputs
     if taken:
         return False
     tensor.name = name
     return True
+
+
+def has_given_name(name: str) -> bool:
+    """True for a name by which a layer's or a block's tensor is found again."""
+    return _GIVEN.fullmatch(name) is not None
 
 
 def digest(array: npt.NDArray[Any]) -> str:
