@@ -6,19 +6,26 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from exporter.compute import Compute
+from exporter.passes.attention import drop_broadcast_expands, fold_attention_scale
 from exporter.passes.boundaries import name_boundaries
 from exporter.passes.choose import choose_containers
 from exporter.passes.compute_type import compute_in_bf16, compute_in_fp16
+from exporter.passes.constants import fold_constants
 from exporter.passes.driver import Keep, Pass, PassResult, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
 from exporter.passes.half import store_exactly_in_half
 from exporter.passes.lower_cpu import lower_to_cpu
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
+from exporter.passes.modulation import fold_modulation_offsets
+from exporter.passes.noops import drop_noops
 from exporter.passes.packing import pack_weights
 from exporter.passes.refuse import refuse_unsupported
+from exporter.passes.shapes import fold_shapes
 from exporter.passes.sharing import share_activation_quantizers
+from exporter.passes.slices import forward_slices_of_concats
 from exporter.passes.squeezes import drop_noop_squeezes
+from exporter.passes.transposes import merge_transposes
 from exporter.targets import Target
 
 __all__ = [
@@ -35,6 +42,14 @@ __all__ = [
 
 WAIST_PASSES: tuple[Pass, ...] = (
     drop_noop_squeezes,
+    fold_constants,
+    fold_shapes,
+    merge_transposes,
+    forward_slices_of_concats,
+    drop_noops,
+    drop_broadcast_expands,
+    fold_attention_scale,
+    fold_modulation_offsets,
     name_boundaries,
     share_activation_quantizers,
     fuse_linear,

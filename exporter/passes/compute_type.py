@@ -83,8 +83,12 @@ def _is_float(tensor: gs.Tensor) -> bool:
 def _lower(graph: gs.Graph, compute: ComputeType) -> int:
     """Returns how many nodes compute in the type."""
     onnx_type = helper.np_dtype_to_tensor_dtype(compute.dtype)
-    if any(element_type(tensor) == onnx_type for tensor in graph.tensors().values()):
+    types = {name: element_type(tensor) for name, tensor in graph.tensors().items()}
+    if onnx_type in types.values():
         return 0
+    unknown = next((name for name, found in types.items() if found == TensorProto.UNDEFINED), None)
+    if unknown is not None:
+        raise ValueError(f"the type of tensor {unknown!r} is not known; run this pass first on a graph that is valid")
     lowered = _lowered_nodes(graph, compute)
     chosen = {id(node) for node in lowered}
     _store_constants(lowered, chosen, compute)

@@ -159,3 +159,12 @@ def test_it_does_nothing_to_a_graph_of_quantized_linears_only_or_one_that_is_low
     again, results = run_passes(once, COMPUTE_PASSES[compute], RTX)
     assert results[0].changed == 0
     assert op_types(again) == op_types(once)
+
+
+def test_a_tensor_of_unknown_type_is_an_error_and_not_left_out() -> None:
+    """A Squeeze that torch wrote and no runtime takes: nothing behind it has a type."""
+    waist = WaistGraph()
+    wide = waist.node("Squeeze", waist.node("Abs", "x", output="a"), waist.constant("i", np.array([1])), output="s")
+    model = waist.model(waist.node("Neg", waist.node("Abs", wide, output="b"), output="y"))
+    with pytest.raises(ValueError, match="the type of tensor 's' is not known"):
+        run_passes(model, COMPUTE_PASSES["fp16"], RTX)
