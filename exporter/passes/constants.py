@@ -27,7 +27,8 @@ def fold_constants(graph: gs.Graph, target: Target) -> int:
     folded = 0
     for node in graph.nodes:
         constant = bool(node.inputs) and all(isinstance(tensor, gs.Constant) for tensor in node.inputs)
-        plain = not node.domain and node.op not in _RANDOM and not list(node.subgraphs())
+        held = any(isinstance(value, gs.Tensor) for value in node.attrs.values())
+        plain = not held and not node.domain and node.op not in _RANDOM and not list(node.subgraphs())
         if not constant or not plain or len(node.outputs) != 1 or is_output(graph, node.outputs[0]):
             continue
         if any(tensor.values.nbytes >= SMALLEST_BYTES for tensor in node.inputs):

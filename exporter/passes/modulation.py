@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.passes.surgery import array_of, producer, replace_uses
+from exporter.passes.surgery import array_of, is_output, producer, replace_uses
 from exporter.targets import Target
 
 
@@ -48,12 +48,19 @@ def _table(add: gs.Node) -> gs.Constant | None:
 
 def _common_offset(graph: gs.Graph, part: gs.Tensor) -> float | None:
     """The one number that every reader of `part` adds to it, and nothing else."""
-    if not part.outputs or any(output is part for output in graph.outputs):
+    if not part.outputs or is_output(graph, part):
         return None
     offsets = set()
     for reader in part.outputs:
         other = [array_of(tensor) for tensor in reader.inputs if tensor is not part]
-        if reader.op != "Add" or len(other) != 1 or other[0] is None or other[0].size != 1 or other[0].ndim > 1:
+        if (
+            is_output(graph, reader.outputs[0])
+            or reader.op != "Add"
+            or len(other) != 1
+            or other[0] is None
+            or other[0].size != 1
+            or other[0].ndim > 1
+        ):
             return None
         offsets.add(float(other[0].item()))
     return offsets.pop() if len(offsets) == 1 else None

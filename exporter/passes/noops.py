@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from exporter.passes.compute_type import element_type
-from exporter.passes.surgery import array_of, has_given_name, is_output, replace_uses
+from exporter.passes.surgery import array_of, can_take_over, has_given_name, replace_uses
 from exporter.targets import Target
 
 
@@ -17,7 +17,7 @@ def drop_noops(graph: gs.Graph, target: Target) -> int:
     """Node(x) → x, when it is an Identity, or a Reshape, Expand, Transpose, Cast, Mul or Div that changes nothing.
 
     That is: to x's own shape, order or type, times or by one. A node that names a layer's or a block's tensor, or
-    stands between a graph's input and its output, stays.
+    makes a graph output of an input, a constant or another output, stays.
     """
     changed = 0
     for node in list(graph.nodes):
@@ -25,7 +25,7 @@ def drop_noops(graph: gs.Graph, target: Target) -> int:
             continue
         output = node.outputs[0]
         source = _CHANGES_NOTHING[node.op](node)
-        if source is None or has_given_name(output.name) or (is_output(graph, output) and not source.inputs):
+        if source is None or has_given_name(output.name) or not can_take_over(graph, output, source):
             continue
         node.outputs.clear()
         replace_uses(graph, output, source)

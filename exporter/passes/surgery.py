@@ -66,6 +66,11 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         graph.outputs = [new if output is old else output for output in graph.outputs]
 
 
+def can_take_over(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> bool:
+    """Whether `replace_uses` may be called: only a computed tensor that is no output yet can become an output."""
+    return not is_output(graph, old) or (bool(new.inputs) and not is_output(graph, new))
+
+
 def give_name(graph: gs.Graph, tensor: gs.Tensor, name: str) -> bool:
     """Name a computed tensor, unless it is a graph input or output or has been given a name before; True if named."""
     taken = has_given_name(tensor.name) or is_output(graph, tensor) or not tensor.inputs

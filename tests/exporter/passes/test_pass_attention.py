@@ -69,7 +69,7 @@ def test_other_expands_stay(model: onnx.ModelProto) -> None:
     assert run_passes(model, (drop_broadcast_expands,), CPU)[1][0].changed == 0
 
 
-def _modulation(*, twice: bool = True, other: bool = False, parts: int = 2) -> onnx.ModelProto:
+def _modulation(*, twice: bool = True, other: bool = False, ends: bool = False, parts: int = 2) -> onnx.ModelProto:
     """[shift, scale] = table + x's parts; y = x·(1 + scale) + shift."""
     waist = WaistGraph(count=64)
     table = waist.constant("table", np.random.default_rng(0).standard_normal((1, 2 * parts, 64)).astype(np.float32))
@@ -80,6 +80,8 @@ def _modulation(*, twice: bool = True, other: bool = False, parts: int = 2) -> o
         outputs.append(waist.node("Neg", waist.node("Add", one, "scale", output="again"), output="z"))
     if other:
         outputs.append(waist.node("Neg", "scale", output="w"))
+    if ends:
+        outputs.append("plus")
     return waist.model(*outputs, x_shape=("batch", 2 * parts))
 
 
@@ -95,7 +97,9 @@ def test_the_offset_moves_into_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [_modulation(parts=1, other=True), _modulation(parts=2)], ids=["read elsewhere", "wider parts"]
+    "model",
+    [_modulation(parts=1, other=True), _modulation(parts=2), _modulation(parts=1, ends=True)],
+    ids=["read elsewhere", "wider parts", "an output"],
 )
 def test_other_offsets_stay(model: onnx.ModelProto) -> None:
     assert run_passes(model, (fold_modulation_offsets,), CPU)[1][0].changed == 0

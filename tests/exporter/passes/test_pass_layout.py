@@ -146,3 +146,12 @@ def test_random_numbers_are_not_folded() -> None:
     noise = waist.node("RandomNormalLike", waist.constant("c", np.zeros(64, np.float32)), output="noise")
     model = waist.model(waist.node("Add", "x", noise, output="y"))
     assert run_passes(model, (fold_constants,), CPU)[1][0].changed == 0
+
+
+def test_a_constant_made_from_an_attribute_is_left_to_the_runtime() -> None:
+    waist = WaistGraph()
+    value = onnx.numpy_helper.from_array(np.array([2], np.float32))
+    filled = waist.node("ConstantOfShape", _int64(waist, 64), output="filled", value=value)
+    after, (result,) = run_passes(waist.model(waist.node("Mul", "x", filled, output="y")), (fold_constants,), CPU)
+    assert result.changed == 0
+    assert np.array_equal(run(after, tokens())[0], 2 * tokens())

@@ -96,3 +96,11 @@ def test_at_the_end_of_the_graph_the_output_keeps_its_name() -> None:
     after, _ = run_passes(waist.model("y"), (drop_noops,), CPU)
     assert [value.name for value in after.graph.output] == ["y"]
     assert op_types(after) == ["Abs"]
+
+
+def test_two_outputs_stay_two() -> None:
+    waist = WaistGraph()
+    waist.node("Identity", waist.node("Abs", "x", output="y"), output="z")
+    after, (result,) = run_passes(waist.model("y", "z"), (drop_noops,), CPU)
+    assert result.changed == 0
+    assert [value.name for value in after.graph.output] == ["y", "z"]
