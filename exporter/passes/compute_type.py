@@ -20,6 +20,10 @@ AMAX_PREFIX = "amax:"
 
 _LINEAR = frozenset({"MatMul", "Gemm", "Conv"})
 _SINUSOID = frozenset({"Sin", "Cos"})
+# They sum squares, which overflow FP16, and a strongly typed engine has no other place to say in what.
+_NORMALIZATION = frozenset(
+    {"GroupNormalization", "InstanceNormalization", "LayerNormalization", "LpNormalization", "RMSNormalization"}
+)
 
 
 def compute_in_fp16(graph: gs.Graph, target: Target) -> int:
@@ -27,9 +31,9 @@ def compute_in_fp16(graph: gs.Graph, target: Target) -> int:
 
     FloatQuantizeOnline and FloatGemm keep reading and writing FLOAT, with one Cast at the entry, shared by all
     quantizers of a tensor, and one at the exit; so the lowering after this pass is the same as without it. Sinusoids
-    of the timestep stay FLOAT up to the first linear, operators that the ONNX standard does not define on the type
-    stay FLOAT, and so do the graph's inputs and outputs. LayerNormalization accumulates in FLOAT (stash_type 1). A
-    graph that has such tensors already is left alone. Raises `InputError` naming a constant that the type cannot hold.
+    of the timestep stay FLOAT up to the first linear; normalizations stay FLOAT between two Casts, and so do operators
+    that the ONNX standard does not define on the type, and the graph's inputs and outputs. A graph that has such
+    tensors already is left alone. Raises `InputError` naming a constant that the type cannot hold.
     """
     return _lower(graph, COMPUTE_TYPES["fp16"])
 
@@ -110,6 +114,7 @@ def _lowered_nodes(graph: gs.Graph, compute: ComputeType) -> list[gs.Node]:
         if id(node) not in kept
         and not is_ours(node)
         and node.op != "Cast"
+        and node.op not in _NORMALIZATION
         and any(_is_float(tensor) for tensor in node.inputs)
         and _defined_on(node, graph.opset, onnx_type)
     ]

@@ -23,9 +23,11 @@ BOTH = pytest.mark.parametrize("compute", ["fp16", "bf16"])
 
 
 def _block(bias: bool = True) -> onnx.ModelProto:
-    """LayerNormalization, two linears that share a quantizer, a residual, and a linear in high precision."""
+    """A modulated norm, two linears that share a quantizer, a residual, and a linear in high precision."""
     waist = WaistGraph()
     normed = waist.node("LayerNormalization", "x", waist.constant("ones", np.ones(64, np.float32)), output="normed")
+    scale = waist.constant("scale", np.full(64, 1 / 3, np.float32))
+    normed = waist.node("Mul", normed, scale, output="modulated")
     q, k = (waist.linear(normed, make_weight(f"blocks.0.{name}", features=64, bias=bias)) for name in ("q", "k"))
     mixed = waist.node("Add", waist.node("Mul", q, k, output="product"), "x", output="mixed")
     rng = np.random.default_rng(0)
@@ -47,7 +49,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 @BOTH
 def test_one_cast_at_the_entry_and_one_at_the_exit(compute: Compute) -> None:
     model = _lowered(_block(), compute)
-    assert Counter(op_types(model))["Cast"] == 1 + 1 + 2 + 1  # input; shared quantizer; two linears; output
+    assert Counter(op_types(model))["Cast"] == 1 + 1 + 1 + 2 + 1  # input; norm; shared quantizer; two linears; output
     producers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type == "Cast":
@@ -62,12 +64,17 @@ def test_types(compute: Compute) -> None:
     model = _lowered(_block(), compute)
     types = _types(model)
     assert (types["x"], types["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT)
-    for name in ("ones", "proj.weight", "blocks.0.q.input", "product", "mixed"):
+    for name in ("scale", "proj.weight", "blocks.0.q.input", "product", "mixed"):
         assert types[name] == TYPES[compute], name
-    for name in ("blocks.0.q.bias", "blocks.0.q.row_scales", "blocks.0.q.token_scales", "blocks.0.q.output"):
+    for name in (
+        "ones",
+        "normed",
+        "blocks.0.q.bias",
+        "blocks.0.q.row_scales",
+        "blocks.0.q.token_scales",
+        "blocks.0.q.output",
+    ):
         assert types[name] == TensorProto.FLOAT, name
-    (norm,) = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
-    assert {a.name: a.i for a in norm.attribute}.get("stash_type", 1) == TensorProto.FLOAT
     onnx.checker.check_model(model, full_check=True)
 
 
