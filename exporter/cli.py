@@ -38,6 +38,7 @@ Examples:
   fp4export digits -o digits.onnx
   fp4export my.yaml -o my.plan --target rtx-sm89
   fp4export my.yaml -o my.onnx --set calibration.steps=10 --set layers.0.weight=e3m0
+  fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
   fp4export validate digits.onnx
 

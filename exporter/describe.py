@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from exporter.compute import check_compute
 from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
@@ -31,6 +32,7 @@ def describe(recipe: Recipe, output: str | Path) -> Description:
     """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
     path = Path(output)
     choice = resolve_target(recipe.target, path)
+    check_compute(recipe.name, recipe.compute, choice.target)
     found = locate_config(recipe)
     model = skeleton(found.content, recipe.model.family, found.file)
     adapter = get_adapter(recipe.model.family)
@@ -57,6 +59,7 @@ def print_description(description: Description, console: Console) -> None:
     plan, target = description.plan, description.choice.target
     console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
+    console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
     console.print(_layer_table(plan, target))
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from exporter.build import missing_builder
+from exporter.compute import check_compute
 from exporter.errors import InputError
 from exporter.progress import Progress
 from exporter.recipe import Recipe
@@ -65,10 +66,12 @@ def open_job(
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
-    Raises `InputError` for an output that cannot be written, before any work is done.
+    Raises `InputError` for an output that cannot be written and a compute type that the target lacks, before any work
+    is done.
     """
     path = Path(output)
     choice = resolve_target(recipe.target, path)
+    check_compute(recipe.name, recipe.compute, choice.target)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the output another name")
     folder = Path(work_dir) if work_dir is not None else path.with_name(f"{path.stem}.work")
@@ -76,7 +79,7 @@ def open_job(
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
     _check_folder(path, path.parent)
     _check_folder(folder, folder if folder.is_dir() else folder.parent)
-    progress.note(f"target {choice.target.name} ({choice.reason})")
+    progress.note(f"target {choice.target.name} ({choice.reason}), computing in {recipe.compute}")
     job = Job(recipe, path, choice, WorkDir.open(folder, fresh=fresh), keep_graphs, progress)
     missing = missing_builder(choice.target)
     if missing:

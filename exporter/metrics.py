@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 
+from exporter.compute import Compute
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.gate.table import GateResult, bounded_db
@@ -84,6 +85,16 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class ComputeFigures:
+    """What the engine computes in outside its quantized linears, and for FP16 the largest number it met there on the
+    calibration inputs, with its place in the graph."""
+
+    type: Compute = "fp32"
+    largest_amax: float | None = None
+    largest_amax_at: str | None = None
+
+
+@dataclass(frozen=True)
 class Metrics:
     """One export's figures; `fidelity` is None without validation, `quality` None without evaluation."""
 
@@ -93,11 +104,13 @@ class Metrics:
     quality: Quality | None
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    compute: ComputeFigures = ComputeFigures()
 
     def to_json(self) -> str:
         """The document as indented JSON. Raises `jsonschema.ValidationError` if it breaks the schema."""
         document = {
             "target": self.target,
+            "compute": asdict(self.compute),
             "size": asdict(self.size),
             "fidelity": None if self.fidelity is None else asdict(self.fidelity),
             "quality": None if self.quality is None else asdict(self.quality),

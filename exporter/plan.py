@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from exporter.compute import COMPUTE_TYPES, Compute
 from exporter.container_choice import choose_container, scale_multipliers
 from exporter.errors import InputError, did_you_mean
 from exporter.presets import PRESETS, LayerScheme, resolve_rule
@@ -93,15 +94,16 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All quantized layers in the model's order, the modules that stay in FP32 with their parameter counts, and
-    sizes: `fp32_bytes` of the model as it is, `expected_bytes` of the output (an upper bound, since exact
-    constants may be stored in half precision).
+    """All quantized layers in the model's order, the modules that stay in high precision with their parameter counts,
+    and sizes: `fp32_bytes` of the model as it is, `expected_bytes` of the output (an upper bound, since exact
+    constants may be stored in half precision). `compute` is the type of high precision.
     """
 
     layers: tuple[LayerPlan, ...]
     high_precision: tuple[tuple[str, int], ...]
     fp32_bytes: int
     expected_bytes: int
+    compute: Compute = "fp32"
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of the layer with this module path. Raises `KeyError`."""
@@ -139,7 +141,9 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
         layers=tuple(layers),
         high_precision=tuple(kept.items()),
         fp32_bytes=parameters * _FP32_BYTES,
-        expected_bytes=sum(layer.stored_bytes(target) for layer in layers) + sum(kept.values()) * _FP32_BYTES,
+        expected_bytes=sum(layer.stored_bytes(target) for layer in layers)
+        + sum(kept.values()) * COMPUTE_TYPES[recipe.compute].bytes,
+        compute=recipe.compute,
     )
 
 

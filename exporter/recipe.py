@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
 from exporter.explain import explain
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
@@ -158,6 +159,9 @@ class Recipe(_Section):
 
     model: ModelSection
     target: Annotated[str, AfterValidator(_target)] = AUTO
+    compute: Compute = Field(
+        default="fp32", description="what a TensorRT engine computes in outside its quantized linears"
+    )
     preset: Preset | None = None
     storage: Storage = Field(
         default="packed", description="how a .onnx keeps weights: 4 bits each, or int8 (twice the file, loads at once)"

@@ -83,12 +83,13 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
         )
         save_quantized(path, result, source.plan)
 
-    path, reused = job.work.obtain("quantized.safetensors", _calibration_key(job, source), make)
+    path, reused = job.work.obtain("quantized.safetensors", calibration_key(job, source), make)
     job.progress.note(f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name})")
     return load_quantized(path, source.plan)
 
 
-def _calibration_key(job: Job, source: Source) -> str:
+def calibration_key(job: Job, source: Source) -> str:
+    """The key of the calibrated weights, on which all later stages depend."""
     return key_of(
         stage="calibrate",
         model=source.identity,
@@ -113,7 +114,7 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     example = source.adapter.example_inputs(
         quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
     )
-    key = key_of(stage="trace", calibrated=_calibration_key(job, source))
+    key = key_of(stage="trace", calibrated=calibration_key(job, source))
     traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
@@ -133,7 +134,8 @@ def _check_containers(source: Source, exported: Path) -> None:
 
 def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
     """The graph that the target's engine is made of."""
-    return _rewritten(job, exported, lowering_passes(job.target, job.recipe.storage), f"lowered.{job.target.name}")
+    passes = lowering_passes(job.target, job.recipe.compute, job.recipe.storage)
+    return _rewritten(job, exported, passes, f"lowered.{job.target.name}")
 
 
 def runnable_graph(job: Job, lowered: Path) -> Path:
@@ -180,6 +182,7 @@ def check_fidelity(
         job.gate_folder,
         job.target,
         job.progress,
+        job.recipe.compute,
     )
     return result, reference.quantization_db
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.compute import Compute
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.linears import LINEAR_DB, compare_linears, linear_feeds
-from exporter.gate.records import Reference
+from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
 from exporter.gate.runs import repeat_command, save_feeds, save_reference
 from exporter.gate.subgraphs import CutError
@@ -64,6 +65,7 @@ def validate_graphs(
     folder: Path,
     target: Target,
     progress: Progress,
+    compute: Compute = "fp32",
 ) -> tuple[GateResult, Reference]:
     """Compare both graphs with `quantized` on `batches`; print the table and the commands that repeat it.
 
@@ -73,9 +75,9 @@ def validate_graphs(
         FidelityError: something deviates; the message names the first linear, or else the first block.
     """
     folder.mkdir(exist_ok=True)
-    reference = record_reference(original, quantized, adapter, batches, progress)
+    reference = record_reference(original, quantized, adapter, batches, progress, compute)
     reference.save(folder)
-    _save_model_files(reference, folder)
+    _save_model_files(reference.for_stage("lowered"), folder)
     first = _compare(exported, "exported", reference, folder, target, progress)
     second = _compare(lowered, "lowered", reference, folder, target, progress)
     # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
@@ -137,13 +139,27 @@ def _conclude(result: GateResult, folder: Path, progress: Progress) -> GateResul
 def _notes(lowered: Path, target: Target, reference: Reference) -> tuple[str, ...]:
     notes = []
     if target.engine != "onnxruntime":
-        notes.append(f"{target.name}: {lowered.name}, which the engine is made of, was run in ONNX Runtime here")
+        notes.append(f"{target.name}: {lowered.name}, which the engine computes, was run in ONNX Runtime here")
     if reference.end_to_end_threshold < min(EXACT_DB, reference.quantization_db + HEADROOM_DB):
         notes.append(
             f"end to end: noise of {INPUT_NOISE:g} on its inputs moves the torch model itself by as much as "
             f"{reference.sensitivity_db:.1f} dB SNR, so {reference.end_to_end_threshold:.1f} dB is asked for"
         )
-    return tuple(notes)
+    return (*notes, *_notes_on_compute(reference))
+
+
+def _notes_on_compute(reference: Reference) -> tuple[str, ...]:
+    """What a compute type other than FP32 costs, and which limits give way to it."""
+    rounding, lowered = reference.rounding, reference.for_stage("lowered")
+    if rounding is None:
+        return ()
+    eased = sum(lowered.thresholds[name] < limit for name, limit in reference.thresholds.items())
+    return (
+        f"{rounding.compute}: rounding alone moves the torch model itself by as much as "
+        f"{rounding.end_to_end_db:.1f} dB SNR end to end; {eased} of {len(reference.thresholds)} blocks and boundaries "
+        f"are held to what it leaves, less {ROUNDING_MARGIN_DB:.0f} dB, and the quantized linears, FP32 inside, to "
+        "the limits of FP32",
+    )
 
 
 def _target_of(path: Path) -> Target:
@@ -157,6 +173,7 @@ def _compare(
     path: Path, stage: Stage, reference: Reference, folder: Path, target: Target, progress: Progress
 ) -> GateResult:
     """All rows of one graph, and the files and commands that repeat them."""
+    reference = reference.for_stage(stage)
     optimized = stage == "exported" or target.engine == "onnxruntime"
     written = read_model(path)
     model = untiled(written)

@@ -19,10 +19,11 @@ from exporter.passes.layer_table import (
     with_encodings,
     write_layer_table,
 )
+from exporter.passes.order import check_order, passes_done, write_passes_done
 from exporter.passes.surgery import CONTRIB_DOMAIN
 from exporter.passes.tiling import untiled
 from exporter.targets import Target
-from plugins.op import attach_functions
+from plugins.op import attach_functions, is_ours
 
 Pass: TypeAlias = Callable[[gs.Graph, Target], int]
 Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
@@ -50,7 +51,8 @@ def run_passes(
 
     The result has the function bodies that its nodes need, fresh shapes, and the table of its layers in its metadata.
     `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
-    operator version out of `OPSETS`, and whatever a pass raises.
+    operator version out of `OPSETS`, `PassOrderError` for a pass whose needs (`exporter.passes.order`) have not run,
+    on this graph or to make it, and whatever a pass raises.
     """
     _check_opset(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
@@ -66,14 +68,18 @@ def _run(
     _annotate(graph, model)
     table = layer_table(graph) or read_layer_table(model)
     results = []
+    done = passes_done(model)
     for index, run in enumerate(passes, start=1):
+        if any(is_ours(node) for node in graph.nodes):
+            check_order(run.__name__, done)
+        done.append(run.__name__)
         changed = run(graph, target)
         graph.cleanup()
         table = layer_table(graph) or table
         results.append(PassResult(run.__name__, changed, len(graph.nodes)))
         if keep is not None:
-            keep(run.__name__, index, _export(graph, model, table, target))
-    exported = _export(graph, model, table, target)
+            keep(run.__name__, index, _export(graph, model, table, target, done))
+    exported = _export(graph, model, table, target, done)
     onnx.checker.check_model(_skeleton(exported), full_check=True)
     return exported, results
 
@@ -103,7 +109,9 @@ def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
                 tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
 
 
-def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry], target: Target) -> onnx.ModelProto:
+def _export(
+    graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry], target: Target, done: Sequence[str]
+) -> onnx.ModelProto:
     model: onnx.ModelProto = gs.export_onnx(graph)
     model.ir_version = source.ir_version
     attach_functions(model)
@@ -115,6 +123,7 @@ def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry
     del model.graph.value_info[:]
     model.graph.value_info.extend(info for info in inferred if info.name in outside)
     write_layer_table(model, with_encodings(table, types), target.name)
+    write_passes_done(model, done)
     return model
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from exporter.passes.driver import Pass
+from exporter.passes.emulate_compute import round_to_compute_type
 from exporter.targets import Target
 
-EMULATION_PASSES: tuple[Pass, ...] = ()
+EMULATION_PASSES: tuple[Pass, ...] = (round_to_compute_type,)
 
 
 def emulation_passes(target: Target) -> tuple[Pass, ...]:

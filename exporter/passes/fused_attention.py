@@ -133,7 +133,7 @@ def _replace(graph: gs.Graph, found: _Attention, masks: dict[int, gs.Tensor]) ->
         none = gs.Variable.empty()
         inputs += [none, none, _widened(graph, found.mask, found.query.tokens, masks)]
     attributes = {"num_heads": found.query.heads, "scale": found.query.factor * found.key.factor}
-    node = gs.Node("MultiHeadAttention", f"{result.name}.attention", attributes, inputs, [result])
+    node = gs.Node("MultiHeadAttention", f"attention.{result.name}", attributes, inputs, [result])
     node.domain = CONTRIB_DOMAIN
     graph.nodes.append(node)
 

@@ -69,13 +69,23 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         graph.outputs = [new if output is old else output for output in graph.outputs]
 
 
+def can_take_over(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> bool:
+    """Whether `replace_uses` may be called: only a computed tensor that is no output yet can become an output."""
+    return not is_output(graph, old) or (bool(new.inputs) and not is_output(graph, new))
+
+
 def give_name(graph: gs.Graph, tensor: gs.Tensor, name: str) -> bool:
     """Name a computed tensor, unless it is a graph input or output or has been given a name before; True if named."""
-    taken = _GIVEN.fullmatch(tensor.name) or is_output(graph, tensor) or not tensor.inputs
+    taken = has_given_name(tensor.name) or is_output(graph, tensor) or not tensor.inputs
     if taken:
         return False
     tensor.name = name
     return True
+
+
+def has_given_name(name: str) -> bool:
+    """True for a name by which a layer's or a block's tensor is found again."""
+    return _GIVEN.fullmatch(name) is not None
 
 
 def digest(array: npt.NDArray[Any]) -> str:

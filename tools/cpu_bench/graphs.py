@@ -121,7 +121,7 @@ def _export_quantized(model: nn.Module, variant: Variant, path: Path, progress: 
     quantized = quantize_model(model, plan, _nearest(model, plan, path.parent / "weights.safetensors", progress))
     traced = path.with_suffix(".traced.onnx")
     to_onnx(quantized, adapter, adapter.example_inputs(quantized, batch=2, tokens=CAPTION_TOKENS), traced)
-    passes = (*WAIST_PASSES, *lowering_passes(CPU, variant.storage))
+    passes = (*WAIST_PASSES, *lowering_passes(CPU, storage=variant.storage))
     lowered, _ = run_passes(onnx.load(traced), passes, CPU)
     onnx.save(lowered, path)
     traced.unlink()

@@ -35,8 +35,10 @@ def _feed_forward(activation_format: str = "e2m3", tokens: int = TOKENS, between
         rows = waist.constant("rows", np.ones((1, tokens, 1), np.float32))
         hidden = waist.node("Mul", hidden, rows, output="hidden")
     elif between == "shape":
-        shape = waist.constant("shape", np.array([-1, tokens, WIDE], np.int64))
-        hidden = waist.node("Reshape", hidden, shape, output="hidden")
+        pairs = waist.constant("pairs", np.array([-1, tokens // 2, 2 * WIDE], np.int64))
+        hidden = waist.node("Gelu", waist.node("Reshape", hidden, pairs, output="paired"), output="gelu")
+        singles = waist.constant("singles", np.array([-1, tokens, WIDE], np.int64))
+        hidden = waist.node("Reshape", hidden, singles, output="hidden")
     elif between == "input":
         hidden = waist.node("Add", hidden, waist.node("ReduceMax", "x", output="top", keepdims=1), output="hidden")
     else:
