@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from exporter.passes.boundaries import name_boundaries
 from exporter.passes.choose import choose_containers
-from exporter.passes.driver import Keep, Pass, PassResult, run_passes
+from exporter.passes.driver import Keep, Pass, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
 from exporter.passes.half import store_exactly_in_half
+from exporter.passes.history import PassResult
 from exporter.passes.lower_cpu import lower_to_cpu
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
 from exporter.passes.packing import pack_weights

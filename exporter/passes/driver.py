@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnx
@@ -12,6 +11,7 @@ from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from exporter.errors import InputError
+from exporter.passes.history import IMPORTED, PassResult, read_pass_history, write_pass_history
 from exporter.passes.layer_table import (
     LayerEntry,
     layer_table,
@@ -32,22 +32,13 @@ OPSETS = (21, 22, 23)
 _LARGEST_INFERRED_ELEMENTS = 1024
 
 
-@dataclass(frozen=True)
-class PassResult:
-    """One pass that ran: its name, how many places it changed, and how many nodes the graph has after it."""
-
-    name: str
-    changed: int
-    nodes: int
-
-
 def run_passes(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None = None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
     """Run `passes` in order; `model` itself is not changed.
 
-    The result has the function bodies that its nodes need, fresh shapes, and the table of its layers in its metadata.
-    `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
+    The result has the function bodies that its nodes need, fresh shapes, and in its metadata the table of its layers
+    and the history of its passes, to which a run that changed something is added. `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
     operator version out of `OPSETS`, and whatever a pass raises.
     """
     _check_opset(model)
@@ -58,22 +49,36 @@ def run_passes(
 def _run(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
-    graph = gs.import_onnx(model)
-    graph.functions.clear()
-    _constants_to_initializers(graph)
-    _annotate(graph, model)
+    graph = _annotated_graph(model)
     table = layer_table(graph) or read_layer_table(model)
-    results = []
+    before = read_pass_history(model) or (PassResult(IMPORTED, 0, len(graph.nodes)),)
+    results: list[PassResult] = []
     for index, run in enumerate(passes, start=1):
         changed = run(graph, target)
         graph.cleanup()
         table = layer_table(graph) or table
         results.append(PassResult(run.__name__, changed, len(graph.nodes)))
         if keep is not None:
-            keep(run.__name__, index, _export(graph, model, table, target))
-    exported = _export(graph, model, table, target)
+            keep(run.__name__, index, _export(graph, model, table, target, (*before, *results)))
+    # A run that changed nothing leaves no trace, so that passes on their own result give the same model.
+    history = (*before, *results) if any(result.changed for result in results) else before
+    exported = _export(graph, model, table, target, history)
     onnx.checker.check_model(_skeleton(exported), full_check=True)
     return exported, results
+
+
+def import_graph(model: onnx.ModelProto) -> gs.Graph:
+    """The graph as the passes see it: constants are initializers, dead nodes are gone, types and shapes are known."""
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        return _annotated_graph(model)
+
+
+def _annotated_graph(model: onnx.ModelProto) -> gs.Graph:
+    graph = gs.import_onnx(model)
+    graph.functions.clear()
+    _constants_to_initializers(graph)
+    _annotate(graph, model)
+    return graph
 
 
 def _check_opset(model: onnx.ModelProto) -> None:
@@ -101,7 +106,13 @@ def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
                 tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
 
 
-def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry], target: Target) -> onnx.ModelProto:
+def _export(
+    graph: gs.Graph,
+    source: onnx.ModelProto,
+    table: Sequence[LayerEntry],
+    target: Target,
+    history: Sequence[PassResult],
+) -> onnx.ModelProto:
     model: onnx.ModelProto = gs.export_onnx(graph)
     model.ir_version = source.ir_version
     attach_functions(model)
@@ -110,6 +121,7 @@ def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry
     model.graph.value_info.extend(_infer(model))
     types = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
     write_layer_table(model, with_encodings(table, types), target.name)
+    write_pass_history(model, history)
     return model
 
 
