@@ -66,10 +66,11 @@ class LinearInputs:
     def records(self) -> Iterator[LinearRecord]:
         """One record per linear that ran, in the order in which they first ran."""
         for layer, parts in self.rows.items():
-            yield _record(self.modules[layer], torch.cat(parts), self.ranks[layer])
+            yield linear_record(self.modules[layer], torch.cat(parts), self.ranks[layer])
 
 
-def _record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
+def linear_record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
+    """What `module` makes of `captured` rows [R, K] and of synthetic ones; its input in the model has `rank` axes."""
     x = torch.cat([captured, _probes(captured)])
     quantized = module.quantize_input(x)
     values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))

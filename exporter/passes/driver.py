@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -38,8 +39,9 @@ def run_passes(
     """Run `passes` in order; `model` itself is not changed.
 
     The result has the function bodies that its nodes need, fresh shapes, and in its metadata the table of its layers
-    and the history of its passes, to which a run that changed something is added. `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
-    operator version out of `OPSETS`, and whatever a pass raises.
+    and the history of its passes, to which a run that changed something is added. `keep(name, index, model)` gets the
+    graph after every pass, complete in the same way. Raises `InputError` for an operator version out of `OPSETS`, and
+    whatever a pass raises.
     """
     _check_opset(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
@@ -63,7 +65,7 @@ def _run(
     # A run that changed nothing leaves no trace, so that passes on their own result give the same model.
     history = (*before, *results) if any(result.changed for result in results) else before
     exported = _export(graph, model, table, target, history)
-    onnx.checker.check_model(_skeleton(exported), full_check=True)
+    onnx.checker.check_model(skeleton(exported), full_check=True)
     return exported, results
 
 
@@ -99,7 +101,8 @@ def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
     """Give the graph's tensors the types and shapes that inference finds."""
     known = {info.name: info.type.tensor_type for info in _infer(model)}
     for name, tensor in graph.tensors().items():
-        if name in known and isinstance(tensor, gs.Variable):
+        # Sequences and the like have no element type.
+        if name in known and isinstance(tensor, gs.Variable) and known[name].elem_type:
             kind = known[name]
             tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
             if kind.HasField("shape"):
@@ -127,17 +130,17 @@ def _export(
 
 def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Types and shapes of the tensors between the nodes; those behind an operator that is wrong are left out."""
-    inferred = onnx.shape_inference.infer_shapes(_skeleton(model))
+    inferred = onnx.shape_inference.infer_shapes(skeleton(model))
     return list(inferred.graph.value_info)
 
 
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB."""
-    small = [tensor for tensor in model.graph.initializer if _elements(tensor) <= _LARGEST_INFERRED_ELEMENTS]
+    small = [tensor for tensor in model.graph.initializer if not is_large(tensor)]
     large = [
         helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
         for tensor in model.graph.initializer
-        if _elements(tensor) > _LARGEST_INFERRED_ELEMENTS
+        if is_large(tensor)
     ]
     graph = helper.make_graph(
         list(model.graph.node), model.graph.name, [*model.graph.input, *large], list(model.graph.output), small
@@ -150,8 +153,6 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
+def is_large(tensor: onnx.TensorProto) -> bool:
+    """True for an initializer that a `skeleton` has as an input."""
+    return bool(math.prod(tensor.dims) > _LARGEST_INFERRED_ELEMENTS)
