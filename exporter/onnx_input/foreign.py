@@ -47,12 +47,12 @@ class ForeignModel:
 
     def waist_passes(self, modules: Mapping[str, QuantLinear]) -> tuple[Pass, ...]:
         """The passes that make the waist of the model, the layers' weights being those of `modules`."""
-        first: dict[tuple[str, float], str] = {}
+        first: dict[tuple[str, bool, float], str] = {}
         weights = {}
         for layer in self.selection.layers:
             linear, module = self.linears[layer.name], modules[layer.name]
             # Layers that read the same constant in the same way share their codes.
-            key = (linear.first.inputs[1].name, linear.alpha)
+            key = (linear.first.inputs[1].name, linear.transposes_weight, linear.alpha)
             weights[layer.name] = StoredWeight(
                 layer,
                 module.codes.numpy(),

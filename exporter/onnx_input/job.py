@@ -92,7 +92,7 @@ def quantize_onnx(
         fidelity, snr_db = _validated(loaded, modules, Graphs(exported, runnable), work, choice.target, progress)
     _write(lowered, output, choice.target, progress)
     Origin.of(output, runnable, None).save(output)
-    size = total_bytes(output) if output.suffix == source.suffix else output.stat().st_size
+    size = total_bytes(output) if choice.target.engine == "onnxruntime" else output.stat().st_size
     return OnnxResult(source, output, work.path, loaded.selection, source_bytes, size, fidelity, snr_db)
 
 

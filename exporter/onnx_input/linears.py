@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,25 +88,28 @@ class FoundLinear:
 
 
 def find_linears(graph: gs.Graph) -> list[FoundLinear]:
-    """All products of the main graph with a constant factor, in the graph's order, under names of their own.
+    """All products with a constant factor, in the graph's order, under names of their own.
 
     Products of two activations, as in attention, and convolutions are none. A layer is named by its weight's path
     (`blocks.0.fc` for `blocks.0.fc.weight`), else by its bias', its node's scope (`/blocks.0/fc/MatMul`), or its
     node's name. Nothing is loaded.
     """
-    found = []
+    found = [replace(linear, refusal=linear.refusal or _refusal(linear)) for linear in _products(graph)]
+    return _uniquely_named(found, graph)
+
+
+def _products(graph: gs.Graph) -> Iterator[FoundLinear]:
     for node in graph.nodes:
+        for subgraph in (value for value in node.attrs.values() if isinstance(value, gs.Graph)):
+            for linear in _products(subgraph):
+                yield replace(linear, refusal=f"it is in a subgraph of a node {node.op}")
         if node.op not in _PRODUCTS or node.domain not in (None, "", "ai.onnx") or len(node.inputs) < 2:
             continue
         left, right = (read_constant(tensor, dequantized=True) for tensor in node.inputs[:2])
         if right is not None and left is None:
-            linear = _from_matmul(graph, node, right) if node.op == "MatMul" else _from_gemm(node, right)
+            yield _from_matmul(graph, node, right) if node.op == "MatMul" else _from_gemm(node, right)
         elif left is not None and right is None and len(left.shape) > 1:
-            linear = replace(_from_matmul(graph, node, left), refusal="its weight is the left factor")
-        else:
-            continue
-        found.append(replace(linear, refusal=linear.refusal or _refusal(linear)))
-    return _uniquely_named(found, graph)
+            yield replace(_from_matmul(graph, node, left), refusal="its weight is the left factor")
 
 
 def _from_matmul(graph: gs.Graph, matmul: gs.Node, constant: ReadConstant) -> FoundLinear:

@@ -99,8 +99,8 @@ def _last_line(error: Exception) -> str:
 def _converted(small: onnx.ModelProto, source: str) -> onnx.ModelProto:
     try:
         return version_converter.convert_version(small, OPSETS[0])
-    # The converter's C++ code reports every node it cannot convert as one of these two.
-    except (RuntimeError, version_converter.ConvertError) as error:
+    # The converter's C++ code reports every node it cannot convert as one of these.
+    except (RuntimeError, version_converter.ConvertError, onnx.shape_inference.InferenceError) as error:
         raise InputError(
             f"{source}: cannot be converted to ONNX operators of version {OPSETS[0]}: {_last_line(error)}; export it "
             f"with one of {OPSETS[0]} to {OPSETS[-1]}"

@@ -98,15 +98,14 @@ def select_layers(linears: Sequence[FoundLinear], options: FormatOptions, target
             raise InputError(
                 f"--keep {pattern!r} matches no linear layer of {source}" + did_you_mean(pattern, layer_patterns(names))
             )
-    layers, kept = [], []
+    layers: list[LayerPlan] = []
+    kept: list[KeptLinear] = []
     for linear in linears:
-        scheme = _scheme(linear, options, target, source)
-        reason = _reason_to_keep(linear, scheme, options)
-        if reason:
-            kept.append(KeptLinear(linear.name, linear.out_features, linear.in_features, reason))
+        decided = _reason_to_keep(linear, options) or _planned(linear, options, target, source)
+        if isinstance(decided, LayerPlan):
+            layers.append(decided)
         else:
-            layer_shape = LinearShape(linear.out_features, linear.in_features, linear.bias is not None)
-            layers.append(plan_layer(linear.name, layer_shape, scheme, source, target))
+            kept.append(KeptLinear(linear.name, linear.out_features, linear.in_features, decided))
     if not layers:
         first = kept[0]
         raise InputError(
@@ -114,6 +113,28 @@ def select_layers(linears: Sequence[FoundLinear], options: FormatOptions, target
             f"{first.name}: {first.reason}"
         )
     return Selection(tuple(layers), tuple(kept))
+
+
+def _reason_to_keep(linear: FoundLinear, options: FormatOptions) -> str:
+    if linear.refusal:
+        return linear.refusal
+    pattern = next((pattern for pattern in options.keep if fnmatchcase(linear.name, pattern)), None)
+    if pattern is not None:
+        return f"--keep {pattern}"
+    module = _sensitive_module(linear.name)
+    return "" if module is None else f"by default: {module} embeds or projects"
+
+
+def _planned(linear: FoundLinear, options: FormatOptions, target: Target, source: str) -> LayerPlan | str:
+    """The layer's plan, or why its rows cannot be divided into groups."""
+    scheme = _scheme(linear, options, target, source)
+    count, group = linear.in_features, scheme.group_size
+    if group > count:
+        return f"its {count} input features are fewer than a group of {group} (--group)"
+    if group and count % group:
+        return f"its {count} input features are no multiple of a group of {group} (--group)"
+    shape = LinearShape(linear.out_features, count, linear.bias is not None)
+    return plan_layer(linear.name, shape, scheme, source, target)
 
 
 def _scheme(linear: FoundLinear, options: FormatOptions, target: Target, source: str) -> LayerScheme:
@@ -131,23 +152,6 @@ def _scheme(linear: FoundLinear, options: FormatOptions, target: Target, source:
             "leave --group out for one scale per channel, or use --scales group"
         )
     return LayerScheme(options.weight, 0, "channel", options.activation)
-
-
-def _reason_to_keep(linear: FoundLinear, scheme: LayerScheme, options: FormatOptions) -> str:
-    if linear.refusal:
-        return linear.refusal
-    pattern = next((pattern for pattern in options.keep if fnmatchcase(linear.name, pattern)), None)
-    if pattern is not None:
-        return f"--keep {pattern}"
-    module = _sensitive_module(linear.name)
-    if module is not None:
-        return f"by default: {module} embeds or projects"
-    count, group = linear.in_features, scheme.group_size
-    if group > count:
-        return f"its {count} input features are fewer than a group of {group} (--group)"
-    if group and count % group:
-        return f"its {count} input features are no multiple of a group of {group} (--group)"
-    return ""
 
 
 def _sensitive_module(name: str) -> str | None:
