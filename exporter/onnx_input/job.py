@@ -124,7 +124,10 @@ def _lowered(exported: Path, work: WorkDir, target: Target, progress: Progress) 
     model, results = run_passes(onnx.load(exported), lowering_passes(target), target)
     save_onnx(model, path)
     progress.note(f"{path.stem}: {results[-1].nodes} nodes")
-    emulated, changes = run_passes(model, emulation_passes(target), target)
+    passes = emulation_passes(target)
+    if not passes:
+        return path, path
+    emulated, changes = run_passes(model, passes, target)
     if not any(result.changed for result in changes):
         return path, path
     runnable = work.file(f"emulated.{target.name}.onnx")

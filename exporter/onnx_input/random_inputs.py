@@ -46,10 +46,10 @@ def _array(
     if kind.elem_type == TensorProto.BOOL or "mask" in value.name.lower():
         return np.ones(shape, dtype)
     if _is_timestep(value.name):
-        return generator.integers(0, TIMESTEPS, shape).astype(dtype)
+        return np.asarray(generator.integers(0, TIMESTEPS, shape), dtype)
     if kind.elem_type in _INTEGERS:
-        return generator.integers(0, _table_rows(model, value.name), shape).astype(dtype)
-    return generator.standard_normal(shape).astype(dtype)
+        return np.asarray(generator.integers(0, _table_rows(model, value.name), shape), dtype)
+    return np.asarray(generator.standard_normal(shape), dtype)
 
 
 def _is_timestep(name: str) -> bool:

@@ -21,6 +21,7 @@ from exporter.passes.history import read_pass_history
 from exporter.passes.layer_table import read_layer_table
 from exporter.runtime import OnnxSession
 from tests.exporter.onnx_input.models import TOKENS, WIDTH, HandMade, export_dit, export_pixart, matmul_and_add, save
+from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
 W4A6 = FormatOptions("e2m1", group=32)
 LOSSLESS = FormatOptions("e2m1", activation="none", scales="channel")
@@ -223,6 +224,21 @@ def test_an_exported_graph_is_lowered_for_another_target(result: OnnxResult, tmp
     assert again.snr_db > 100
     with pytest.raises(InputError, match="quantized by fp4export already; leave --format out"):
         quantize_onnx(exported, tmp_path / "again.onnx", W4A6)
+
+
+def test_a_graph_as_it_was_traced_is_fused_and_lowered(tmp_path: Path) -> None:
+    result = quantize_onnx(save(one_linear(make_weight("fc")), tmp_path / "traced.onnx"), tmp_path / "out.onnx")
+    assert [layer.name for layer in result.selection.layers] == ["fc"]
+    assert result.fidelity is not None
+    assert result.fidelity.passed
+
+
+def test_a_scalar_timestep(tmp_path: Path) -> None:
+    made = HandMade()
+    y = made.node("MatMul", "x", made.random("fc.weight", WIDTH, 32), output="p")
+    model = made.model(made.node("Add", y, made.node("Cast", "t", output="f", to=TensorProto.FLOAT), output="y"))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("t", TensorProto.INT64, []))
+    assert quantized(model, tmp_path, W4A6).fidelity is not None
 
 
 def test_an_engine_is_built_without_a_gpu(dit: Path, tmp_path: Path) -> None:
