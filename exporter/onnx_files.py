@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from exporter.errors import InputError
-from exporter.files import atomic_path
+from exporter.files import atomic_path, sha256_of
 
 LARGEST_FILE_BYTES = 1_500_000_000
 """Beyond this the weights go to a file of their own: a protobuf ends at 2 GiB."""
@@ -77,6 +78,13 @@ def _with_external(model: onnx.ModelProto, initializers: list[TensorProto]) -> o
     )
     result.metadata_props.extend(model.metadata_props)
     return result
+
+
+def checksum_of(path: Path) -> str:
+    """SHA-256 of a file, and of its `data_path` where it has one."""
+    data = data_path(path)
+    own = sha256_of(path)
+    return hashlib.sha256(f"{own}{sha256_of(data)}".encode()).hexdigest() if data.is_file() else own
 
 
 def total_bytes(path: Path) -> int:

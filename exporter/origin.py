@@ -9,6 +9,7 @@ from pathlib import Path
 from exporter.errors import InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.records import TENSORS
+from exporter.onnx_files import checksum_of
 
 _ENDING = ".origin.json"
 
@@ -33,7 +34,7 @@ class Origin:
         checksum = None if gate is None else sha256_of(gate / TENSORS)
         work = compared.absolute().parent
         folder = gate.name if gate else ""
-        return cls(str(work), compared.name, folder, sha256_of(compared), sha256_of(output), checksum)
+        return cls(str(work), compared.name, folder, checksum_of(compared), checksum_of(output), checksum)
 
     def save(self, output: Path) -> None:
         """Write it beside `output`."""
@@ -54,7 +55,7 @@ class Origin:
         needed = {origin.gate / TENSORS: origin.reference_sha256}
         if output.suffix != ".onnx":
             needed[origin.graph] = origin.compared_sha256
-        if any(not file.is_file() or sha256_of(file) != checksum for file, checksum in needed.items()):
+        if any(not file.is_file() or checksum_of(file) != checksum for file, checksum in needed.items()):
             raise InputError(f"{output}: its work folder {origin.work_dir} holds another export by now; export again")
         return origin
 

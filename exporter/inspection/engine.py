@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporter.build import check_rtx_engine, read_rtx_header
 from exporter.errors import InputError
-from exporter.files import sha256_of
+from exporter.onnx_files import checksum_of
 from exporter.origin import Origin, origin_path
 
 
@@ -30,9 +30,9 @@ def look_at_engine(path: Path) -> EngineView:
         note = f"an engine cannot be looked into without its GPU, and there is no {origin_path(path).name} beside it"
         return EngineView(header, None, f"{note}, so its layers are unknown")
     origin = Origin.read(path)
-    if sha256_of(path) != origin.output_sha256:
+    if checksum_of(path) != origin.output_sha256:
         raise InputError(f"{path}: {origin_path(path).name} is about another engine (SHA-256 differs); export again")
-    if not origin.graph.is_file() or sha256_of(origin.graph) != origin.compared_sha256:
+    if not origin.graph.is_file() or checksum_of(origin.graph) != origin.compared_sha256:
         raise InputError(f"{path}: {origin.graph}, which it was built from, is gone or has changed; export again")
     return EngineView(
         header,

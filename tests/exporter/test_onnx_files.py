@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from exporter.errors import InputError
-from exporter.onnx_files import data_path, save_onnx, total_bytes
+from exporter.files import sha256_of
+from exporter.onnx_files import checksum_of, data_path, save_onnx, total_bytes
 from tests.exporter.onnx_input.models import matmul_and_add
 
 
@@ -44,6 +45,18 @@ def test_an_older_data_file_goes_when_the_model_fits_one_file(tmp_path: Path) ->
     save_onnx(matmul_and_add(), path, largest=100)
     save_onnx(matmul_and_add(), path)
     assert not data_path(path).exists()
+
+
+def test_a_checksum_covers_the_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    save_onnx(matmul_and_add(), path)
+    assert checksum_of(path) == sha256_of(path)
+    save_onnx(matmul_and_add(), path, largest=100)
+    before = checksum_of(path)
+    content = bytearray(data_path(path).read_bytes())
+    content[5] ^= 1
+    data_path(path).write_bytes(content)
+    assert checksum_of(path) != before
 
 
 def test_missing_folders_and_missing_weights_are_named(tmp_path: Path) -> None:
