@@ -108,6 +108,17 @@ def test_a_lossless_quantization_computes_what_the_model_computes(
     assert session.outputs[0].dtype == (np.float32 if kind == TensorProto.FLOAT else np.float16)
 
 
+def test_a_bfloat16_model_is_quantized_without_comparison(tmp_path: Path) -> None:
+    made = HandMade(kind=TensorProto.BFLOAT16)
+    source = save(made.model(_matmul(made)), tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx: on random inputs: ONNX Runtime cannot run it.*--no-validate"):
+        quantize_onnx(source, tmp_path / "out.onnx", LOSSLESS)
+    result = quantize_onnx(source, tmp_path / "out.onnx", LOSSLESS, validate=False)
+    assert (result.snr_db, result.fidelity) == (None, None)
+    nodes = onnx.load(result.output).graph.node
+    assert (nodes[-1].op_type, nodes[-1].attribute[0].i) == ("Cast", TensorProto.BFLOAT16)
+
+
 def test_layers_with_one_weight_share_their_codes(tmp_path: Path) -> None:
     made = HandMade()
     result = quantized(made.model(_shared(made)), tmp_path)
