@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,25 +61,26 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
-    console.print(_layer_table(plan, target))
+    console.print(layer_plan_table(plan.layers, target))
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes
     console.print(
-        f"size    {_size(plan.fp32_bytes)} in FP32 -> {_size(plan.expected_bytes)} expected ({ratio:.3f})",
+        f"size    {size_text(plan.fp32_bytes)} in FP32 -> {size_text(plan.expected_bytes)} expected ({ratio:.3f})",
         highlight=False,
     )
     for warning in description.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _layer_table(plan: Plan, target: Target) -> Table:
-    table = Table(title=f"{len(plan.layers)} quantized layers", title_justify="left")
+def layer_plan_table(layers: Sequence[LayerPlan], target: Target) -> Table:
+    """Formats, container and expected size of every layer that is quantized."""
+    table = Table(title=f"{len(layers)} quantized layers", title_justify="left")
     table.add_column("layer", no_wrap=True)
     for heading in ("weights", "scales", "group", "activations", "container"):
         table.add_column(heading)
     for heading in ("N x K", "FP32", "expected"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for layer in plan.layers:
+    for layer in layers:
         table.add_row(*_row(layer, target))
     return table
 
@@ -92,8 +94,8 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         layer.activation_format,
         layer.container,
         f"{layer.out_features} x {layer.in_features}",
-        _size(layer.fp32_bytes),
-        _size(layer.stored_bytes(target)),
+        size_text(layer.fp32_bytes),
+        size_text(layer.stored_bytes(target)),
     )
 
 
@@ -106,7 +108,7 @@ def _high_precision_table(plan: Plan) -> Table:
     return table
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes as people read them: ``2.4 MB``."""
     for unit in _UNITS[:-1]:
         if count < 1000:

@@ -133,7 +133,7 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
         if scheme is None:
             kept[name] = shape.parameters
         else:
-            layers.append(_plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
+            layers.append(plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
     if not layers:
         raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
     parameters = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
@@ -161,11 +161,11 @@ def _check_rules(recipe: Recipe, names: list[str], won: list[int | None], shapes
         others = [name for name in shapes.others if fnmatchcase(name, rule.match)]
         if others:
             raise InputError(f"{where} matches no linear layer, and only linear layers are quantized: {others[0]}")
-        raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, _patterns(names)))
+        raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, layer_patterns(names)))
 
 
-def _patterns(names: Sequence[str]) -> list[str]:
-    """Patterns a rule could have meant: full names, and names with the block's number or all before it as a star."""
+def layer_patterns(names: Sequence[str]) -> list[str]:
+    """Patterns that could be meant: full names, and names with the block's number or all before it as a star."""
     patterns: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -177,7 +177,12 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return [*patterns, *names]
 
 
-def _plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
+def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
+    """The plan of one layer under `scheme`, which `source` asked for.
+
+    Raises `InputError` for a group that does not divide a row, scales that cannot be folded, and what the target
+    cannot run.
+    """
     group = scheme.group_size
     if group and shape.in_features % group:
         raise InputError(

@@ -82,7 +82,7 @@ def validate_graphs(
     second = _compare(lowered, "lowered", reference, folder, target, progress)
     # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
     result = GateResult(first.rows + second.rows, second.commands, _notes(lowered, target, reference))
-    return _conclude(result, folder, progress), reference
+    return conclude(result, folder, progress), reference
 
 
 def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress, *, built_sha256: str) -> GateResult:
@@ -105,7 +105,7 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
     if not is_graph:
         notes = (_note_on_engine(file, path, built_sha256), *notes)
     result = _compare(path, "lowered", reference, folder, target, progress)
-    return _conclude(GateResult(result.rows, result.commands, notes), folder, progress)
+    return conclude(GateResult(result.rows, result.commands, notes), folder, progress)
 
 
 def _note_on_engine(engine: Path, lowered: Path, built_sha256: str) -> str:
@@ -127,7 +127,8 @@ def table_text(result: GateResult) -> str:
     return text.getvalue().rstrip()
 
 
-def _conclude(result: GateResult, folder: Path, progress: Progress) -> GateResult:
+def conclude(result: GateResult, folder: Path, progress: Progress) -> GateResult:
+    """Keep the verdict in `folder` and print it. Raises `FidelityError` if it is a failure."""
     write_text_atomically(folder / RESULT, result.to_json())
     progress.note(table_text(result))
     failure = result.first_failure

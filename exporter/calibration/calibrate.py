@@ -9,22 +9,20 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
-from exporter.calibration.scales import choose_scales
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
-from exporter.plan import LayerPlan, Plan
+from exporter.plan import Plan
 from exporter.progress import Progress
 from exporter.quantize import (
     BlockStatistics,
     CalibrationResult,
     QuantizedWeight,
     planned_linear,
-    round_to_nearest,
     share_copy,
 )
 from exporter.recipe import MethodSection
-from plugins.formats import get_format
 
 
 def calibrate(
@@ -62,24 +60,9 @@ def _nearest(
     with progress.task("scales", len(plan.layers)) as task:
         for layer in plan.layers:
             weight = planned_linear(model, layer).weight.detach()
-            weights[layer.name] = _nearest_layer(weight, layer, mean_squares.get(layer.name), method)
+            weights[layer.name] = nearest_weight(weight, layer, mean_squares.get(layer.name), method.scale_search)
             task.advance()
     return weights
-
-
-def _nearest_layer(
-    weight: Tensor, layer: LayerPlan, importance: Tensor | None, method: MethodSection
-) -> QuantizedWeight:
-    fmt = get_format(layer.weight_format)
-    scales = choose_scales(
-        weight,
-        fmt,
-        layer.group_size,
-        method.scale_search,
-        importance,
-        layer.multipliers if layer.scales == "foldable" else (),
-    )
-    return round_to_nearest(weight, scales, fmt)
 
 
 class _Walk:

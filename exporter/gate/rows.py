@@ -69,10 +69,11 @@ class LinearInputs:
     def records(self) -> Iterator[LinearRecord]:
         """One record per linear that ran, in the order in which they first ran."""
         for layer, parts in self.rows.items():
-            yield _record(self.modules[layer], torch.cat(parts), self.ranks[layer], self.compute)
+            yield linear_record(self.modules[layer], torch.cat(parts), self.ranks[layer], self.compute)
 
 
-def _record(module: QuantLinear, captured: Tensor, rank: int, compute: Compute) -> LinearRecord:
+def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Compute = "fp32") -> LinearRecord:
+    """What `module` makes of `captured` rows [R, K] and of synthetic ones; its input in the model has `rank` axes."""
     x = torch.cat([captured, rounded(_probes(captured), compute)])
     quantized = module.quantize_input(x)
     values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))

@@ -11,11 +11,12 @@ from exporter.passes.boundaries import name_boundaries
 from exporter.passes.choose import choose_containers
 from exporter.passes.compute_type import compute_in_bf16, compute_in_fp16
 from exporter.passes.constants import fold_constants
-from exporter.passes.driver import Keep, Pass, PassResult, run_passes
+from exporter.passes.driver import Keep, Pass, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
 from exporter.passes.fused_attention import fuse_attention
 from exporter.passes.half import store_exactly_in_half
+from exporter.passes.history import PassResult
 from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
 from exporter.passes.modulation import fold_modulation_offsets

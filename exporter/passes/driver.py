@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnx
@@ -12,6 +12,7 @@ from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from exporter.errors import InputError
+from exporter.passes.history import IMPORTED, PassResult, read_pass_history, write_pass_history
 from exporter.passes.layer_table import (
     LayerEntry,
     layer_table,
@@ -19,7 +20,7 @@ from exporter.passes.layer_table import (
     with_encodings,
     write_layer_table,
 )
-from exporter.passes.order import check_order, passes_done, write_passes_done
+from exporter.passes.order import check_order
 from exporter.passes.surgery import CONTRIB_DOMAIN
 from exporter.passes.tiling import untiled
 from exporter.targets import Target
@@ -35,24 +36,16 @@ OPSETS = (21, 22, 23)
 _LARGEST_INFERRED_ELEMENTS = 1024
 
 
-@dataclass(frozen=True)
-class PassResult:
-    """One pass that ran: its name, how many places it changed, and how many nodes the graph has after it."""
-
-    name: str
-    changed: int
-    nodes: int
-
-
 def run_passes(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None = None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
     """Run `passes` in order; `model` itself is not changed.
 
-    The result has the function bodies that its nodes need, fresh shapes, and the table of its layers in its metadata.
-    `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
-    operator version out of `OPSETS`, `PassOrderError` for a pass whose needs (`exporter.passes.order`) have not run,
-    on this graph or to make it, and whatever a pass raises.
+    The result has the function bodies that its nodes need, fresh shapes, and in its metadata the table of its layers
+    and the history of its passes, to which a run that changed something is added. `keep(name, index, model)` gets the
+    graph after every pass, complete in the same way. Raises `InputError` for an operator version out of `OPSETS`,
+    `PassOrderError` for a pass whose needs (`exporter.passes.order`) have not run, on this graph or to make it, and
+    whatever a pass raises.
     """
     _check_opset(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
@@ -62,13 +55,11 @@ def run_passes(
 def _run(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
-    graph = gs.import_onnx(model)
-    graph.functions.clear()
-    _constants_to_initializers(graph)
-    _annotate(graph, model)
+    graph = _annotated_graph(model)
     table = layer_table(graph) or read_layer_table(model)
-    results = []
-    done = passes_done(model)
+    before = read_pass_history(model) or (PassResult(IMPORTED, 0, len(graph.nodes)),)
+    results: list[PassResult] = []
+    done = [result.name for result in before]
     for index, run in enumerate(passes, start=1):
         if any(is_ours(node) for node in graph.nodes):
             check_order(run.__name__, done)
@@ -78,10 +69,26 @@ def _run(
         table = layer_table(graph) or table
         results.append(PassResult(run.__name__, changed, len(graph.nodes)))
         if keep is not None:
-            keep(run.__name__, index, _export(graph, model, table, target, done))
-    exported = _export(graph, model, table, target, done)
-    onnx.checker.check_model(_skeleton(exported), full_check=True)
+            keep(run.__name__, index, _export(graph, model, table, target, (*before, *results)))
+    # A run that changed nothing leaves no trace, so that passes on their own result give the same model.
+    history = (*before, *results) if any(result.changed for result in results) else before
+    exported = _export(graph, model, table, target, history)
+    onnx.checker.check_model(skeleton(exported), full_check=True)
     return exported, results
+
+
+def import_graph(model: onnx.ModelProto) -> gs.Graph:
+    """The graph as the passes see it: constants are initializers, dead nodes are gone, types and shapes are known."""
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        return _annotated_graph(model)
+
+
+def _annotated_graph(model: onnx.ModelProto) -> gs.Graph:
+    graph = gs.import_onnx(model)
+    graph.functions.clear()
+    _constants_to_initializers(graph)
+    _annotate(graph, model)
+    return graph
 
 
 def _check_opset(model: onnx.ModelProto) -> None:
@@ -102,7 +109,8 @@ def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
     """Give the graph's tensors the types and shapes that inference finds."""
     known = {info.name: info.type.tensor_type for info in _infer(model)}
     for name, tensor in graph.tensors().items():
-        if name in known and isinstance(tensor, gs.Variable):
+        # Sequences and the like have no element type.
+        if name in known and isinstance(tensor, gs.Variable) and known[name].elem_type:
             kind = known[name]
             tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
             if kind.HasField("shape"):
@@ -110,7 +118,11 @@ def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
 
 
 def _export(
-    graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry], target: Target, done: Sequence[str]
+    graph: gs.Graph,
+    source: onnx.ModelProto,
+    table: Sequence[LayerEntry],
+    target: Target,
+    history: Sequence[PassResult],
 ) -> onnx.ModelProto:
     model: onnx.ModelProto = gs.export_onnx(graph)
     model.ir_version = source.ir_version
@@ -123,7 +135,7 @@ def _export(
     del model.graph.value_info[:]
     model.graph.value_info.extend(info for info in inferred if info.name in outside)
     write_layer_table(model, with_encodings(table, types), target.name)
-    write_passes_done(model, done)
+    write_pass_history(model, history)
     return model
 
 
@@ -135,22 +147,22 @@ def _import_domain_of_contrib(model: onnx.ModelProto) -> None:
 
 def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Types and shapes of the tensors between the nodes; those behind an operator that is wrong are left out."""
-    inferred = onnx.shape_inference.infer_shapes(_skeleton(model))
+    inferred = onnx.shape_inference.infer_shapes(skeleton(model))
     return list(inferred.graph.value_info)
 
 
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB.
 
     Of what it says of tensors between nodes only the results of operators stay that inference does not know.
     """
     unknown = {name for node in model.graph.node if node.domain == CONTRIB_DOMAIN for name in node.output}
     stated = [value for value in model.graph.value_info if value.name in unknown]
-    small = [tensor for tensor in model.graph.initializer if _elements(tensor) <= _LARGEST_INFERRED_ELEMENTS]
+    small = [tensor for tensor in model.graph.initializer if not is_large(tensor)]
     large = [
         helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
         for tensor in model.graph.initializer
-        if _elements(tensor) > _LARGEST_INFERRED_ELEMENTS
+        if is_large(tensor)
     ]
     graph = helper.make_graph(
         list(model.graph.node),
@@ -168,8 +180,6 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
+def is_large(tensor: onnx.TensorProto) -> bool:
+    """True for an initializer that a `skeleton` has as an input."""
+    return bool(math.prod(tensor.dims) > _LARGEST_INFERRED_ELEMENTS)

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-import onnx
-
-PASSES_KEY = "fp4export.passes"
-
 NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "merge_transposes": ("fold_shapes",),
@@ -39,16 +35,3 @@ def check_order(name: str, done: Sequence[str]) -> None:
     missing = [needed for needed in NEEDS.get(name, ()) if needed not in done]
     if missing:
         raise PassOrderError(f"pass {name} needs {missing[0]} to have run before it; put it first in the tuple")
-
-
-def passes_done(model: onnx.ModelProto) -> list[str]:
-    """The passes that made this graph, by its metadata."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == PASSES_KEY), "")
-    return text.split(",") if text else []
-
-
-def write_passes_done(model: onnx.ModelProto, done: Sequence[str]) -> None:
-    """Put the passes into the model's metadata, each once, in the order in which they first ran."""
-    kept = {entry.key: entry.value for entry in model.metadata_props}
-    kept[PASSES_KEY] = ",".join(dict.fromkeys(done))
-    onnx.helper.set_model_props(model, kept)
