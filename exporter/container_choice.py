@@ -7,6 +7,7 @@ from exporter.presets import LayerScheme
 from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
 from plugins.containers import CONTAINERS, exact_product, fits, multipliers
+from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
 
 # E1M2's values are the integers -7 … 7: symmetric INT4 under another name.
@@ -26,8 +27,8 @@ def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: 
             if name != target.name and _container(scheme, in_features, other) is not None
         ]
         raise InputError(
-            f"{layer}: target {target.name} cannot run {_described(scheme)}: {_refusal(scheme, target)}; "
-            f"targets that can: {', '.join(others)}"
+            f"{layer}: target {target.name} cannot run {_described(scheme)}: {_refusal(scheme, in_features, target)}; "
+            f"targets that can: {', '.join(others) or 'none'}"
         )
     return container
 
@@ -44,25 +45,32 @@ def scale_multipliers(scheme: LayerScheme, container: str) -> tuple[int, ...]:
 
 
 def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | None:
+    """The container that the scheme asks for, or the target's best, if the layer is exact in it there."""
+    possible = _containers(scheme, in_features, target)
+    if scheme.container == AUTO_CONTAINER:
+        return possible[0] if possible else None
+    return scheme.container if scheme.container in possible else None
+
+
+def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[str, ...]:
+    """All that the layer is exact in on the target, best first."""
     if target.engine == "onnxruntime":
-        return "int8" if _exact_in_int8(scheme, in_features) else "fp32"
+        return ("int8", "fp32") if _exact_in_int8(scheme, in_features) else ("fp32",)
     if scheme.activation_format == HIGH_PRECISION:
         return _weight_only(scheme, target)
     if scheme.scales == "group":
-        return None
-    if _exact_in_int8(scheme, in_features):
-        return "int8"
+        return ()
+    int8 = ("int8",) if _exact_in_int8(scheme, in_features) else ()
     names = (scheme.weight_format, scheme.activation_format)
-    if "fp8" in target.containers and all(fits(get_format(name), CONTAINERS["fp8"]) for name in names):
-        return "fp8"
-    return None
+    fp8 = "fp8" in target.containers and all(fits(get_format(name), CONTAINERS["fp8"]) for name in names)
+    return (*int8, "fp8") if fp8 else int8
 
 
-def _weight_only(scheme: LayerScheme, target: Target) -> str | None:
+def _weight_only(scheme: LayerScheme, target: Target) -> tuple[str, ...]:
     if scheme.scales == "group":
         int4 = "int4" in target.containers and scheme.weight_format in _INT4_FORMATS
-        return "int4" if int4 else None
-    return "int8" if fits(get_format(scheme.weight_format), CONTAINERS["int8"]) else None
+        return ("int4",) if int4 else ()
+    return ("int8",) if fits(get_format(scheme.weight_format), CONTAINERS["int8"]) else ()
 
 
 def _exact_in_int8(scheme: LayerScheme, in_features: int) -> bool:
@@ -77,11 +85,15 @@ def _exact_in_int8(scheme: LayerScheme, in_features: int) -> bool:
 def _described(scheme: LayerScheme) -> str:
     activations = scheme.activation_format
     what = "alone" if activations == HIGH_PRECISION else f"with {activations} activations"
-    return f"{scheme.weight_format} weights {what} and {scheme.scales} scales"
+    asked = "" if scheme.container == AUTO_CONTAINER else f" in {scheme.container}"
+    return f"{scheme.weight_format} weights {what} and {scheme.scales} scales{asked}"
 
 
-def _refusal(scheme: LayerScheme, target: Target) -> str:
+def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     """Why `_container` found nothing, and the nearest change that helps."""
+    possible = _containers(scheme, in_features, target)
+    if possible:
+        return f"it is exact there in {' or '.join(possible)}; use `container: auto`"
     if scheme.scales == "group" and scheme.activation_format == HIGH_PRECISION:
         return "group scales need e1m2 or int4 weights and an INT4 engine; use `scales: foldable`"
     if scheme.scales == "group":

@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 
 from exporter.container_choice import choose_container, scale_multipliers
 from exporter.errors import InputError, did_you_mean
-from exporter.presets import PRESETS, LayerScheme, resolve_rule
+from exporter.presets import LayerScheme, preset_scheme, resolve_rule
 from exporter.recipe import LayerRule, Recipe, Scales
 from exporter.targets import Target
+from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
 from plugins.packing import words_per_row
 
@@ -45,7 +46,8 @@ class LayerPlan:
     """One quantized layer.
 
     `group_size` weights of a row share a scale, 0 means the whole row; `activation_format` is "none" where only
-    the weights are quantized; `container` is the number type that the target multiplies in.
+    the weights are quantized; `container` is the number type that the target multiplies in, and `asked_container`
+    what the recipe says about it ("auto" where nothing).
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerPlan:
     group_size: int
     scales: Scales
     container: str
+    asked_container: str = AUTO_CONTAINER
 
     @property
     def groups(self) -> int:
@@ -123,11 +126,12 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
     for name, rule in zip(names, won, strict=True):
         shape = shapes.linears[name]
         if rule is not None:
-            scheme, source = resolve_rule(recipe.layers[rule], recipe.preset), f"layers[{rule}]"
+            scheme = resolve_rule(recipe.layers[rule], recipe.preset, recipe.container)
+            source = f"layers[{rule}]"
         elif any(fnmatchcase(name, pattern) for pattern in high_precision):
             scheme, source = None, ""
         else:
-            scheme, source = (PRESETS[recipe.preset] if recipe.preset else None), f"preset {recipe.preset}"
+            scheme, source = preset_scheme(recipe.preset, recipe.container), f"preset {recipe.preset}"
         if scheme is None:
             kept[name] = shape.parameters
         else:
@@ -196,6 +200,7 @@ def _plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str,
         group_size=group,
         scales=scheme.scales,
         container=container,
+        asked_container=scheme.container,
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from exporter.recipe import HIGH_PRECISION, LayerRule, Preset, Scales
+from plugins.domain import AUTO_CONTAINER
 
 
 @dataclass(frozen=True)
@@ -14,19 +15,22 @@ class LayerScheme:
     """How one layer is quantized, nothing left open.
 
     `group_size` weights of a row share a scale (0: the whole row, which is what `scales` "channel" means);
-    `activation_format` is "none" where only weights are quantized.
+    `activation_format` is "none" where only weights are quantized; `container` is the number type that was asked for,
+    "auto" for the target's best.
     """
 
     weight_format: str
     group_size: int
     scales: Scales
     activation_format: str
+    container: str = AUTO_CONTAINER
 
 
 PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
     {
         "w4a6": LayerScheme("e2m1", 128, "foldable", "e2m3"),
         "w4a8": LayerScheme("e2m1", 128, "foldable", "e4m3"),
+        "w4a8_int": LayerScheme("e2m1", 128, "foldable", "int8"),
         "w8a8": LayerScheme("e4m3", 0, "channel", "e4m3"),
         "w4a16": LayerScheme("e2m1", 128, "foldable", HIGH_PRECISION),
     }
@@ -36,8 +40,14 @@ PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
 _NO_PRESET = PRESETS["w4a16"]
 
 
-def resolve_rule(rule: LayerRule, preset: Preset | None) -> LayerScheme | None:
-    """The scheme of the layers that `rule` wins, gaps filled from the preset; None keeps them in high precision.
+def preset_scheme(preset: Preset | None, container: str = AUTO_CONTAINER) -> LayerScheme | None:
+    """The scheme of the layers that no rule wins, None without a preset; `container` is the recipe's."""
+    return None if preset is None else replace(PRESETS[preset], container=container)
+
+
+def resolve_rule(rule: LayerRule, preset: Preset | None, container: str = AUTO_CONTAINER) -> LayerScheme | None:
+    """The scheme of the layers that `rule` wins, gaps filled from the preset and from the recipe's `container`; None
+    keeps them in high precision.
 
     Giving only `scales: channel` drops the preset's group, giving only `group: 0` means channel scales, and a group
     on top of a preset with channel scales makes them foldable.
@@ -57,4 +67,5 @@ def resolve_rule(rule: LayerRule, preset: Preset | None) -> LayerScheme | None:
         group_size=group,
         scales=scales,
         activation_format=start.activation_format if rule.activation is None else rule.activation,
+        container=container if rule.container is None else rule.container,
     )

@@ -76,6 +76,7 @@ class QuantLinear(nn.Module):
         self.weight_format = plan.weight_format
         self.activation_format = plan.activation_format
         self.group_size = plan.group_size
+        self.asked_container = plan.asked_container
         self.in_features = plan.in_features
         self.out_features = plan.out_features
         self.register_buffer("codes", weight.codes)

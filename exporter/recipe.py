@@ -21,9 +21,11 @@ from exporter.targets import AUTO, TARGETS
 from exporter.yaml_text import dump_yaml
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 
+ContainerChoice = Literal["auto", "int8", "fp8"]
+
 HIGH_PRECISION = "none"
 
-Preset = Literal["w4a6", "w4a8", "w8a8", "w4a16"]
+Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16"]
 Scales = Literal["channel", "group", "foldable"]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
@@ -126,12 +128,17 @@ class LayerRule(_Section):
     )
     scales: Scales | None = None
     activation: Annotated[str, AfterValidator(_activation_format)] | None = None
+    container: ContainerChoice | None = Field(
+        default=None, description="number type of the products; unset: the recipe's"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> LayerRule:
-        details = (self.group, self.scales, self.activation)
+        details = (self.group, self.scales, self.activation, self.container)
         if self.weight == HIGH_PRECISION and any(value not in (None, HIGH_PRECISION) for value in details):
-            raise ValueError("`weight: none` keeps the layer in high precision: drop group, scales and activation")
+            raise ValueError(
+                "`weight: none` keeps the layer in high precision: drop group, scales, activation and container"
+            )
         if self.group and self.scales == "channel":
             raise ValueError(
                 f"`scales: channel` has one scale per row, but group is {self.group}; "
@@ -158,6 +165,10 @@ class Recipe(_Section):
     model: ModelSection
     target: Annotated[str, AfterValidator(_target)] = AUTO
     preset: Preset | None = None
+    container: ContainerChoice = Field(
+        default="auto",
+        description="number type that quantized layers are multiplied in; auto: the target's best",
+    )
     calibration: CalibrationSection
     method: MethodSection = MethodSection()
     layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()

@@ -113,7 +113,8 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     example = source.adapter.example_inputs(
         quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
     )
-    key = key_of(stage="trace", calibrated=_calibration_key(job, source))
+    containers = [layer.asked_container for layer in source.plan.layers]
+    key = key_of(stage="trace", calibrated=_calibration_key(job, source), containers=containers)
     traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)

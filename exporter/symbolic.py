@@ -31,7 +31,7 @@ def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
     weight = symbolic(
         f"{DOMAIN}::{variant.op_type}",
         [module.codes, module.scales],
-        attrs={**variant.attributes(layer=module.layer)},
+        attrs={**variant.attributes(layer=module.layer, container=module.asked_container)},
         dtype=torch.float32,
         shape=module.codes.shape,
         version=OPSET_VERSION,

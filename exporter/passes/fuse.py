@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from exporter.passes.surgery import array_of, digest, give_name, only_consumer, producer, variant_of
 from exporter.targets import Target
+from plugins.domain import AUTO_CONTAINER
 from plugins.op import DOMAIN, DequantizeValues, DequantizeWeight, Gemm, OnlineQuantize
 
 
@@ -107,7 +108,9 @@ def _fuse(graph: gs.Graph, dequantize: gs.Node, weight: DequantizeWeight, linear
     index = next(i for i, node in enumerate(graph.nodes) if node is linear.last)
     linear.first.outputs.clear()
     linear.last.outputs.clear()
-    fused = gs.Node(gemm.op_type, layer, gemm.attributes(layer=layer), inputs, [linear.y], domain=DOMAIN)
+    asked = dequantize.attrs["container"]
+    attributes = gemm.attributes(layer=layer, container="" if asked == AUTO_CONTAINER else asked)
+    fused = gs.Node(gemm.op_type, layer, attributes, inputs, [linear.y], domain=DOMAIN)
     graph.nodes[index] = fused
     linear.last.inputs.clear()
     give_name(graph, linear.y, f"{layer}.output")

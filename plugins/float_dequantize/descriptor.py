@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from plugins.body import Body
-from plugins.domain import BODY_OPSET, AttributeValue, plugin_attributes
+from plugins.domain import AUTO_CONTAINER, BODY_OPSET, AttributeValue, plugin_attributes
 from plugins.float_dequantize import function_body
 from plugins.formats import get_format
 from plugins.weight import check_weight
@@ -92,14 +92,15 @@ class DequantizeWeight:
         """Outputs in order."""
         return ("w",)
 
-    def attributes(self, layer: str) -> dict[str, AttributeValue]:
-        """All attributes of a node that serves `layer` (a module path)."""
+    def attributes(self, layer: str, container: str = AUTO_CONTAINER) -> dict[str, AttributeValue]:
+        """All attributes of a node that serves `layer` (a module path); `container` is the one asked for."""
         return {
             "layer": layer,
             "format": self.format,
             "group_size": self.group_size,
             "count": self.count,
             "packed": int(self.packed),
+            "container": container,
             **plugin_attributes(),
         }
 

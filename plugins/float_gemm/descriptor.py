@@ -95,7 +95,10 @@ class Gemm:
         return ("y",)
 
     def attributes(self, layer: str, container: str = "") -> dict[str, AttributeValue]:
-        """All attributes of a node that serves `layer` (a module path); `container` is "" until one is chosen."""
+        """All attributes of a node that serves `layer` (a module path).
+
+        `container` is the one that was asked for, then the one that was chosen; "" where neither.
+        """
         return {
             "layer": layer,
             "weight_format": self.weight_format,

@@ -1,5 +1,7 @@
 """Containers: which one a layer gets on which target, and refusals that say what works."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,11 @@ INT4_ONLY = LayerScheme("e1m2", 64, "group", "none")
         (LayerScheme("e2m1", 0, "channel", "e3m2"), "rtx-sm89", "fp8"),
         (LayerScheme("int8", 0, "channel", "int8"), "cpu", "int8"),
         (LayerScheme("int4", 128, "foldable", "int6"), "rtx-sm75", "int8"),
+        (PRESETS["w4a8_int"], "cpu", "int8"),
+        (PRESETS["w4a8_int"], "rtx-sm75", "int8"),
+        (replace(W4A6, container="fp8"), "rtx-sm89", "fp8"),
+        (replace(W4A6, container="int8"), "rtx-sm89", "int8"),
+        (replace(W4A6, container="int8"), "cpu", "int8"),
     ],
 )
 def test_the_container(scheme: LayerScheme, target: str, container: str) -> None:
@@ -48,6 +55,15 @@ def test_the_container(scheme: LayerScheme, target: str, container: str) -> None
         (GROUPED, "rtx-sm89", "use `scales: foldable`", "cpu"),
         (INT4_ONLY, "rtx-sm75", "group scales need e1m2 or int4 weights and an INT4 engine", "rtx-sm80"),
         (LayerScheme("e2m1", 0, "channel", "e3m4"), "rtx-sm120", "e3m4 values do not fit int8 or fp8", "cpu"),
+        (
+            replace(W4A6, container="fp8"),
+            "rtx-sm86",
+            r"in fp8: it is exact there in int8; use",
+            "h100",
+        ),
+        (replace(W4A6, container="fp8"), "cpu", r"exact there in int8 or fp32", "rtx-sm89"),
+        (replace(W4A8, container="int8"), "rtx-sm89", r"in int8: it is exact there in fp8", "none"),
+        (replace(W4A16, container="fp8"), "rtx-sm89", r"in fp8: it is exact there in int8", "none"),
         (LayerScheme("int8", 0, "channel", "e4m3"), "rtx-sm89", "do not fit the same one of int8, fp8", "cpu"),
     ],
 )

@@ -140,6 +140,17 @@ def test_multipliers_fit_the_container() -> None:
     assert planned(preset="w8a8").layers[0].multipliers == (1,)
 
 
+def test_the_container_asked_for_decides_the_multipliers() -> None:
+    layer = planned(preset="w4a6", container="fp8", target="rtx-sm89").layers[0]
+    assert (layer.container, layer.asked_container) == ("fp8", "fp8")
+    assert layer.multipliers == planned(preset="w4a8", target="rtx-sm89").layers[0].multipliers
+    rules = [{"match": "*.to_q", "container": "fp8"}]
+    layers = planned(preset="w4a6", layers=rules, target="rtx-sm89").layers
+    assert [layer.container for layer in layers] == ["fp8", "int8"] * 2
+    with pytest.raises(InputError, match=r"preset w4a6: blocks\.0\.attn\.to_q: target rtx-sm86 cannot run .* in fp8"):
+        planned(preset="w4a6", container="fp8", target="rtx-sm86")
+
+
 def test_a_plan_has_no_torch() -> None:
     import subprocess
     import sys

@@ -30,6 +30,7 @@ class Weight:
     codes: np.ndarray
     scales: np.ndarray
     bias: np.ndarray | None
+    container: str = "auto"
 
     @property
     def count(self) -> int:
@@ -116,7 +117,7 @@ class WaistGraph:
         variant = DequantizeWeight(weight.format, weight.group_size, weight.count, packed=False)
         codes = self.constant(f"{weight.layer}.codes", weight.codes)
         scales = self.constant(f"{weight.layer}.scales", weight.scales)
-        attributes = variant.attributes(layer=weight.layer)
+        attributes = variant.attributes(layer=weight.layer, container=weight.container)
         return self.node(variant.op_type, codes, scales, output=f"{weight.layer}/w", domain=DOMAIN, **attributes)
 
     def linear(self, x: str, weight: Weight, activation_format: str = "e2m3") -> str:
