@@ -7,6 +7,7 @@ from exporter.passes.choose import choose_containers
 from exporter.passes.driver import Keep, Pass, PassResult, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
+from exporter.passes.gelu import spell_out_gelu
 from exporter.passes.half import store_exactly_in_half
 from exporter.passes.lower_cpu import lower_to_cpu
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
@@ -38,7 +39,7 @@ WAIST_PASSES: tuple[Pass, ...] = (
     store_exactly_in_half,
 )
 CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, refuse_unsupported)
-TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, refuse_unsupported)
+TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, spell_out_gelu, refuse_unsupported)
 
 
 def lowering_passes(target: Target) -> tuple[Pass, ...]:

@@ -12,6 +12,7 @@ from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from exporter.errors import InputError
+from exporter.passes.inference import infer, skeleton
 from exporter.passes.layer_table import (
     LayerEntry,
     layer_table,
@@ -27,9 +28,6 @@ Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
 
 OPSETS = (21, 22, 23)
 """Versions of the standard operators that blocked DequantizeLinear, ONNX Runtime and TensorRT's parser share."""
-
-# Larger initializers enter shape inference and the checker by type alone: both would serialize the whole model.
-_LARGEST_INFERRED_ELEMENTS = 1024
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def _run(
         if keep is not None:
             keep(run.__name__, index, _export(graph, model, table, target))
     exported = _export(graph, model, table, target)
-    onnx.checker.check_model(_skeleton(exported), full_check=True)
+    onnx.checker.check_model(skeleton(exported), full_check=True)
     return exported, results
 
 
@@ -92,7 +90,7 @@ def _constants_to_initializers(graph: gs.Graph) -> None:
 
 def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
     """Give the graph's tensors the types and shapes that inference finds."""
-    known = {info.name: info.type.tensor_type for info in _infer(model)}
+    known = {info.name: info.type.tensor_type for info in infer(model)}
     for name, tensor in graph.tensors().items():
         if name in known and isinstance(tensor, gs.Variable):
             kind = known[name]
@@ -107,39 +105,7 @@ def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry
     attach_functions(model)
     model.metadata_props.extend(source.metadata_props)
     del model.graph.value_info[:]
-    model.graph.value_info.extend(_infer(model))
+    model.graph.value_info.extend(infer(model))
     types = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
     write_layer_table(model, with_encodings(table, types), target.name)
     return model
-
-
-def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Types and shapes of the tensors between the nodes; those behind an operator that is wrong are left out."""
-    inferred = onnx.shape_inference.infer_shapes(_skeleton(model))
-    return list(inferred.graph.value_info)
-
-
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB."""
-    small = [tensor for tensor in model.graph.initializer if _elements(tensor) <= _LARGEST_INFERRED_ELEMENTS]
-    large = [
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-        for tensor in model.graph.initializer
-        if _elements(tensor) > _LARGEST_INFERRED_ELEMENTS
-    ]
-    graph = helper.make_graph(
-        list(model.graph.node), model.graph.name, [*model.graph.input, *large], list(model.graph.output), small
-    )
-    return helper.make_model(
-        graph,
-        opset_imports=list(model.opset_import),
-        functions=list(model.functions),
-        ir_version=model.ir_version,
-    )
-
-
-def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
