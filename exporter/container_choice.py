@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from exporter.errors import InputError
 from exporter.presets import LayerScheme
 from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.containers import CONTAINERS, exact_product, fits, multipliers
 from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
+
+# The hardware's own types, values and scales together.
+_BLOCK_CONTAINERS: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4", "mx": "mxfp8"})
 
 # E1M2's values are the integers -7 … 7: symmetric INT4 under another name.
 _INT4_FORMATS = ("e1m2", "int4")
 
 
 def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: Target) -> str:
-    """The container's name: ``int8``, ``fp8``, ``int4`` or ``fp32``.
+    """The container's name: ``int8``, ``fp8``, ``int4``, ``fp4``, ``mxfp8`` or ``fp32``.
 
     Raises `InputError` naming the layer, why the target refuses, and what would work.
     """
@@ -54,6 +61,10 @@ def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | N
 
 def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[str, ...]:
     """All that the layer is exact in on the target, best first."""
+    if scheme.scales in BLOCK_SCALINGS:
+        native = _BLOCK_CONTAINERS[scheme.scales]
+        held = ("fp32",) if target.engine == "onnxruntime" else target.containers
+        return tuple(name for name in (native, "fp32") if name in held)
     if target.engine == "onnxruntime":
         return ("int8", "fp32") if _exact_in_int8(scheme, in_features) else ("fp32",)
     if scheme.activation_format == HIGH_PRECISION:
@@ -75,7 +86,7 @@ def _weight_only(scheme: LayerScheme, target: Target) -> tuple[str, ...]:
 
 def _exact_in_int8(scheme: LayerScheme, in_features: int) -> bool:
     """Whether products and sums of K = `in_features` are exact, group scales folded into the weights."""
-    if scheme.scales == "group" or scheme.activation_format == HIGH_PRECISION:
+    if scheme.scales in ("group", *BLOCK_SCALINGS) or scheme.activation_format == HIGH_PRECISION:
         return False
     largest = max(scale_multipliers(scheme, "int8"))
     formats = get_format(scheme.weight_format), get_format(scheme.activation_format)
@@ -94,6 +105,8 @@ def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     possible = _containers(scheme, in_features, target)
     if possible:
         return f"it is exact there in {' or '.join(possible)}; use `container: auto`"
+    if scheme.scales in BLOCK_SCALINGS:
+        return "its hardware multiplies no blocks with scales of their own; `preset: w4a6` or w4a8 runs there"
     if scheme.scales == "group" and scheme.activation_format == HIGH_PRECISION:
         return "group scales need e1m2 or int4 weights and an INT4 engine; use `scales: foldable`"
     if scheme.scales == "group":

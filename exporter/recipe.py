@@ -19,14 +19,15 @@ from exporter.explain import explain
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS
 from exporter.yaml_text import dump_yaml
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 
 ContainerChoice = Literal["auto", "int8", "fp8"]
 
 HIGH_PRECISION = "none"
 
-Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16"]
-Scales = Literal["channel", "group", "foldable"]
+Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
+Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
     "DDIMScheduler",
@@ -144,6 +145,9 @@ class LayerRule(_Section):
                 f"`scales: channel` has one scale per row, but group is {self.group}; "
                 "use `scales: foldable` (or group), or `group: 0`"
             )
+        block = BLOCK_SCALINGS.get(self.scales or "")
+        if block is not None and self.group not in (None, block.group_size):
+            raise ValueError(f"`scales: {block.name}` has groups of {block.group_size}; drop `group: {self.group}`")
         if self.group == 0 and self.scales in ("group", "foldable"):
             raise ValueError(f"`scales: {self.scales}` needs a group size, for example `group: 128`")
         return self

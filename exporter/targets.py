@@ -61,7 +61,7 @@ class Gpu:
 
 _INT = ("int8", "int4")
 _FLOAT8 = ("int8", "fp8", "int4")
-_FLOAT4 = ("int8", "fp8", "int4", "fp4")
+_BLACKWELL = ("int8", "fp8", "int4", "fp4", "mxfp8")
 
 # TensorRT-RTX's parser takes what TensorRT 11's does. A Jetson Orin has 10.3 (JetPack 6) or 11 (JetPack 7.2 and later).
 _RTX = ("11",)
@@ -73,14 +73,14 @@ _TABLE = (
     Target("rtx-sm80", "tensorrt-rtx", (8, 0), _INT, _RTX),
     Target("rtx-sm86", "tensorrt-rtx", (8, 6), _INT, _RTX),
     Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8, _RTX),
-    Target("rtx-sm120", "tensorrt-rtx", (12, 0), _FLOAT4, _RTX),
-    Target("rtx-sm121", "tensorrt-rtx", (12, 1), _FLOAT4, _RTX),
+    Target("rtx-sm120", "tensorrt-rtx", (12, 0), _BLACKWELL, _RTX),
+    Target("rtx-sm121", "tensorrt-rtx", (12, 1), _BLACKWELL, _RTX),
     Target("orin", "tensorrt", (8, 7), _INT, _TENSORRT),
     Target("l4", "tensorrt", (8, 9), _FLOAT8, _TENSORRT),
     Target("h100", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
     Target("h200", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
-    Target("b200", "tensorrt", (10, 0), _FLOAT4, ("11",)),
-    Target("thor", "tensorrt", (11, 0), _FLOAT4, ("11",)),
+    Target("b200", "tensorrt", (10, 0), _BLACKWELL, ("11",)),
+    Target("thor", "tensorrt", (11, 0), _BLACKWELL, ("11",)),
 )
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TABLE})
 

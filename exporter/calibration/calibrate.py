@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import choose_scales
 from exporter.models.pixart import PixArtAdapter
@@ -24,6 +25,7 @@ from exporter.quantize import (
     share_copy,
 )
 from exporter.recipe import MethodSection
+from plugins.block_scales import BlockScaling
 from plugins.formats import get_format
 
 
@@ -45,32 +47,40 @@ def calibrate(
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    mean_squares = run.mean_squares(model, [layer.name for layer in plan.layers])
-    weights = _nearest(model, plan, mean_squares, method, progress)
+    inputs = run.input_statistics(model, [layer.name for layer in plan.layers])
+    weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
     generator = torch.Generator().manual_seed(seed)
     walk = _Walk(model, plan, weights, run, method, generator, progress)
-    statistics = walk.through(list(mean_squares))
+    statistics = walk.through(list(inputs))
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
 def _nearest(
-    model: nn.Module, plan: Plan, mean_squares: Mapping[str, Tensor], method: MethodSection, progress: Progress
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, InputStatistics],
+    method: MethodSection,
+    progress: Progress,
 ) -> dict[str, QuantizedWeight]:
     weights = {}
     with progress.task("scales", len(plan.layers)) as task:
         for layer in plan.layers:
             weight = planned_linear(model, layer).weight.detach()
-            weights[layer.name] = _nearest_layer(weight, layer, mean_squares.get(layer.name), method)
+            weights[layer.name] = _nearest_layer(weight, layer, inputs.get(layer.name), method)
             task.advance()
     return weights
 
 
 def _nearest_layer(
-    weight: Tensor, layer: LayerPlan, importance: Tensor | None, method: MethodSection
+    weight: Tensor, layer: LayerPlan, inputs: InputStatistics | None, method: MethodSection
 ) -> QuantizedWeight:
     fmt = get_format(layer.weight_format)
+    importance = None if inputs is None else inputs.mean_square
+    if layer.scaling is not None:
+        scales = choose_block_scales(weight, layer.scaling, method.scale_search, importance)
+        return round_to_nearest(weight, scales, fmt, _input_scale(layer.scaling, inputs))
     scales = choose_scales(
         weight,
         fmt,
@@ -80,6 +90,13 @@ def _nearest_layer(
         layer.multipliers if layer.scales == "foldable" else (),
     )
     return round_to_nearest(weight, scales, fmt)
+
+
+def _input_scale(scaling: BlockScaling, inputs: InputStatistics | None) -> Tensor | None:
+    """The static scale of a layer's input, from the largest magnitude that calibration saw."""
+    if not scaling.has_tensor_scale:
+        return None
+    return static_scale(0.0 if inputs is None else inputs.amax, scaling)
 
 
 class _Walk:

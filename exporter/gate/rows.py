@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exporter.gate.records import LinearRecord
 from exporter.quantize import QuantLinear
+from exporter.rounding import dequantize
 
 # Tokens of each linear that are compared, spread over the captured batches, and synthetic ones beside them.
 TOKEN_ROWS = 224
@@ -73,7 +74,7 @@ def _record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
     x = torch.cat([captured, _probes(captured)])
     quantized = module.quantize_input(x)
     values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))
-    seen = x if quantized is None else quantized[0] * quantized[1]
+    seen = x if quantized is None else dequantize(*quantized)
     y = module(x)
     bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
     magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()

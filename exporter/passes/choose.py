@@ -39,6 +39,8 @@ def choose_containers(graph: gs.Graph, target: Target) -> int:
 
 def scales_of(gemm: Gemm) -> Scales:
     """What a recipe calls the layer's weight scales."""
+    if gemm.scaling is not None:
+        return "nvfp4" if gemm.scaling.name == "nvfp4" else "mx"
     if gemm.has_multipliers:
         return "foldable"
     return "group" if gemm.has_group_scales else "channel"

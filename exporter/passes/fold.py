@@ -21,12 +21,12 @@ def fold_scales(graph: gs.Graph, target: Target) -> int:
 
     The proof is bitwise: channel scale times multiplier, in float32, is the group scale for every group, and every
     multiplier leaves the weight format exact in the container asked for, or in one of the target's. One group a row
-    is a channel already: it becomes group size 0. Everything else stays as it is.
+    is a channel already: it becomes group size 0. Block scaling and everything else stays as it is.
     """
     changed = 0
     for node in graph.nodes:
         gemm = variant_of(node, Gemm)
-        if gemm is None or not gemm.has_group_scales:
+        if gemm is None or not gemm.has_group_scales or gemm.scaling is not None:
             continue
         scales_at = gemm.input_names.index("weight_scales")
         scales = array_of(node.inputs[scales_at])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.scales import choose_scales
 from exporter.container_choice import choose_container
 from exporter.errors import InputError
@@ -66,6 +67,9 @@ def _rounded(model: nn.Module, layer: LayerPlan) -> QuantizedWeight:
     fmt = get_format(layer.weight_format)
     weight = planned_linear(model, layer).weight.detach()
     factors = layer.multipliers if layer.scales == "foldable" else ()
+    if layer.scaling is not None:
+        static = static_scale(4.0, layer.scaling) if layer.scaling.has_tensor_scale else None
+        return round_to_nearest(weight, choose_block_scales(weight, layer.scaling, "absmax"), fmt, static)
     with torch.no_grad():
         scales = choose_scales(weight, fmt, layer.group_size, "absmax", None, factors)
         return round_to_nearest(weight, scales, fmt)
