@@ -28,7 +28,8 @@ class Target:
     """One kind of machine.
 
     `containers` are the ones it multiplies in (fp32 and fp16 aside), best first. `parsers` are the TensorRT releases
-    whose ONNX parsers must all take its graphs: releases in between take what the first and the last do.
+    whose ONNX parsers must all take its graphs: releases in between take what the first and the last do. Without
+    `fp32_products` the builder has no matrix product whose result is FP32.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     compute_capability: tuple[int, int] | None
     containers: tuple[str, ...]
     parsers: tuple[str, ...] = ()
+    fp32_products: bool = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -69,7 +71,8 @@ _TENSORRT = ("10.3", "11")
 
 _TABLE = (
     Target("cpu", "onnxruntime", None, ("int8",)),
-    Target("rtx-sm75", "tensorrt-rtx", (7, 5), ("int8",), _RTX),
+    # TensorRT-RTX 1.7: "FP32 GEMM is not supported" for Turing, and an INT8 product with an FP32 result is one to it.
+    Target("rtx-sm75", "tensorrt-rtx", (7, 5), ("int8",), _RTX, fp32_products=False),
     Target("rtx-sm80", "tensorrt-rtx", (8, 0), _INT, _RTX),
     Target("rtx-sm86", "tensorrt-rtx", (8, 6), _INT, _RTX),
     Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8, _RTX),
