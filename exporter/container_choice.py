@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from exporter.errors import InputError
 from exporter.presets import LayerScheme
 from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.containers import CONTAINERS, exact_product, fits, multipliers
+from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
+
+# The hardware's own types, values and scales together.
+_BLOCK_CONTAINERS: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4", "mx": "mxfp8"})
 
 # E1M2's values are the integers -7 … 7: symmetric INT4 under another name.
 _INT4_FORMATS = ("e1m2", "int4")
 
 
 def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: Target) -> str:
-    """The container's name: ``int8``, ``fp8``, ``int4`` or ``fp32``.
+    """The container's name: ``int8``, ``fp8``, ``int4``, ``fp4``, ``mxfp8`` or ``fp32``.
 
     Raises `InputError` naming the layer, why the target refuses, and what would work.
     """
@@ -26,8 +34,8 @@ def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: 
             if name != target.name and _container(scheme, in_features, other) is not None
         ]
         raise InputError(
-            f"{layer}: target {target.name} cannot run {_described(scheme)}: {_refusal(scheme, target)}; "
-            f"targets that can: {', '.join(others)}"
+            f"{layer}: target {target.name} cannot run {_described(scheme)}: {_refusal(scheme, in_features, target)}; "
+            f"targets that can: {', '.join(others) or 'none'}"
         )
     return container
 
@@ -44,30 +52,43 @@ def scale_multipliers(scheme: LayerScheme, container: str) -> tuple[int, ...]:
 
 
 def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | None:
+    """The container that the scheme asks for, or the target's best, if the layer is exact in it there."""
+    possible = _containers(scheme, in_features, target)
+    if scheme.container == AUTO_CONTAINER:
+        return possible[0] if possible else None
+    return scheme.container if scheme.container in possible else None
+
+
+def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[str, ...]:
+    """All that the layer is exact in on the target, best first."""
+    if not target.fp32_products:
+        return ()
+    if scheme.scales in BLOCK_SCALINGS:
+        native = _BLOCK_CONTAINERS[scheme.scales]
+        held = ("fp32",) if target.engine == "onnxruntime" else target.containers
+        return tuple(name for name in (native, "fp32") if name in held)
     if target.engine == "onnxruntime":
-        return "int8" if _exact_in_int8(scheme, in_features) else "fp32"
+        return ("int8", "fp32") if _exact_in_int8(scheme, in_features) else ("fp32",)
     if scheme.activation_format == HIGH_PRECISION:
         return _weight_only(scheme, target)
     if scheme.scales == "group":
-        return None
-    if _exact_in_int8(scheme, in_features):
-        return "int8"
+        return ()
+    int8 = ("int8",) if _exact_in_int8(scheme, in_features) else ()
     names = (scheme.weight_format, scheme.activation_format)
-    if "fp8" in target.containers and all(fits(get_format(name), CONTAINERS["fp8"]) for name in names):
-        return "fp8"
-    return None
+    fp8 = "fp8" in target.containers and all(fits(get_format(name), CONTAINERS["fp8"]) for name in names)
+    return (*int8, "fp8") if fp8 else int8
 
 
-def _weight_only(scheme: LayerScheme, target: Target) -> str | None:
+def _weight_only(scheme: LayerScheme, target: Target) -> tuple[str, ...]:
     if scheme.scales == "group":
         int4 = "int4" in target.containers and scheme.weight_format in _INT4_FORMATS
-        return "int4" if int4 else None
-    return "int8" if fits(get_format(scheme.weight_format), CONTAINERS["int8"]) else None
+        return ("int4",) if int4 else ()
+    return ("int8",) if fits(get_format(scheme.weight_format), CONTAINERS["int8"]) else ()
 
 
 def _exact_in_int8(scheme: LayerScheme, in_features: int) -> bool:
     """Whether products and sums of K = `in_features` are exact, group scales folded into the weights."""
-    if scheme.scales == "group" or scheme.activation_format == HIGH_PRECISION:
+    if scheme.scales in ("group", *BLOCK_SCALINGS) or scheme.activation_format == HIGH_PRECISION:
         return False
     largest = max(scale_multipliers(scheme, "int8"))
     formats = get_format(scheme.weight_format), get_format(scheme.activation_format)
@@ -77,11 +98,19 @@ def _exact_in_int8(scheme: LayerScheme, in_features: int) -> bool:
 def _described(scheme: LayerScheme) -> str:
     activations = scheme.activation_format
     what = "alone" if activations == HIGH_PRECISION else f"with {activations} activations"
-    return f"{scheme.weight_format} weights {what} and {scheme.scales} scales"
+    asked = "" if scheme.container == AUTO_CONTAINER else f" in {scheme.container}"
+    return f"{scheme.weight_format} weights {what} and {scheme.scales} scales{asked}"
 
 
-def _refusal(scheme: LayerScheme, target: Target) -> str:
+def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     """Why `_container` found nothing, and the nearest change that helps."""
+    if not target.fp32_products:
+        return "TensorRT-RTX builds no product with an FP32 result for its GPU, and every product here has one"
+    possible = _containers(scheme, in_features, target)
+    if possible:
+        return f"it is exact there in {' or '.join(possible)}; use `container: auto`"
+    if scheme.scales in BLOCK_SCALINGS:
+        return "its hardware multiplies no blocks with scales of their own; `preset: w4a6` or w4a8 runs there"
     if scheme.scales == "group" and scheme.activation_format == HIGH_PRECISION:
         return "group scales need e1m2 or int4 weights and an INT4 engine; use `scales: foldable`"
     if scheme.scales == "group":

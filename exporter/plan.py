@@ -9,9 +9,11 @@ from fnmatch import fnmatchcase
 from exporter.compute import COMPUTE_TYPES, Compute
 from exporter.container_choice import choose_container, scale_multipliers
 from exporter.errors import InputError, did_you_mean
-from exporter.presets import PRESETS, LayerScheme, resolve_rule
+from exporter.presets import LayerScheme, preset_scheme, resolve_rule
 from exporter.recipe import LayerRule, Recipe, Scales
 from exporter.targets import Target
+from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
+from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
 from plugins.packing import words_per_row
 
@@ -46,7 +48,8 @@ class LayerPlan:
     """One quantized layer.
 
     `group_size` weights of a row share a scale, 0 means the whole row; `activation_format` is "none" where only
-    the weights are quantized; `container` is the number type that the target multiplies in.
+    the weights are quantized; `container` is the number type that the target multiplies in, and `asked_container`
+    what the recipe says about it ("auto" where nothing).
     """
 
     name: str
@@ -58,6 +61,12 @@ class LayerPlan:
     group_size: int
     scales: Scales
     container: str
+    asked_container: str = AUTO_CONTAINER
+
+    @property
+    def scaling(self) -> BlockScaling | None:
+        """The block scaling of weights and activations, None for other scales."""
+        return BLOCK_SCALINGS.get(self.scales)
 
     @property
     def groups(self) -> int:
@@ -79,16 +88,18 @@ class LayerPlan:
         """Expected size in the output: weights, scales, group multipliers and bias.
 
         ONNX Runtime's file keeps packed codes and a byte per group multiplier; TensorRT's engines hold weights in
-        their container, group scales folded in.
+        their container, group scales folded in; block scales are a byte each there.
         """
         if target.engine == "onnxruntime":
             bits = get_format(self.weight_format).bits
             weights = self.out_features * words_per_row(self.in_features, bits) * _WORD_BYTES
             folded = self.out_features * self.groups if self.scales == "foldable" else 0
         else:
-            weights = self.out_features * self.in_features // (2 if self.container == "int4" else 1)
+            weights = self.out_features * self.in_features // (2 if self.container in ("int4", "fp4") else 1)
             folded = 0
-        scales = self.out_features * (self.groups if self.scales == "group" else 1) * _FP32_BYTES
+        if self.container in ("fp4", "mxfp8"):
+            return weights + self.out_features * (self.groups + self.has_bias * _FP32_BYTES)
+        scales = self.out_features * (1 if self.scales in ("channel", "foldable") else self.groups) * _FP32_BYTES
         return weights + folded + scales + self.out_features * self.has_bias * _FP32_BYTES
 
 
@@ -125,11 +136,12 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
     for name, rule in zip(names, won, strict=True):
         shape = shapes.linears[name]
         if rule is not None:
-            scheme, source = resolve_rule(recipe.layers[rule], recipe.preset), f"layers[{rule}]"
+            scheme = resolve_rule(recipe.layers[rule], recipe.preset, recipe.container)
+            source = f"layers[{rule}]"
         elif any(fnmatchcase(name, pattern) for pattern in high_precision):
             scheme, source = None, ""
         else:
-            scheme, source = (PRESETS[recipe.preset] if recipe.preset else None), f"preset {recipe.preset}"
+            scheme, source = preset_scheme(recipe.preset, recipe.container), f"preset {recipe.preset}"
         if scheme is None:
             kept[name] = shape.parameters
         else:
@@ -190,6 +202,7 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
             f"does: {_nearest_divisor(shape.in_features, group)}, for example a rule "
             f"{{match: {name.split('.')[0]}.*, group: {_nearest_divisor(shape.in_features, group)}}}"
         )
+    _check_block_formats(f"{source}: {name}", scheme)
     container = choose_container(f"{source}: {name}", scheme, shape.in_features, target)
     if scheme.scales == "foldable" and len(scale_multipliers(scheme, container)) == 1:
         raise InputError(
@@ -205,7 +218,17 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
         group_size=group,
         scales=scheme.scales,
         container=container,
+        asked_container=scheme.container,
     )
+
+
+def _check_block_formats(where: str, scheme: LayerScheme) -> None:
+    scaling = BLOCK_SCALINGS.get(scheme.scales)
+    if scaling is not None and {scheme.weight_format, scheme.activation_format} != {scaling.value_format}:
+        raise InputError(
+            f"{where}: `scales: {scaling.name}` is for {scaling.value_format} weights with {scaling.value_format} "
+            f"activations, not {scheme.weight_format} with {scheme.activation_format}; use `scales: foldable`"
+        )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

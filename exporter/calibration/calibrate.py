@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
 from exporter.models.pixart import PixArtAdapter
@@ -43,24 +43,28 @@ def calibrate(
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    mean_squares = run.mean_squares(model, [layer.name for layer in plan.layers])
-    weights = _nearest(model, plan, mean_squares, method, progress)
+    inputs = run.input_statistics(model, [layer.name for layer in plan.layers])
+    weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
     generator = torch.Generator().manual_seed(seed)
     walk = _Walk(model, plan, weights, run, method, generator, progress)
-    statistics = walk.through(list(mean_squares))
+    statistics = walk.through(list(inputs))
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
 def _nearest(
-    model: nn.Module, plan: Plan, mean_squares: Mapping[str, Tensor], method: MethodSection, progress: Progress
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, InputStatistics],
+    method: MethodSection,
+    progress: Progress,
 ) -> dict[str, QuantizedWeight]:
     weights = {}
     with progress.task("scales", len(plan.layers)) as task:
         for layer in plan.layers:
             weight = planned_linear(model, layer).weight.detach()
-            weights[layer.name] = nearest_weight(weight, layer, mean_squares.get(layer.name), method.scale_search)
+            weights[layer.name] = nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
             task.advance()
     return weights
 

@@ -51,6 +51,14 @@ class BlockInputs:
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """A layer's input over the calibration set: mean square per channel [K], and its largest magnitude."""
+
+    mean_square: Tensor
+    amax: float
+
+
+@dataclass(frozen=True)
 class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model."""
 
@@ -71,18 +79,20 @@ class CalibrationRun:
             for inputs in self.batches():
                 self.adapter.forward(model, inputs)
 
-    def mean_squares(self, model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-        """Return every layer's mean square per input channel [K], in order of first execution."""
+    def input_statistics(self, model: nn.Module, layers: Iterable[str]) -> dict[str, InputStatistics]:
+        """Return what is known of every layer's input, in order of first execution."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
+        largest: dict[str, float] = {}
 
         def add(name: str, x: Tensor) -> None:
             squares = x.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
             sums[name] = sums[name] + squares if name in sums else squares
             counts[name] = counts.get(name, 0) + x[..., 0].numel()
+            largest[name] = max(largest.get(name, 0.0), float(x.abs().amax()))
 
         self.through(model, [_watch(model, name, add) for name in layers])
-        return {name: (total / counts[name]).float() for name, total in sums.items()}
+        return {name: InputStatistics((total / counts[name]).float(), largest[name]) for name, total in sums.items()}
 
     def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
         """Return the inputs [M, ..., K] of one linear layer."""

@@ -33,9 +33,10 @@ _ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
 class LinearRecord:
     """One quantized linear on R token rows, the last `probes` of which are synthetic.
 
-    x [R, K]; values [R, K] and scales [R, 1] of the quantized input, None for a weight-only layer; y [R, N] the
-    output; bias [N], zeros where the layer has none; noise_floor [2, N]: float32's own rounding error of each output
-    channel, over the captured rows and over the probes; rank: axes of the layer's input in the model.
+    x [R, K]; values [R, K] and scales [R, 1] (or [R, G] in blocks) of the quantized input, None for a weight-only
+    layer; y [R, N] the output; bias [N], zeros where the layer has none; noise_floor [2, N]: float32's own rounding
+    error of each output channel, over the captured rows and over the probes; rank: axes of the layer's input in the
+    model.
     """
 
     layer: str

@@ -16,6 +16,7 @@ from exporter.compute import Compute
 from exporter.gate.records import LinearRecord
 from exporter.gate.rounding import rounded
 from exporter.quantize import QuantLinear
+from exporter.rounding import dequantize
 
 # Tokens of each linear that are compared, spread over the captured batches, and synthetic ones beside them.
 TOKEN_ROWS = 224
@@ -77,7 +78,7 @@ def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Com
     x = torch.cat([captured, rounded(_probes(captured), compute)])
     quantized = module.quantize_input(x)
     values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))
-    seen = x if quantized is None else quantized[0] * quantized[1]
+    seen = x if quantized is None else dequantize(*quantized)
     y = module(x)
     bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
     magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()

@@ -11,7 +11,8 @@ import onnx
 from onnx import inliner, version_converter
 
 from exporter.errors import InputError
-from exporter.passes.driver import OPSETS, is_large, run_passes, skeleton
+from exporter.passes.driver import OPSETS, run_passes
+from exporter.passes.inference import is_large, skeleton
 from exporter.passes.layer_table import TARGET_KEY
 from exporter.passes.squeezes import drop_noop_squeezes
 from exporter.runtime import read_model

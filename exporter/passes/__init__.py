@@ -15,6 +15,7 @@ from exporter.passes.driver import Keep, Pass, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
 from exporter.passes.fused_attention import fuse_attention
+from exporter.passes.gelu import spell_out_gelu
 from exporter.passes.half import store_exactly_in_half
 from exporter.passes.history import PassResult
 from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
@@ -65,7 +66,7 @@ WAIST_PASSES: tuple[Pass, ...] = (
 )
 CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, fuse_attention, tile_feed_forward, refuse_unsupported)
 CPU_PASSES_IN_BYTES: tuple[Pass, ...] = (lower_to_cpu_in_bytes, *CPU_PASSES[1:])
-TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, refuse_unsupported)
+TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, spell_out_gelu, refuse_unsupported)
 
 # Before the lowering, because there a quantized linear is still one node.
 COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(

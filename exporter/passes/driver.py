@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -13,6 +12,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from exporter.errors import InputError
 from exporter.passes.history import IMPORTED, PassResult, read_pass_history, write_pass_history
+from exporter.passes.inference import infer, skeleton
 from exporter.passes.layer_table import (
     LayerEntry,
     layer_table,
@@ -31,9 +31,6 @@ Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
 
 OPSETS = (21, 22, 23)
 """Versions of the standard operators that blocked DequantizeLinear, ONNX Runtime and TensorRT's parser share."""
-
-# Larger initializers enter shape inference and the checker by type alone: both would serialize the whole model.
-_LARGEST_INFERRED_ELEMENTS = 1024
 
 
 def run_passes(
@@ -107,7 +104,7 @@ def _constants_to_initializers(graph: gs.Graph) -> None:
 
 def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
     """Give the graph's tensors the types and shapes that inference finds."""
-    known = {info.name: info.type.tensor_type for info in _infer(model)}
+    known = {info.name: info.type.tensor_type for info in infer(model)}
     for name, tensor in graph.tensors().items():
         # Sequences and the like have no element type.
         if name in known and isinstance(tensor, gs.Variable) and known[name].elem_type:
@@ -129,7 +126,7 @@ def _export(
     attach_functions(model)
     _import_domain_of_contrib(model)
     model.metadata_props.extend(source.metadata_props)
-    inferred = _infer(untiled(model))
+    inferred = infer(untiled(model))
     types = {info.name: info.type.tensor_type.elem_type for info in inferred}
     outside = {name for node in model.graph.node for name in node.output}
     del model.graph.value_info[:]
@@ -143,43 +140,3 @@ def _import_domain_of_contrib(model: onnx.ModelProto) -> None:
     used = any(node.domain == CONTRIB_DOMAIN for node in model.graph.node)
     if used and all(entry.domain != CONTRIB_DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
-
-
-def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Types and shapes of the tensors between the nodes; those behind an operator that is wrong are left out."""
-    inferred = onnx.shape_inference.infer_shapes(skeleton(model))
-    return list(inferred.graph.value_info)
-
-
-def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB.
-
-    Of what it says of tensors between nodes only the results of operators stay that inference does not know.
-    """
-    unknown = {name for node in model.graph.node if node.domain == CONTRIB_DOMAIN for name in node.output}
-    stated = [value for value in model.graph.value_info if value.name in unknown]
-    small = [tensor for tensor in model.graph.initializer if not is_large(tensor)]
-    large = [
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-        for tensor in model.graph.initializer
-        if is_large(tensor)
-    ]
-    graph = helper.make_graph(
-        list(model.graph.node),
-        model.graph.name,
-        [*model.graph.input, *large],
-        list(model.graph.output),
-        small,
-        value_info=stated,
-    )
-    return helper.make_model(
-        graph,
-        opset_imports=list(model.opset_import),
-        functions=list(model.functions),
-        ir_version=model.ir_version,
-    )
-
-
-def is_large(tensor: onnx.TensorProto) -> bool:
-    """True for an initializer that a `skeleton` has as an input."""
-    return bool(math.prod(tensor.dims) > _LARGEST_INFERRED_ELEMENTS)

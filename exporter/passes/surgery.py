@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from plugins.body import Body
-from plugins.op import is_ours
+from plugins.op import OnlineQuantize, QuantizeBlocks, is_ours
 
 CONTRIB_DOMAIN = "com.microsoft"
 """The domain of ONNX Runtime's own operators, which every build of it has."""
@@ -33,6 +33,13 @@ class _Kind(Protocol[V_co]):
 def variant_of(node: gs.Node, kind: _Kind[V_co]) -> V_co | None:
     """The node's variant of the operator `kind` (a class of `plugins.op.VARIANTS`), None if it is another operator."""
     return kind.parse(node.op) if is_ours(node) else None
+
+
+def online_quantizer(node: gs.Node | None) -> OnlineQuantize | QuantizeBlocks | None:
+    """The node's variant if it quantizes activations online, per token or in blocks."""
+    if node is None:
+        return None
+    return variant_of(node, OnlineQuantize) or variant_of(node, QuantizeBlocks)
 
 
 def array_of(tensor: gs.Tensor) -> npt.NDArray[Any] | None:
@@ -123,13 +130,17 @@ class Splicer:
             inputs = [known[name] if name in known else self._constants[name] for name in proto.input]
             outputs = [known.setdefault(name, gs.Variable(name)) for name in proto.output]
             attributes = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
-            nodes.append(gs.Node(proto.op_type, outputs[0].name, attributes, inputs, outputs))
+            domain = proto.domain or None
+            nodes.append(gs.Node(proto.op_type, outputs[0].name, attributes, inputs, outputs, domain=domain))
         return nodes
 
 
 def low_bit_constant(name: str, array: npt.NDArray[Any], onnx_type: int) -> gs.Constant:
-    """An initializer of a type that numpy lacks: FLOAT8E4M3FN (`array` holds its bytes), INT4 or UINT4."""
-    if onnx_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+    """An initializer of a type that numpy lacks.
+
+    FLOAT8E4M3FN (`array` holds its bytes), INT4 (int8 values), UINT4 or FLOAT4E2M1 (codes).
+    """
+    if onnx_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1):
         nibbles = np.pad(array.astype(np.uint8).ravel() & 0xF, (0, array.size % 2))
         raw = (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
     else:
