@@ -69,8 +69,8 @@ def open_job(
     Raises `InputError` for an output that cannot be written and a compute type that the target lacks, before any work
     is done.
     """
+    check_compute(recipe.name, recipe.compute, resolve_target(recipe.target, Path(output)).target)
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
-    check_compute(recipe.name, recipe.compute, choice.target)
     progress.note(f"computing in {recipe.compute}")
     return Job(recipe, Path(output), choice, work, keep_graphs, progress)
 

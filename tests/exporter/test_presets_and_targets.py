@@ -17,6 +17,7 @@ from exporter.files import sha256_of
 from exporter.metrics import read_metrics
 from exporter.progress import NullProgress
 from exporter.validate import validate_output
+from tests.exporter.tampering import flip_a_bit_of_one_code, swap_two_codes
 
 LAYER = "transformer_blocks.1.attn2.to_v"
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra 'rtx'")
@@ -28,21 +29,11 @@ Arrays = dict[str, np.ndarray]
 
 
 def one_nibble_flipped(arrays: Arrays) -> str:
-    name = next(n for n, a in arrays.items() if n.startswith(LAYER) and a.dtype == np.int32 and a.ndim == 2)
-    arrays[name].flat[0] ^= 0x7
-    return name
+    return flip_a_bit_of_one_code(arrays, LAYER)
 
 
 def a_pair_swapped(arrays: Arrays) -> str:
-    name = one_nibble_flipped(arrays)
-    words = arrays[name]
-    words.flat[0] ^= 0x7
-    row = words[0].view(np.uint32)
-    nibbles = [int(row[0] >> shift) & 0xF for shift in range(0, 32, 4)]
-    second = next(i for i in range(1, 8) if nibbles[i] & 7 != nibbles[0] & 7)
-    difference = nibbles[0] ^ nibbles[second]
-    row[0] ^= np.uint32(difference | difference << (4 * second))
-    return name
+    return swap_two_codes(arrays, LAYER)
 
 
 def scale_off_by_one_percent(arrays: Arrays) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -38,6 +37,7 @@ from exporter.validate import (
     validate_output,
 )
 from plugins.formats import get_format
+from tests.exporter.tampering import flip_a_bit_of_one_code, swap_two_codes
 
 ADAPTER = PixArtAdapter()
 TOKENS, WIDTH = 5, 64
@@ -198,26 +198,11 @@ def scale_of_one_channel_off(arrays: dict[str, np.ndarray]) -> str:
 
 
 def one_nibble_flipped(arrays: dict[str, np.ndarray]) -> str:
-    name = codes_name(arrays)
-    codes = arrays[name].astype(np.uint8)
-    codes[3, 2] ^= 2
-    arrays[name] = codes.astype(ml_dtypes.uint4)
-    return name
+    return flip_a_bit_of_one_code(arrays, LAYER)
 
 
 def a_pair_swapped(arrays: dict[str, np.ndarray]) -> str:
-    """Two different weights of an output channel, far enough apart in value not to differ by the sign of a zero."""
-    name = codes_name(arrays)
-    codes = arrays[name].astype(np.uint8)
-    other = next(index for index in range(len(codes)) if codes[index, 5] & 7 != codes[0, 5] & 7)
-    codes[[0, other], 5] = codes[[other, 0], 5]
-    arrays[name] = codes.astype(ml_dtypes.uint4)
-    return name
-
-
-def codes_name(arrays: dict[str, np.ndarray]) -> str:
-    (name,) = (name for name, array in arrays.items() if name.startswith(LAYER) and array.dtype == ml_dtypes.uint4)
-    return name
+    return swap_two_codes(arrays, LAYER)
 
 
 TAMPERINGS = (scale_off_by_one_percent, scale_of_one_channel_off, one_nibble_flipped, a_pair_swapped)
