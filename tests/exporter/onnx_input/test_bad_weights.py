@@ -20,7 +20,6 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     array = numpy_helper.to_array(weight).copy()
     array[3, 4] = np.nan
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    options = FormatOptions("e2m1", activation="none", scales="channel")
     with pytest.raises(InputError, match=r"blocks\.0\.fc: its weight holds NaN or infinity"):
-        quantize_onnx(
-            save(model, tmp_path / "model.onnx"), tmp_path / "out.onnx", FormatOptions("e2m1", activation="none")
-        )
+        quantize_onnx(save(model, tmp_path / "model.onnx"), tmp_path / "out.onnx", options)
