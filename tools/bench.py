@@ -13,11 +13,11 @@ import click
 from rich.console import Console
 
 from exporter.files import write_text_atomically
+from exporter.onnx_files import total_bytes
 from exporter.progress import Progress, RichProgress
 from tools.cpu_bench.digits import measure_digits
 from tools.cpu_bench.graphs import FP32, FP32_FUSED, VARIANTS, make_graphs
 from tools.cpu_bench.measure import (
-    file_bytes,
     gemm_seconds,
     memory_of,
     product_shapes,
@@ -61,7 +61,7 @@ def measure(blocks: int, rounds: int, folder: Path, progress: Progress) -> Page:
         Result(
             name,
             seconds[name],
-            file_bytes(path),
+            total_bytes(path),
             memories[name],
             None if name == FP32 else snr_db(outputs[FP32], outputs[name]),
         )

@@ -17,7 +17,6 @@ from tools.cpu_bench.graphs import DYNAMIC, FP32, FP32_FUSED, VARIANTS
 from tools.cpu_bench.measure import (
     ATTENTION,
     Memory,
-    file_bytes,
     gemm_seconds,
     memory_of,
     product_shapes,
@@ -76,13 +75,6 @@ def test_signal_to_noise_is_of_the_first_channels() -> None:
     assert snr_db(reference, values) == pytest.approx(20.0)
     values[:, 4:] = 0
     assert snr_db(reference, values) == pytest.approx(20.0)
-
-
-def test_external_data_counts(tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(b"1234")
-    assert file_bytes(tmp_path / "a.onnx") == 4
-    (tmp_path / "a.onnx.data").write_bytes(b"123456")
-    assert file_bytes(tmp_path / "a.onnx") == 10
 
 
 def _page() -> Page:

@@ -103,16 +103,16 @@ def quantize_dynamically(source: Path, path: Path) -> None:
     """ONNX Runtime's own dynamic quantization at its best: INT8 weights per channel, every MatMul with a weight."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = inliner.inline_local_functions(onnx.load(source))
+    # Without its weights, which stay in the file that both graphs name.
+    model = inliner.inline_local_functions(onnx.load(source, load_external_data=False))
     # Its shape inference rejects what torch wrote about transposed weights.
     del model.graph.value_info[:]
-    plain = path.with_suffix(".plain.onnx")
-    _save(model, plain)
+    plain = source.with_name(f"{path.stem}.plain.onnx")
+    onnx.save(model, plain)
     logging.disable(logging.WARNING)
     quantize_dynamic(plain, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=True)
     logging.disable(logging.NOTSET)
-    for file in (plain, plain.with_name(f"{plain.name}.data")):
-        file.unlink()
+    plain.unlink()
 
 
 def _export_quantized(model: nn.Module, variant: Variant, path: Path, progress: Progress) -> None:

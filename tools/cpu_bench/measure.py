@@ -98,12 +98,6 @@ def memory_of(path: Path) -> Memory:
     return Memory(**json.loads(answer.stdout))
 
 
-def file_bytes(path: Path) -> int:
-    """The file's size with its external data."""
-    data = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
-
-
 def profile(path: Path, folder: Path, runs: int = 4) -> dict[str, float]:
     """Kind of operator → seconds in one run, each node at its fastest of `runs` runs."""
     options = ort.SessionOptions()
