@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +49,9 @@ def tile_feed_forward(graph: gs.Graph, target: Target) -> int:
     activations no longer go to memory.
     """
     tiled = 0
+    computed = _depending_on(graph.inputs)
     for first in [node for node in graph.nodes if node.op == "MatMulInteger"]:
-        region = _region(graph, first)
+        region = _region(graph, first, computed)
         if region is not None:
             _tile(graph, region)
             tiled += 1
@@ -58,7 +60,7 @@ def tile_feed_forward(graph: gs.Graph, target: Target) -> int:
     return tiled
 
 
-def _region(graph: gs.Graph, first: gs.Node) -> _Region | None:
+def _region(graph: gs.Graph, first: gs.Node, computed: set[int]) -> _Region | None:
     """What can be tiled behind the product `first`, which reads "<layer>.values" and is scaled by its token scales."""
     numbers = first.inputs[0]
     second = _next_product(first)
@@ -70,8 +72,11 @@ def _region(graph: gs.Graph, first: gs.Node) -> _Region | None:
     if scales is None or result is None:
         return None
     rows = _rows(result, second.inputs[0])
-    nodes = _between(result, (numbers, scales))
-    if rows is None or nodes is None or not _is_closed(graph, nodes, result):
+    members = _between(result, (numbers, scales), computed) if rows else None
+    if rows is None or members is None:
+        return None
+    nodes = [node for node in graph.nodes if id(node) in members]
+    if not _is_closed(graph, nodes, result):
         return None
     return _Region(nodes, numbers, scales, result, rows)
 
@@ -108,26 +113,35 @@ def _rows(result: gs.Tensor, hidden: gs.Tensor) -> int | None:
     return rows if rows >= _FEWEST_ROWS else None
 
 
-def _between(result: gs.Tensor, sources: tuple[gs.Tensor, gs.Tensor]) -> list[gs.Node] | None:
-    """The nodes that lead from `sources` to `result`, in order; None if anything else that is computed comes in."""
-    nodes: list[gs.Node] = []
-    inside: dict[int, bool | None] = {id(source): True for source in sources}
+def _between(result: gs.Tensor, sources: tuple[gs.Tensor, gs.Tensor], computed: set[int]) -> set[int] | None:
+    """The nodes, by id, that lead from `sources` to `result`; None if anything else that is `computed` comes in."""
+    ends = {id(source) for source in sources}
+    within = ends | _depending_on(sources, result)
+    nodes: set[int] = set()
+    open_tensors = [result]
+    while open_tensors:
+        tensor = open_tensors.pop()
+        if id(tensor) in ends or id(tensor) not in computed:
+            continue
+        if id(tensor) not in within:
+            return None
+        node = tensor.inputs[0]
+        if id(node) not in nodes:
+            nodes.add(id(node))
+            open_tensors += node.inputs
+    return nodes
 
-    def visit(tensor: gs.Tensor) -> bool | None:
-        """True: depends on the sources alone; False: on constants alone; None: on something else."""
-        if id(tensor) not in inside:
-            if isinstance(tensor, gs.Constant):
-                return False
-            if not tensor.inputs:
-                return None
-            node = tensor.inputs[0]
-            found = [visit(entry) for entry in node.inputs]
-            inside[id(tensor)] = None if None in found else any(found)
-            if inside[id(tensor)]:
-                nodes.append(node)
-        return inside[id(tensor)]
 
-    return nodes if visit(result) else None
+def _depending_on(sources: Iterable[gs.Tensor], last: gs.Tensor | None = None) -> set[int]:
+    """Tensors that are computed from `sources`, by id; what follows from `last` is left out."""
+    found: set[int] = set()
+    open_tensors = list(sources)
+    while open_tensors:
+        for node in open_tensors.pop().outputs:
+            new = [tensor for tensor in node.outputs if id(tensor) not in found]
+            found.update(id(tensor) for tensor in new)
+            open_tensors += [tensor for tensor in new if tensor is not last]
+    return found
 
 
 def _is_closed(graph: gs.Graph, nodes: list[gs.Node], result: gs.Tensor) -> bool:

@@ -110,3 +110,16 @@ def test_running_it_again_changes_nothing() -> None:
 def test_a_graph_without_tiles_is_itself() -> None:
     model = _feed_forward()
     assert untiled(model) is model
+
+
+def test_a_deep_network_is_no_problem() -> None:
+    waist = WaistGraph(NARROW)
+    first = make_weight("up", features=WIDE, count=NARROW)
+    second = make_weight("down", features=NARROW, count=WIDE)
+    x = "x"
+    for depth in range(2000):
+        x = waist.node("Relu", x, output=f"r{depth}")
+    hidden = waist.node("Gelu", waist.linear(x, first), output="hidden")
+    y = waist.node("Neg", waist.linear(hidden, second), output="z")
+    model = waist.model(y, x_shape=("batch", TOKENS))
+    assert len(_scans(_lower(model))) == 1
