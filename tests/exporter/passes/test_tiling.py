@@ -112,14 +112,12 @@ def test_a_graph_without_tiles_is_itself() -> None:
     assert untiled(model) is model
 
 
-def test_a_deep_network_is_no_problem() -> None:
+def test_what_comes_in_from_deep_below_is_found_without_recursion() -> None:
     waist = WaistGraph(NARROW)
-    first = make_weight("up", features=WIDE, count=NARROW)
-    second = make_weight("down", features=NARROW, count=WIDE)
-    x = "x"
+    deep = "x"
     for depth in range(2000):
-        x = waist.node("Relu", x, output=f"r{depth}")
-    hidden = waist.node("Gelu", waist.linear(x, first), output="hidden")
-    y = waist.node("Neg", waist.linear(hidden, second), output="z")
-    model = waist.model(y, x_shape=("batch", TOKENS))
-    assert len(_scans(_lower(model))) == 1
+        deep = waist.node("Relu", deep, output=f"r{depth}")
+    hidden = waist.linear("x", make_weight("up", features=WIDE, count=NARROW))
+    hidden = waist.node("Add", hidden, waist.node("ReduceMax", deep, output="top", keepdims=1), output="hidden")
+    y = waist.linear(hidden, make_weight("down", features=NARROW, count=WIDE))
+    assert not _scans(_lower(waist.model(waist.node("Neg", y, output="z"), x_shape=("batch", TOKENS))))
