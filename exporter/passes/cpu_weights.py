@@ -47,7 +47,7 @@ def append_integer_weight(
     products = np.arange(layer.multipliers.max() + 1)[:, None] * table
     steps = body.op("Cast", _multipliers(layer, tensors), to=TensorProto.INT32)
     offsets = body.op("Mul", steps, body.constant(np.int32(len(table))))
-    indices = body.op("Add", _append_groups(body, layer, codes), offsets)
+    indices = body.op("Add", codes, offsets)
     weight = body.op("Gather", body.constant(products.ravel().astype(np.int8)), indices, axis=0)
     return _append_whole(body, layer, weight)
 
@@ -65,22 +65,35 @@ def append_float_weight(body: Body, layer: Layer, tensors: dict[str, gs.Tensor],
         return body.op("Mul", weight, scales)
     if layer.multipliers is not None:
         scales = body.op("Mul", scales, body.op("Cast", _multipliers(layer, tensors), to=TensorProto.FLOAT))
-    return _append_whole(body, layer, body.op("Mul", _append_groups(body, layer, weight), scales))
+    return _append_whole(body, layer, body.op("Mul", weight, scales))
 
 
 def _append_codes(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:
-    """INT32 codes [K, N]."""
+    """INT32 codes [K, N], or [G, K / G, N] for a layer with groups.
+
+    The file has them in that shape: what the runtime folds it keeps until it has folded everything, so that every
+    copy counts.
+    """
     if layer.format.bits == _NIBBLE_BITS:
         name = f"{layer.stored.name.removesuffix('.codes').removesuffix('.words')}.u4"
         if name not in splicer:
-            splicer.shared(low_bit_constant(name, np.ascontiguousarray(layer.codes().T), TensorProto.UINT4))
+            codes = np.ascontiguousarray(layer.codes().T).reshape(_shape(layer))
+            splicer.shared(low_bit_constant(name, codes, TensorProto.UINT4))
         return body.op("Cast", name, to=TensorProto.INT32)
     tensors["stored"] = layer.stored
-    codes = "stored"
+    unpacked = "stored"
     if layer.gemm.packed:
-        codes = f"{body.prefix}codes"
-        body.nodes += unpack_nodes("stored", codes, f"{body.prefix}unpack.", layer.format.bits, layer.gemm.count)
-    return body.op("Transpose", body.op("Cast", codes, to=TensorProto.INT32), perm=[1, 0])
+        unpacked = f"{body.prefix}codes"
+        body.nodes += unpack_nodes("stored", unpacked, f"{body.prefix}unpack.", layer.format.bits, layer.gemm.count)
+    turned = body.op("Transpose", body.op("Cast", unpacked, to=TensorProto.INT32), perm=[1, 0])
+    return turned if len(_shape(layer)) == 2 else body.op("Reshape", turned, body.ints(*_shape(layer)))
+
+
+def _shape(layer: Layer) -> tuple[int, ...]:
+    """[G, K / G, N] where the groups of a row differ, else [K, N]."""
+    count, features, size = layer.gemm.count, len(layer.weight_scales), layer.gemm.group_size
+    grouped = layer.multipliers is not None or layer.weight_scales.shape[1] > 1
+    return (count // size, size, features) if grouped else (count, features)
 
 
 def _multipliers(layer: Layer, tensors: dict[str, gs.Tensor]) -> str:
@@ -90,12 +103,6 @@ def _multipliers(layer: Layer, tensors: dict[str, gs.Tensor]) -> str:
     name = f"{layer.name}.multipliers.u8"
     tensors[name] = gs.Constant(name, np.ascontiguousarray(layer.multipliers.T[:, None].astype(np.uint8)))
     return name
-
-
-def _append_groups(body: Body, layer: Layer, matrix: str) -> str:
-    """[K, N] → [G, K / G, N]."""
-    size = layer.gemm.group_size
-    return body.op("Reshape", matrix, body.ints(layer.gemm.count // size, size, len(layer.weight_scales)))
 
 
 def _append_whole(body: Body, layer: Layer, grouped: str) -> str:

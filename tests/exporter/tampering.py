@@ -12,8 +12,7 @@ def flip_a_bit_of_one_code(arrays: Arrays, layer: str) -> str:
     """Returns the name of the changed initializer."""
     name, codes = _codes_of(arrays, layer)
     codes[3, 2] ^= 2
-    arrays[name] = codes.astype(ml_dtypes.uint4)
-    return name
+    return _put(arrays, name, codes)
 
 
 def swap_two_codes(arrays: Arrays, layer: str) -> str:
@@ -21,10 +20,14 @@ def swap_two_codes(arrays: Arrays, layer: str) -> str:
     name, codes = _codes_of(arrays, layer)
     other = next(index for index in range(len(codes)) if codes[index, 5] & 7 != codes[0, 5] & 7)
     codes[[0, other], 5] = codes[[other, 0], 5]
-    arrays[name] = codes.astype(ml_dtypes.uint4)
-    return name
+    return _put(arrays, name, codes)
 
 
 def _codes_of(arrays: Arrays, layer: str) -> tuple[str, np.ndarray]:
     (name,) = (name for name, array in arrays.items() if name.startswith(layer) and array.dtype == ml_dtypes.uint4)
-    return name, arrays[name].astype(np.uint8)
+    return name, arrays[name].astype(np.uint8).reshape(-1, arrays[name].shape[-1])
+
+
+def _put(arrays: Arrays, name: str, codes: np.ndarray) -> str:
+    arrays[name] = codes.reshape(arrays[name].shape).astype(ml_dtypes.uint4)
+    return name
