@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from exporter.compute import COMPUTE_TYPES, ComputeType
 from exporter.errors import InputError
+from exporter.passes.half_products import probe_products
 from exporter.passes.surgery import array_of, is_output, low_bit_constant
 from exporter.targets import Target
 from plugins.op import is_ours
@@ -46,9 +47,10 @@ def compute_in_bf16(graph: gs.Graph, target: Target) -> int:
 def probe_amax(graph: gs.Graph, target: Target) -> int:
     """x → ReduceMax(Abs(x)), a scalar output called "amax:<x>", for every tensor that compute types would store.
 
-    These outputs replace the graph's own, so that no large tensor outlives its readers.
+    Also for the products that a target without FP32 products will round to FP16 (`probe_products`). These outputs
+    replace the graph's own, so that no large tensor outlives its readers.
     """
-    stored = stored_tensors(graph, COMPUTE_TYPES["fp16"])
+    stored = [*stored_tensors(graph, COMPUTE_TYPES["fp16"]), *probe_products(graph, target)]
     outputs = []
     for tensor in stored:
         magnitude, amax = (

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from exporter.errors import InputError
-from exporter.passes import WAIST_PASSES, run_passes
+from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
+from exporter.passes.emulate import emulation_passes
 from exporter.ranges import Amax, check_amax, measure_amax
 from exporter.targets import TARGETS
 from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, run, tokens
@@ -38,6 +39,25 @@ def test_amax_is_that_of_the_tensors_over_all_inputs(exported: Path) -> None:
         assert one.value == max(float(np.abs(value).max()) for value in values)
     assert found["squared"].place == "Mul 'squared' after blocks.0.fc.output"
     assert found["blocks.0.fc.output"].place == "blocks.0.fc.output"
+
+
+@pytest.mark.parametrize("activation", ["none", "e2m3"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_that_turing_rounds_to_fp16_are_measured(tmp_path: Path, activation: str, bias: bool) -> None:
+    waist, turing, x = WaistGraph(), TARGETS["rtx-sm75"], tokens()
+    y = waist.linear("x", make_weight("blocks.0.fc", features=64, bias=bias), activation)
+    exported, _ = run_passes(waist.model(waist.node("Neg", y, output="out")), WAIST_PASSES, turing)
+    path = tmp_path / "exported.onnx"
+    onnx.save(exported, path)
+    found = {one.tensor: one.value for one in measure_amax(path, turing, [{"x": x}])}
+    assert "blocks.0.fc.product" not in {one.tensor for one in measure_amax(path, RTX, [{"x": x}])}
+    # Integers times a power of two are bounded by the weights, whatever comes in.
+    assert ("blocks.0.fc.product" in found) == (activation == "none")
+    if activation == "none":
+        lowered, _ = run_passes(exported, lowering_passes(turing), turing)
+        (product,) = (node.output[0] for node in lowered.graph.node if node.op_type == "MatMul")
+        computed = run(run_passes(lowered, emulation_passes(turing), turing)[0], x, product)[-1]
+        assert found["blocks.0.fc.product"] == pytest.approx(np.abs(computed).max(), rel=2e-3)
 
 
 def test_nan_is_kept(exported: Path) -> None:
