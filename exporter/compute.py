@@ -71,6 +71,13 @@ def product_type(target: Target) -> Compute:
     return "fp32" if target.fp32_products else "fp16"
 
 
+def wider_than(compute: Compute, target: Target) -> str:
+    """The advice where `compute` does not hold a number: what has a wider range on `target`."""
+    if not target.fp32_products:
+        return f"target {target.name} has nothing wider; use `compute: bf16` on rtx-sm80 or later"
+    return "use `compute: bf16` (or fp32)" if compute == "fp16" else "use `compute: fp32`"
+
+
 def check_compute(recipe: str, compute: Compute, target: Target) -> None:
     """Raise `InputError` unless `target` computes in `compute`; `recipe` is what the message starts with."""
     if compute == "fp32":
