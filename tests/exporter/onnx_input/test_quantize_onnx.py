@@ -270,12 +270,6 @@ def test_an_engine_is_built_without_a_gpu(dit: Path, tmp_path: Path) -> None:
     assert result.fidelity.passed
 
 
-def test_turing_takes_no_onnx_model(dit: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"rtx-sm75 has no matrix product with an FP32.*recipe.*--target rtx-sm80"):
-        quantize_onnx(dit, tmp_path / "out.plan", W4A6, target="rtx-sm75")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_target_that_builds_elsewhere_leaves_its_lowered_graph(dit: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentLacksError, match=r"lowered\.h100\.onnx"):
         quantize_onnx(dit, tmp_path / "out.plan", W4A6, target="h100")
