@@ -37,6 +37,11 @@ class ComputeType:
         return _largest_and_smallest(self.dtype)[0]
 
     @property
+    def relative_error(self) -> float:
+        """Rounding to nearest changes a number in the normal range by at most this much of itself."""
+        return float(ml_dtypes.finfo(self.dtype).eps) / 2  # type: ignore[no-untyped-call]
+
+    @property
     def smallest_normal(self) -> float:
         """The smallest number with a full significand."""
         return _largest_and_smallest(self.dtype)[1]
@@ -61,9 +66,26 @@ COMPUTE_TYPES: Mapping[Compute, ComputeType] = MappingProxyType(
 )
 
 
+def product_type(target: Target) -> Compute:
+    """What a quantized linear's matrix product is rounded to on `target`, before scales and bias."""
+    return "fp32" if target.fp32_products else "fp16"
+
+
+def wider_than(compute: Compute, target: Target) -> str:
+    """The advice where `compute` does not hold a number: what has a wider range on `target`."""
+    if not target.fp32_products:
+        return f"target {target.name} has nothing wider; use `compute: bf16` on rtx-sm80 or later"
+    return "use `compute: bf16` (or fp32)" if compute == "fp16" else "use `compute: fp32`"
+
+
 def check_compute(recipe: str, compute: Compute, target: Target) -> None:
     """Raise `InputError` unless `target` computes in `compute`; `recipe` is what the message starts with."""
     if compute == "fp32":
+        if not target.fp32_products:
+            raise InputError(
+                f"{recipe}: compute: fp32: TensorRT-RTX builds no matrix product with an FP32 result for target "
+                f"{target.name}; use `compute: fp16`"
+            )
         return
     if target.engine == "onnxruntime":
         raise InputError(

@@ -61,8 +61,6 @@ def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | N
 
 def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[str, ...]:
     """All that the layer is exact in on the target, best first."""
-    if not target.fp32_products:
-        return ()
     if scheme.scales in BLOCK_SCALINGS:
         native = _BLOCK_CONTAINERS[scheme.scales]
         held = ("fp32",) if target.engine == "onnxruntime" else target.containers
@@ -104,8 +102,6 @@ def _described(scheme: LayerScheme) -> str:
 
 def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     """Why `_container` found nothing, and the nearest change that helps."""
-    if not target.fp32_products:
-        return "TensorRT-RTX builds no product with an FP32 result for its GPU, and every product here has one"
     possible = _containers(scheme, in_features, target)
     if possible:
         return f"it is exact there in {' or '.join(possible)}; use `container: auto`"

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.compute import COMPUTE_TYPES
+from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.job import Job
@@ -64,7 +64,7 @@ def largest_amax(job: Job, source: Source, captured: CalibrationSet, exported: P
     key = key_of(stage="ranges", calibrated=calibration_key(job, source), target=job.target.name)
     path, _ = job.work.obtain("ranges.json", key, make)
     found = [Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    largest = check_amax(job.recipe.name, found)
+    largest = check_amax(job.recipe.name, found, job.target)
     job.progress.note(f"fp16 holds the calibration inputs' numbers: at most {largest.value:.4g}, at {largest.place}")
     return largest
 
@@ -86,7 +86,7 @@ def measure_amax(exported: Path, target: Target, feeds: Iterable[Mapping[str, np
     return tuple(Amax(name, _place(name, producers), float(amax)) for name, amax in zip(names, highest, strict=True))
 
 
-def check_amax(recipe: str, found: Iterable[Amax]) -> Amax:
+def check_amax(recipe: str, found: Iterable[Amax], target: Target) -> Amax:
     """The largest of them. Raises `InputError` naming the first that FP16 does not hold with `HEADROOM` to spare."""
     largest = COMPUTE_TYPES["fp16"].largest
     every = list(found)
@@ -94,7 +94,8 @@ def check_amax(recipe: str, found: Iterable[Amax]) -> Amax:
         if not one.value <= largest / HEADROOM:
             raise InputError(
                 f"{recipe}: compute: fp16: {one.place} reaches {one.value:.4g} on the calibration inputs, which leaves "
-                f"no factor of {HEADROOM:g} to FP16's largest number {largest:g}; use `compute: bf16` (or fp32)"
+                f"no factor of {HEADROOM:g} to FP16's largest number {largest:g}; "
+                f"{wider_than('fp16', target)}"
             )
     return max(every, key=lambda one: one.value)
 

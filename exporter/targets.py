@@ -29,7 +29,7 @@ class Target:
 
     `containers` are the ones it multiplies in (fp32 and fp16 aside), best first. `parsers` are the TensorRT releases
     whose ONNX parsers must all take its graphs: releases in between take what the first and the last do. Without
-    `fp32_products` the builder has no matrix product whose result is FP32.
+    `fp32_products` the builder has no matrix product whose result is FP32, so that all have FP16 results.
     """
 
     name: str

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.compute import Compute
+from exporter.compute import Compute, product_type
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.linears import LINEAR_DB, compare_linears, linear_feeds
@@ -76,7 +76,7 @@ def validate_graphs(
         FidelityError: something deviates; the message names the first linear, or else the first block.
     """
     folder.mkdir(exist_ok=True)
-    reference = record_reference(original, quantized, adapter, batches, progress, compute)
+    reference = record_reference(original, quantized, adapter, batches, progress, compute, product_type(target))
     reference.save(folder)
     _save_model_files(reference.for_stage("lowered"), folder)
     first = _compare(exported, "exported", reference, folder, target, progress)
@@ -156,11 +156,14 @@ def _notes_on_compute(reference: Reference) -> tuple[str, ...]:
     if rounding is None:
         return ()
     eased = sum(lowered.thresholds[name] < limit for name, limit in reference.thresholds.items())
+    products = reference.linears[0].products
+    inside = "FP32 inside, to the limits of FP32"
+    if products != "fp32":
+        inside = f"whose products are rounded to {products}, to the bound of that rounding"
     return (
         f"{rounding.compute}: rounding alone moves the torch model itself by as much as "
         f"{rounding.end_to_end_db:.1f} dB SNR end to end; {eased} of {len(reference.thresholds)} blocks and boundaries "
-        f"are held to what it leaves, less {ROUNDING_MARGIN_DB:.0f} dB, and the quantized linears, FP32 inside, to "
-        "the limits of FP32",
+        f"are held to what it leaves, less {ROUNDING_MARGIN_DB:.0f} dB, and the quantized linears, {inside}",
     )
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from exporter.compute import COMPUTE_TYPES
 from exporter.errors import FidelityError
 from exporter.gate.codes import CodeComparison, compare_codes, encode_values
 from exporter.gate.records import LinearRecord
 from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.snr import power_ratio_db
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, save_cut
 from exporter.gate.table import GateRow, Stage, bounded_db
 from exporter.passes.layer_table import LayerEntry
@@ -75,8 +77,10 @@ def compare_linears(
     ]
     flipped = [name for name, rows_agree in kept.items() if not rows_agree.all()]
     unmasked = compare_snr([expected], outputs) if flipped else {}
+    limits = {entry.output: _limit_db(records[entry.layer]) for entry in layers}
+    relaxed = {name: limit for name, limit in limits.items() if limit < LINEAR_DB}
     # polygraphy compares whole tensors: where a code legitimately flipped, what the flip leaves is its limit.
-    relaxed = {name: float(np.floor(bounded_db(unmasked[name]))) for name in flipped}
+    relaxed |= {name: float(np.floor(bounded_db(unmasked[name]))) for name in flipped}
     return LinearsComparison(tuple(rows), {**expected, **_expected_values(layers, records, found)}, relaxed)
 
 
@@ -138,8 +142,9 @@ def _row(
     """`codes` is None for a weight-only layer, and where an earlier layer's row counts them."""
     kept = np.ones(len(record.x), dtype=np.bool_) if rows_agree is None else rows_agree
     failures = [] if codes is None else [codes.failure]
-    if not snr >= LINEAR_DB:
-        failures.append(f"output SNR {bounded_db(snr):.1f} dB, at least {LINEAR_DB:.0f} dB needed")
+    limit = _limit_db(record)
+    if not snr >= limit:
+        failures.append(f"output SNR {bounded_db(snr):.1f} dB, at least {limit:.0f} dB needed")
     if found.size == record.y.size:
         failures.append(_channel_failure(record, found.reshape(record.y.shape).astype(np.float64), kept))
     failures = [failure for failure in failures if failure]
@@ -148,7 +153,7 @@ def _row(
         kind="linear",
         name=record.layer,
         snr_db=bounded_db(snr),
-        threshold_db=LINEAR_DB,
+        threshold_db=limit,
         passed=not failures,
         code_mismatches=codes.mismatches if codes else 0,
         explained=codes.explained if codes else 0,
@@ -157,10 +162,26 @@ def _row(
     )
 
 
+def _channel_db(record: LinearRecord) -> float:
+    """CHANNEL_DB, or what rounding every product by as much as its type allows would leave."""
+    return min(CHANNEL_DB, float(np.floor(-20 * np.log10(COMPUTE_TYPES[record.products].relative_error))))
+
+
+def _limit_db(record: LinearRecord) -> float:
+    """LINEAR_DB, or what rounding every product by as much as its type allows would leave of the output with bias."""
+    if record.products == "fp32":
+        return LINEAR_DB
+    output, product = (
+        float(np.mean(np.square(array, dtype=np.float64))) for array in (record.y, record.y - record.bias)
+    )
+    return min(LINEAR_DB, _channel_db(record) + bounded_db(power_ratio_db(output, product)))
+
+
 def _channel_failure(record: LinearRecord, found: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_]) -> str:
-    """Which output channels deviate by more than CHANNEL_DB below their own signal (the bias is none) and by more
+    """Which output channels deviate by more than `_channel_db` below their own signal (the bias is none) and by more
     than float32 itself would lose; captured rows and probes each on their own."""
     captured = len(record.x) - record.probes
+    limit = _channel_db(record)
     deviates = np.zeros(found.shape[1], dtype=np.bool_)
     worst = np.inf
     for part, floor in zip((slice(captured), slice(captured, None)), record.noise_floor, strict=True):
@@ -170,7 +191,7 @@ def _channel_failure(record: LinearRecord, found: npt.NDArray[np.float64], kept:
         expected = record.y[part][rows].astype(np.float64)
         noise = np.sqrt(np.mean((found[part][rows] - expected) ** 2, axis=0))
         signal = np.sqrt(np.mean((expected - record.bias) ** 2, axis=0))
-        over = ~(noise <= np.maximum(signal * 10 ** (-CHANNEL_DB / 20), floor))
+        over = ~(noise <= np.maximum(signal * 10 ** (-limit / 20), floor))
         deviates |= over
         if over.any():
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -179,4 +200,4 @@ def _channel_failure(record: LinearRecord, found: npt.NDArray[np.float64], kept:
         return ""
     channels = np.flatnonzero(deviates)
     which = f"output channel {channels[0]}" if len(channels) == 1 else f"{len(channels)} channels from {channels[0]} on"
-    return f"{which}, of {len(deviates)}, down to {bounded_db(worst):.1f} dB, at least {CHANNEL_DB:.0f} dB needed"
+    return f"{which}, of {len(deviates)}, down to {bounded_db(worst):.1f} dB, at least {limit:.0f} dB needed"

@@ -22,10 +22,10 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 MANIFEST = "manifest.json"
 TENSORS = "reference.safetensors"
-_VERSION = 2
+_VERSION = 3
 # Where the compute type, not quantization, limits the agreement: its rounding, at least so far away, is asked for.
 ROUNDING_MARGIN_DB = 6.0
-_FACTS = ("layer", "weight_format", "activation_format", "rank", "probes")
+_FACTS = ("layer", "weight_format", "activation_format", "rank", "probes", "products")
 _ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
 
 
@@ -36,7 +36,7 @@ class LinearRecord:
     x [R, K]; values [R, K] and scales [R, 1] (or [R, G] in blocks) of the quantized input, None for a weight-only
     layer; y [R, N] the output; bias [N], zeros where the layer has none; noise_floor [2, N]: float32's own rounding
     error of each output channel, over the captured rows and over the probes; rank: axes of the layer's input in the
-    model.
+    model. The lowered graph rounds the product, before scales and bias, to `products`.
     """
 
     layer: str
@@ -50,6 +50,11 @@ class LinearRecord:
     y: Floats
     bias: Floats
     noise_floor: Floats
+    products: Compute = "fp32"
+
+    def with_fp32_product(self) -> LinearRecord:
+        """The record as a graph is compared with it that rounds no product."""
+        return self if self.products == "fp32" else replace(self, products="fp32")
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,13 @@ class Reference:
         """The reference as a graph of that stage is compared with it: the exported one is FP32 whatever is asked for.
 
         No limit of the lowered graph asks for more than the torch model itself keeps when it is rounded, less a margin.
-        The linears need no such limit: inside they are FP32.
+        The linears need no such limit: inside they are FP32, but for products, whose rounding has a bound.
         """
-        rounding = self.rounding if stage == "lowered" else None
+        if stage == "exported":
+            return replace(self, linears=tuple(record.with_fp32_product() for record in self.linears), rounding=None)
+        rounding = self.rounding
         if rounding is None:
-            return replace(self, rounding=None)
+            return self
         thresholds = {
             name: min(limit, rounding.boundaries[name] - ROUNDING_MARGIN_DB) for name, limit in self.thresholds.items()
         }

@@ -42,15 +42,16 @@ def record_reference(
     batches: Sequence[TransformerInputs],
     progress: Progress,
     compute: Compute = "fp32",
+    products: Compute = "fp32",
 ) -> Reference:
     """Run both models on `batches` (one timestep each) and keep what the gate compares with.
 
     `original` tells how large the quantization error is: of the whole model, and of every block on the quantized
     model's own inputs. With a `compute` type other than FP32 the linears' inputs are rounded to it, and what it costs
-    is measured.
+    is measured, together with rounding the linears' products to `products`.
     """
     blocks = adapter.blocks(quantized)
-    rows = LinearInputs.of(quantized, len(batches), compute)
+    rows = LinearInputs.of(quantized, len(batches), compute, products)
     measured, costs = [], []
     with progress.task("recording the reference", len(batches) + 1) as task:
         for batch in batches:
@@ -58,7 +59,7 @@ def record_reference(
             with rows.collected(), _boundaries(blocks) as seen:
                 seen[OUTPUT] = adapter.forward(quantized, inputs)
             measured.append(_measure(original, quantized, adapter, inputs, seen))
-            costs += [] if compute == "fp32" else [_rounding(compute, quantized, adapter, inputs, seen)]
+            costs += [] if compute == "fp32" else [_rounding(compute, products, quantized, adapter, inputs, seen)]
             task.advance()
         linears = tuple(rows.records())
         task.advance()
@@ -128,12 +129,17 @@ def _measure(
 
 
 def _rounding(
-    compute: Compute, quantized: nn.Module, adapter: PixArtAdapter, inputs: TransformerInputs, seen: dict[str, Tensor]
+    compute: Compute,
+    products: Compute,
+    quantized: nn.Module,
+    adapter: PixArtAdapter,
+    inputs: TransformerInputs,
+    seen: dict[str, Tensor],
 ) -> Rounding:
     """What the compute type costs on one batch."""
     blocks = adapter.blocks(quantized)
     given = {name: rounded(tensor, compute) for name, tensor in seen.items()}
-    with stored_in(compute, quantized, blocks):
+    with stored_in(compute, quantized, blocks, products):
         with _forced(blocks, given) as own:
             own[OUTPUT] = adapter.forward(quantized, inputs)
         free = adapter.forward(quantized, inputs)

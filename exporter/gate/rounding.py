@@ -27,10 +27,13 @@ def rounded(tensor: Tensor, compute: Compute) -> Tensor:
 
 
 @contextmanager
-def stored_in(compute: Compute, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+def stored_in(
+    compute: Compute, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], products: Compute = "fp32"
+) -> Iterator[None]:
     """While the context lasts, every operation on float32 tensors rounds its result to the compute type.
 
-    Except inside quantized linears and where the timestep's sinusoids are made. What quantized linears, other layers
+    Except inside quantized linears, but for their products, which are rounded to `products`, and where the timestep's
+    sinusoids are made. What quantized linears, other layers
     with weights and blocks read is rounded, too, and so are weights in high precision, which are put back afterwards.
     """
     mode = _RoundResults(compute)
@@ -43,7 +46,9 @@ def stored_in(compute: Compute, model: nn.Module, blocks: Sequence[tuple[str, nn
     def enter(_module: nn.Module, _args: Any) -> None:
         mode.exact += 1
 
-    def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def leave(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        if isinstance(module, QuantLinear):
+            output = _with_rounded_product(module, output, products)
         mode.exact -= 1
         return rounded(output, compute)
 
@@ -60,6 +65,14 @@ def stored_in(compute: Compute, model: nn.Module, blocks: Sequence[tuple[str, nn
                 stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(mode)
         yield
+
+
+def _with_rounded_product(module: QuantLinear, output: Tensor, products: Compute) -> Tensor:
+    """The output as it is when the product, without the bias, is rounded; its scale only moves where binades end."""
+    if products == "fp32":
+        return output
+    bias = torch.zeros(()) if module.bias is None else module.bias
+    return rounded(output - bias, products) + bias
 
 
 class _RoundResults(TorchFunctionMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,21 +35,25 @@ def as_array(tensor: Tensor) -> npt.NDArray[Any]:
 
 @dataclass
 class LinearInputs:
-    """Token rows of every quantized linear's input, rounded to `compute`, gathered over several batches."""
+    """Token rows of every quantized linear's input, rounded to `compute`, gathered over several batches.
+
+    `products` is what the lowered graph rounds the linears' products to.
+    """
 
     modules: dict[str, QuantLinear]
     per_batch: int
     compute: Compute = "fp32"
+    products: Compute = "fp32"
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LinearInputs:
+    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32", products: Compute = "fp32") -> LinearInputs:
         """For `model`, which is going to run `batches` times."""
         modules = {module.layer: module for module in model.modules() if isinstance(module, QuantLinear)}
         per_row = sum(2 * module.in_features + module.out_features for module in modules.values())
         rows = min(TOKEN_ROWS, max(_FEWEST_ROWS, _MOST_NUMBERS // max(per_row, 1)))
-        return cls(modules, max(1, rows // batches), compute)
+        return cls(modules, max(1, rows // batches), compute, products)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -70,7 +74,8 @@ class LinearInputs:
     def records(self) -> Iterator[LinearRecord]:
         """One record per linear that ran, in the order in which they first ran."""
         for layer, parts in self.rows.items():
-            yield linear_record(self.modules[layer], torch.cat(parts), self.ranks[layer], self.compute)
+            record = linear_record(self.modules[layer], torch.cat(parts), self.ranks[layer], self.compute)
+            yield replace(record, products=self.products)
 
 
 def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Compute = "fp32") -> LinearRecord:

@@ -52,6 +52,11 @@ def load_source(source: Path, options: FormatOptions | None, target: Target) -> 
     Raises `InputError` for what cannot be read, quantized or run by the target, for `options` with a graph that is
     quantized already, and for their absence with one that is not.
     """
+    if not target.fp32_products:
+        raise InputError(
+            f"{source}: target {target.name} has no matrix product with an FP32 result, which ONNX models are lowered "
+            "to; export from a recipe with `compute: fp16`, or use --target rtx-sm80 or later"
+        )
     model = read_source(source)
     if state_of(model) is GraphState.WAIST:
         if options is not None:

@@ -17,6 +17,7 @@ from exporter.passes.fuse import fuse_linear
 from exporter.passes.fused_attention import fuse_attention
 from exporter.passes.gelu import spell_out_gelu
 from exporter.passes.half import store_exactly_in_half
+from exporter.passes.half_products import multiply_in_fp16
 from exporter.passes.history import PassResult
 from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
@@ -37,6 +38,7 @@ __all__ = [
     "COMPUTE_PASSES",
     "CPU_PASSES",
     "CPU_PASSES_IN_BYTES",
+    "HALF_PRODUCT_PASSES",
     "TENSORRT_PASSES",
     "WAIST_PASSES",
     "Keep",
@@ -67,6 +69,8 @@ WAIST_PASSES: tuple[Pass, ...] = (
 CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, fuse_attention, tile_feed_forward, refuse_unsupported)
 CPU_PASSES_IN_BYTES: tuple[Pass, ...] = (lower_to_cpu_in_bytes, *CPU_PASSES[1:])
 TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, spell_out_gelu, refuse_unsupported)
+# Where the builder has no products with FP32 results.
+HALF_PRODUCT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, multiply_in_fp16, spell_out_gelu, refuse_unsupported)
 
 # Before the lowering, because there a quantized linear is still one node.
 COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(
@@ -80,5 +84,6 @@ def lowering_passes(target: Target, compute: Compute = "fp32", storage: Storage 
     `storage` says how ONNX Runtime's file keeps weights of 4 bits; engines hold them in their container anyway.
     """
     if target.engine != "onnxruntime":
-        return (*COMPUTE_PASSES[compute], *TENSORRT_PASSES)
+        passes = TENSORRT_PASSES if target.fp32_products else HALF_PRODUCT_PASSES
+        return (*COMPUTE_PASSES[compute], *passes)
     return CPU_PASSES if storage == "packed" else CPU_PASSES_IN_BYTES

@@ -10,8 +10,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from exporter.compute import COMPUTE_TYPES, ComputeType
+from exporter.compute import COMPUTE_TYPES, ComputeType, wider_than
 from exporter.errors import InputError
+from exporter.passes.half_products import probe_products
 from exporter.passes.surgery import array_of, is_output, low_bit_constant
 from exporter.targets import Target
 from plugins.op import is_ours
@@ -35,20 +36,21 @@ def compute_in_fp16(graph: gs.Graph, target: Target) -> int:
     that the ONNX standard does not define on the type, and the graph's inputs and outputs. A graph that has such
     tensors already is left alone. Raises `InputError` naming a constant that the type cannot hold.
     """
-    return _lower(graph, COMPUTE_TYPES["fp16"])
+    return _lower(graph, COMPUTE_TYPES["fp16"], target)
 
 
 def compute_in_bf16(graph: gs.Graph, target: Target) -> int:
     """FLOAT tensors → BFLOAT16 tensors, exactly where `compute_in_fp16` has FLOAT16 tensors."""
-    return _lower(graph, COMPUTE_TYPES["bf16"])
+    return _lower(graph, COMPUTE_TYPES["bf16"], target)
 
 
 def probe_amax(graph: gs.Graph, target: Target) -> int:
     """x → ReduceMax(Abs(x)), a scalar output called "amax:<x>", for every tensor that compute types would store.
 
-    These outputs replace the graph's own, so that no large tensor outlives its readers.
+    Also for the products that a target without FP32 products will round to FP16 (`probe_products`). These outputs
+    replace the graph's own, so that no large tensor outlives its readers.
     """
-    stored = stored_tensors(graph, COMPUTE_TYPES["fp16"])
+    stored = [*stored_tensors(graph, COMPUTE_TYPES["fp16"]), *probe_products(graph, target)]
     outputs = []
     for tensor in stored:
         magnitude, amax = (
@@ -84,7 +86,7 @@ def _is_float(tensor: gs.Tensor) -> bool:
     return element_type(tensor) == TensorProto.FLOAT
 
 
-def _lower(graph: gs.Graph, compute: ComputeType) -> int:
+def _lower(graph: gs.Graph, compute: ComputeType, target: Target) -> int:
     """Returns how many nodes compute in the type."""
     onnx_type = helper.np_dtype_to_tensor_dtype(compute.dtype)
     types = {name: element_type(tensor) for name, tensor in graph.tensors().items()}
@@ -95,7 +97,7 @@ def _lower(graph: gs.Graph, compute: ComputeType) -> int:
         raise ValueError(f"the type of tensor {unknown!r} is not known; run this pass first on a graph that is valid")
     lowered = _lowered_nodes(graph, compute)
     chosen = {id(node) for node in lowered}
-    _store_constants(lowered, chosen, compute)
+    _store_constants(lowered, chosen, compute, wider_than(compute.name, target))
     nodes = [cast for tensor in graph.inputs for cast in _cast_for_readers(graph, tensor, chosen, compute)]
     for node in graph.nodes:
         outputs = [tensor for tensor in node.outputs if _is_float(tensor)]
@@ -146,15 +148,18 @@ def _defined_on(node: gs.Node, opset: int, onnx_type: int) -> bool:
     return True
 
 
-def _store_constants(lowered: Iterable[gs.Node], chosen: set[int], compute: ComputeType) -> None:
-    """Let the nodes read constants of the compute type; one that other nodes read too keeps a FLOAT twin."""
+def _store_constants(lowered: Iterable[gs.Node], chosen: set[int], compute: ComputeType, fix: str) -> None:
+    """Let the nodes read constants of the compute type; one that other nodes read too keeps a FLOAT twin.
+
+    `fix` is the advice where the type does not hold one.
+    """
     stored: dict[int, gs.Constant] = {}
     for node in lowered:
         for index, tensor in enumerate(node.inputs):
             if not isinstance(tensor, gs.Constant) or not _is_float(tensor):
                 continue
             if id(tensor) not in stored:
-                _check_constant(tensor, node, compute)
+                _check_constant(tensor, node, compute, fix)
                 alone = all(id(reader) in chosen for reader in tensor.outputs)
                 name = tensor.name if alone else f"{tensor.name}.{compute.name}"
                 stored[id(tensor)] = _constant(name, np.asarray(tensor.values).astype(compute.dtype))
@@ -166,7 +171,7 @@ def _constant(name: str, array: np.ndarray[Any, Any]) -> gs.Constant:
     return low_bit_constant(name, array, onnx_type) if onnx_type == TensorProto.BFLOAT16 else gs.Constant(name, array)
 
 
-def _check_constant(tensor: gs.Constant, node: gs.Node, compute: ComputeType) -> None:
+def _check_constant(tensor: gs.Constant, node: gs.Node, compute: ComputeType, fix: str) -> None:
     """Raise `InputError` for a number that becomes infinite, and for a scalar that loses bits below the normal range.
 
     Among many numbers the smallest may lose bits without harm; a scalar is an epsilon or a factor, where they count.
@@ -175,7 +180,6 @@ def _check_constant(tensor: gs.Constant, node: gs.Node, compute: ComputeType) ->
     if array is None or array.size == 0:
         return
     where = f"constant {tensor.name!r}, which {node.op} {node.name!r} reads"
-    fix = "use `compute: bf16`" if compute.name == "fp16" else "use `compute: fp32`"
     finite = np.abs(array[np.isfinite(array)])
     largest = float(finite.max(initial=0))
     if not np.isfinite(compute.rounded(np.asarray(largest, np.float32))).all():

@@ -17,6 +17,9 @@ from plugins.op import is_ours
 
 _STANDARD = (None, "", "ai.onnx")
 
+# Convolutions with FP32 results are built everywhere.
+_PRODUCTS = frozenset({"Einsum", "Gemm", "MatMul"})
+
 _CONTRIB_OPERATORS = frozenset({"MultiHeadAttention"})
 """ONNX Runtime's own operators that a pass here makes."""
 
@@ -25,7 +28,8 @@ def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
     """Changes nothing (0). Raises `InputError` naming the first layer or node that the target cannot run.
 
     That is a node of the project's own operators that no pass has lowered, or for ONNX Runtime a node outside the
-    standard, or for TensorRT an operator or an element type that one of the parsers the target must do with lacks.
+    standard, or for TensorRT an operator or an element type that one of the parsers the target must do with lacks, or
+    a matrix product with an FP32 result where its builder has none.
     """
     for node in graph.nodes:
         if is_ours(node):
@@ -40,7 +44,18 @@ def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
     for parser in (PARSERS[name] for name in target.parsers):
         for node in graph.nodes:
             _check_node(node, types, parser, target)
+    if not target.fp32_products:
+        _check_products(graph, types, target)
     return 0
+
+
+def _check_products(graph: gs.Graph, types: Mapping[str, int], target: Target) -> None:
+    for node in graph.nodes:
+        if node.op in _PRODUCTS and types.get(node.outputs[0].name) == TensorProto.FLOAT:
+            raise InputError(
+                f"node {node.name!r}: target {target.name} cannot run {node.op} with an FP32 result: TensorRT-RTX "
+                "builds none for its GPU; use `compute: fp16`"
+            )
 
 
 def _check_node(node: gs.Node, types: Mapping[str, int], parser: Parser, target: Target) -> None:

@@ -50,6 +50,17 @@ def test_a_dry_run_lists_every_layer_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_turing_takes_no_onnx_model(dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: bool) -> None:
+    words = [str(dit), "--format", "e2m1", "-o", str(tmp_path / "o.plan"), "--target", "rtx-sm75"]
+    assert main(words + ["--dry-run"] * dry) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rtx-sm75 has no matrix product with an FP32 result" in error
+    assert "recipe with `compute: fp16`, or use --target rtx-sm80" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_validation_and_quietly(dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(dit), "--format", "e2m1", "--group", "64", "-o", str(tmp_path / "o.onnx"), "--work-dir"]
     assert main([*words, str(tmp_path / "W"), "--no-validate", "--quiet"]) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exporter.cli import main
-from exporter.compute import COMPUTE_TYPES, check_compute
+from exporter.compute import COMPUTE_TYPES, check_compute, product_type
 from exporter.errors import InputError
 from exporter.recipe import load_recipe
 from exporter.targets import TARGETS
@@ -29,12 +29,27 @@ def test_rounding_is_to_nearest_even_and_overflows_to_infinity() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_but_the_cpu_computes_in_fp16(target: str) -> None:
-    check_compute("r", "fp32", TARGETS[target])
+    if target != "rtx-sm75":
+        check_compute("r", "fp32", TARGETS[target])
     if target != "cpu":
         check_compute("r", "fp16", TARGETS[target])
         return
     with pytest.raises(InputError, match=r"^r: compute: fp16: ONNX Runtime's CPU .*target cpu takes fp32"):
         check_compute("r", "fp16", TARGETS[target])
+
+
+def test_turing_has_no_fp32_products() -> None:
+    with pytest.raises(InputError, match=r"^r: compute: fp32: TensorRT-RTX builds no .*rtx-sm75; use `compute: fp16`$"):
+        check_compute("r", "fp32", TARGETS["rtx-sm75"])
+    assert [name for name, target in TARGETS.items() if product_type(target) == "fp16"] == ["rtx-sm75"]
+
+
+def test_rounding_changes_a_number_by_no_more_than_it_says() -> None:
+    for compute in ("fp16", "bf16"):
+        kind = COMPUTE_TYPES[compute]
+        numbers = np.linspace(1, 4, 100_001, dtype=np.float32)
+        errors = np.abs(kind.rounded(numbers) - numbers) / numbers
+        assert 0.99 * kind.relative_error < errors.max() <= kind.relative_error
 
 
 def test_bf16_begins_with_compute_capability_8() -> None:

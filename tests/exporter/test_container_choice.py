@@ -21,6 +21,7 @@ INT4_ONLY = LayerScheme("e1m2", 64, "group", "none")
     ("scheme", "target", "container"),
     [
         (W4A6, "cpu", "int8"),
+        (W4A6, "rtx-sm75", "int8"),
         (W4A6, "rtx-sm80", "int8"),
         (W4A6, "rtx-sm120", "int8"),
         (W4A6, "orin", "int8"),
@@ -29,6 +30,7 @@ INT4_ONLY = LayerScheme("e1m2", 64, "group", "none")
         (W4A8, "h200", "fp8"),
         (W8A8, "rtx-sm89", "fp8"),
         (W4A16, "cpu", "fp32"),
+        (W4A16, "rtx-sm75", "int8"),
         (W4A16, "rtx-sm86", "int8"),
         (GROUPED, "cpu", "fp32"),
         (INT4_ONLY, "rtx-sm80", "int4"),
@@ -59,7 +61,8 @@ def test_the_container(scheme: LayerScheme, target: str, container: str) -> None
         (W4A8, "rtx-sm86", "e4m3 values do not fit int8", "rtx-sm89"),
         (W8A8, "orin", "e4m3 values do not fit int8", "h100"),
         (GROUPED, "rtx-sm89", "use `scales: foldable`", "cpu"),
-        (W4A6, "rtx-sm75", "TensorRT-RTX builds no product with an FP32 result for its GPU", "rtx-sm80"),
+        (W4A8, "rtx-sm75", "e4m3 values do not fit int8", "rtx-sm89"),
+        (INT4_ONLY, "rtx-sm75", "group scales need e1m2 or int4 weights and an INT4 engine", "rtx-sm80"),
         (replace(INT4_ONLY, weight_format="e2m1"), "rtx-sm80", "group scales need e1m2 or int4 weights", "cpu"),
         (LayerScheme("e2m1", 0, "channel", "e3m4"), "rtx-sm120", "e3m4 values do not fit int8 or fp8", "cpu"),
         (

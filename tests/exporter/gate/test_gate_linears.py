@@ -12,6 +12,7 @@ import pytest
 
 from exporter.errors import FidelityError
 from exporter.gate.linears import LinearsComparison, compare_linears
+from exporter.gate.records import LinearRecord
 from exporter.gate.table import SNR_CEILING_DB
 from tests.exporter.gate.hand_made import LAYERS, Example
 
@@ -145,6 +146,54 @@ def test_other_layers_than_the_reference_are_refused(example: Example, compare: 
     less = {"layers": example.layers[:1], "records": {FIRST: example.records()[FIRST]}}
     with pytest.raises(FidelityError, match=SECOND):
         compare(example.model, **(full | {changed: less[changed]}))
+
+
+def rounded_products(example: Example) -> onnx.ModelProto:
+    """The graph with each linear's product, before the bias, rounded to FP16."""
+    model = onnx.ModelProto()
+    model.CopyFrom(example.model)
+    for layer in LAYERS:
+        gemm = next(node for node in model.graph.node if f"{layer}.output" in node.output)
+        index = list(model.graph.node).index(gemm)
+        gemm.output[0] = f"{layer}.biased"
+        steps = (
+            ("Sub", [f"{layer}.biased", f"{layer}.bias"], f"{layer}.sums", {}),
+            ("Cast", [f"{layer}.sums"], f"{layer}.half", {"to": onnx.TensorProto.FLOAT16}),
+            ("Cast", [f"{layer}.half"], f"{layer}.wide", {"to": onnx.TensorProto.FLOAT}),
+            ("Add", [f"{layer}.wide", f"{layer}.bias"], f"{layer}.output", {}),
+        )
+        for offset, (op_type, inputs, output, attributes) in enumerate(steps, start=1):
+            node = onnx.helper.make_node(op_type, inputs, [output], **attributes)
+            model.graph.node.insert(index + offset, node)
+    return model
+
+
+def with_fp16_products(example: Example) -> dict[str, LinearRecord]:
+    return {layer: replace(record, products="fp16") for layer, record in example.records().items()}
+
+
+def test_products_rounded_to_fp16_are_held_to_that_rounding(example: Example, compare: Compare) -> None:
+    model = rounded_products(example)
+    result = compare(model, records=with_fp16_products(example))
+    assert not failing(result)
+    assert all(66 <= row.threshold_db < 70 and row.threshold_db < row.snr_db < 80 for row in result.rows)
+    assert result.relaxed == {f"{row.name}.output": row.threshold_db for row in result.rows}
+    assert failing(compare(model)) == list(LAYERS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("channels", [slice(None), slice(7, 8)])
+def test_a_scale_off_by_one_percent_is_named_with_fp16_products(
+    example: Example, compare: Compare, layer: str, channels: slice
+) -> None:
+    scales = example.array(f"{layer}.scales")
+    scales[channels] *= np.float32(1.01)
+    wrong = replace(example, model=example.with_array(f"{layer}.scales", scales))
+    result = compare(rounded_products(wrong), records=with_fp16_products(example))
+    assert failing(result) == [layer]
+    detail = next(row.detail for row in result.rows if not row.passed)
+    assert "at least 66 dB needed" in detail
+    assert ("output channel 7, of 64" in detail) == (channels != slice(None))
 
 
 def test_a_nan_fails(example: Example, compare: Compare) -> None:

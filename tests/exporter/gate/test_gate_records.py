@@ -21,7 +21,13 @@ def assert_same(record: LinearRecord, other: LinearRecord) -> None:
 
 def test_round_trip(example: Example, tmp_path: Path) -> None:
     weight_only = replace(
-        example.reference.linears[1], layer="w", activation_format="none", values=None, scales=None, rank=2
+        example.reference.linears[1],
+        layer="w",
+        activation_format="none",
+        values=None,
+        scales=None,
+        rank=2,
+        products="fp16",
     )
     reference = replace(example.reference, linears=(*example.reference.linears, weight_only))
     reference.save(tmp_path)

@@ -69,6 +69,19 @@ def test_inputs_are_numbers_of_the_type(bf16: Reference) -> None:
     assert not torch.equal(stored, exact)
 
 
+def test_products_are_rounded_on_top_of_what_is_stored(original: nn.Module, fp16: Reference) -> None:
+    model = quantize(original, "e2m3")
+    both = record_reference(original, model, ADAPTER, batches(original), NullProgress(), "fp16", "fp16")
+    assert fp16.rounding is not None
+    assert both.rounding is not None
+    block = "transformer_blocks.0.output"
+    assert both.rounding.boundaries[block] < fp16.rounding.boundaries[block]
+    assert both.rounding.boundaries["blocks.timestep"] == fp16.rounding.boundaries["blocks.timestep"]
+    assert {record.products for record in both.linears} == {"fp16"}
+    assert {record.products for record in both.for_stage("lowered").linears} == {"fp16"}
+    assert {record.products for record in both.for_stage("exported").linears} == {"fp32"}
+
+
 def test_the_model_is_left_as_it_was(original: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     with stored_in("bf16", original, ADAPTER.blocks(original)):

@@ -8,6 +8,7 @@ from exporter.passes import (
     COMPUTE_PASSES,
     CPU_PASSES,
     CPU_PASSES_IN_BYTES,
+    HALF_PRODUCT_PASSES,
     TENSORRT_PASSES,
     WAIST_PASSES,
     fold_scales,
@@ -25,7 +26,7 @@ RTX = TARGETS["rtx-sm89"]
 
 
 @pytest.mark.parametrize("compute", COMPUTE_PASSES)
-@pytest.mark.parametrize("lowering", [CPU_PASSES, TENSORRT_PASSES])
+@pytest.mark.parametrize("lowering", [CPU_PASSES, TENSORRT_PASSES, HALF_PRODUCT_PASSES])
 def test_the_tuples_are_in_order(compute: str, lowering: tuple[object, ...]) -> None:
     names = [run.__name__ for run in (*WAIST_PASSES, *COMPUTE_PASSES[compute], *lowering)]
     for position, name in enumerate(names):
@@ -35,7 +36,7 @@ def test_the_tuples_are_in_order(compute: str, lowering: tuple[object, ...]) -> 
 
 def test_every_pass_in_the_table_exists() -> None:
     compute = (one for some in COMPUTE_PASSES.values() for one in some)
-    passes = (*WAIST_PASSES, *CPU_PASSES, *CPU_PASSES_IN_BYTES, *TENSORRT_PASSES, *compute)
+    passes = (*WAIST_PASSES, *CPU_PASSES, *CPU_PASSES_IN_BYTES, *TENSORRT_PASSES, *HALF_PRODUCT_PASSES, *compute)
     known = {run.__name__ for run in passes}
     assert {*NEEDS, *(name for names in NEEDS.values() for name in names)} <= known
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from onnx import TensorProto
 
 from exporter.errors import InputError
 from exporter.passes import WAIST_PASSES, lowering_passes, refuse_unsupported, run_passes
+from exporter.passes.compute_type import compute_in_fp16
 from exporter.targets import TARGETS
 from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, one_linear, op_types
 
@@ -94,3 +96,17 @@ def test_plain_graph_passes() -> None:
         waist.model(waist.node("Abs", "x", output="y")), (refuse_unsupported,), TARGETS["rtx-sm120"]
     )
     assert result.changed == 0
+
+
+@pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
+def test_products_with_fp32_results_are_refused_where_the_builder_has_none(operator: str) -> None:
+    waist = WaistGraph()
+    product = waist.node(operator, "x", waist.constant("w", np.ones((64, 64), np.float32)), output="y")
+    model = waist.model(product, x_shape=("batch",), rank=2)
+    run_passes(model, (refuse_unsupported,), TARGETS["rtx-sm80"])
+    with pytest.raises(
+        InputError, match=f"'y_node': target rtx-sm75 cannot run {operator} with an FP32.*compute: fp16"
+    ):
+        run_passes(model, (refuse_unsupported,), TARGETS["rtx-sm75"])
+    halves, _ = run_passes(model, (compute_in_fp16, refuse_unsupported), TARGETS["rtx-sm75"])
+    assert "Cast" in op_types(halves)
