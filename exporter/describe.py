@@ -8,11 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from exporter.container_choice import accumulator_text
 from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
 from exporter.targets import Target, TargetChoice, resolve_target
+from plugins.container_product import ContainerProduct
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -58,6 +60,8 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
     console.print(_layer_table(plan, target))
+    for line in exactness(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes
     console.print(
@@ -68,12 +72,25 @@ def print_description(description: Description, console: Console) -> None:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
+def exactness(plan: Plan) -> list[str]:
+    """A line for every pair of formats in a container: whether it is exact and why, for its longest sums."""
+    longest: dict[tuple[str, str, str, bool], ContainerProduct] = {}
+    for layer in sorted(plan.layers, key=lambda layer: layer.in_features):
+        key = (layer.container, layer.weight_format, layer.activation_format, layer.product.free_groups)
+        longest[key] = layer.product
+    return [
+        f"{container}: {weights} weights, {activations} activations: {'' if product.exact else 'not '}exact: "
+        f"{product.reason}"
+        for (container, weights, activations, _), product in longest.items()
+    ]
+
+
 def _layer_table(plan: Plan, target: Target) -> Table:
     table = Table(title=f"{len(plan.layers)} quantized layers", title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for heading in ("weights", "scales", "group", "activations", "container"):
+    for heading in ("weights", "scales", "group", "activations", "container", "exact"):
         table.add_column(heading)
-    for heading in ("N x K", "FP32", "expected"):
+    for heading in ("sum bits", "N x K", "FP32", "expected"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in plan.layers:
         table.add_row(*_row(layer, target))
@@ -88,6 +105,8 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         str(layer.group_size or "row"),
         layer.activation_format,
         layer.container,
+        "yes" if layer.product.exact else "no",
+        accumulator_text(layer.product),
         f"{layer.out_features} x {layer.in_features}",
         _size(layer.fp32_bytes),
         _size(layer.stored_bytes(target)),

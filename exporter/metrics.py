@@ -15,6 +15,7 @@ import jsonschema
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.gate.table import GateResult, bounded_db
+from exporter.plan import LayerPlan
 
 _PACKAGES = (
     "fp4export",
@@ -84,6 +85,31 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class LayerContainer:
+    """What a layer's container makes of it; the bound is None where sums are no integers."""
+
+    layer: str
+    container: str
+    exact: bool
+    accumulator_bound: int | None
+    accumulator_limit: int
+    reason: str
+
+    @classmethod
+    def of(cls, layer: LayerPlan) -> LayerContainer:
+        """As planned."""
+        product = layer.product
+        return cls(
+            layer=layer.name,
+            container=layer.container,
+            exact=product.exact,
+            accumulator_bound=product.accumulator_bound,
+            accumulator_limit=product.container.accumulator_limit,
+            reason=product.reason,
+        )
+
+
+@dataclass(frozen=True)
 class Metrics:
     """One export's figures; `fidelity` is None without validation, `quality` None without evaluation."""
 
@@ -93,6 +119,7 @@ class Metrics:
     quality: Quality | None
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    layers: tuple[LayerContainer, ...] = ()
 
     def to_json(self) -> str:
         """The document as indented JSON. Raises `jsonschema.ValidationError` if it breaks the schema."""
@@ -103,6 +130,7 @@ class Metrics:
             "quality": None if self.quality is None else asdict(self.quality),
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "versions": dict(self.versions),
+            "layers": [asdict(layer) for layer in self.layers],
         }
         check_metrics(document)
         return json.dumps(document, indent=1, allow_nan=False) + "\n"

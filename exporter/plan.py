@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from exporter.container_choice import choose_container, scale_multipliers
+from exporter.container_choice import choose_container, container_product, scale_multipliers
 from exporter.errors import InputError, did_you_mean
 from exporter.presets import PRESETS, LayerScheme, resolve_rule
 from exporter.recipe import LayerRule, Recipe, Scales
 from exporter.targets import Target
+from plugins.container_product import ContainerProduct
+from plugins.containers import CONTAINERS
 from plugins.formats import get_format
 from plugins.packing import words_per_row
 
@@ -66,8 +68,17 @@ class LayerPlan:
     @property
     def multipliers(self) -> tuple[int, ...]:
         """The integers that foldable scales choose from; (1,) for other scales."""
-        scheme = LayerScheme(self.weight_format, self.group_size, self.scales, self.activation_format)
-        return scale_multipliers(scheme, self.container)
+        return scale_multipliers(self.scheme, self.container)
+
+    @property
+    def scheme(self) -> LayerScheme:
+        """How the layer is quantized."""
+        return LayerScheme(self.weight_format, self.group_size, self.scales, self.activation_format)
+
+    @property
+    def product(self) -> ContainerProduct:
+        """What multiplying the layer in its container means."""
+        return container_product(self.scheme, self.in_features, CONTAINERS[self.container])
 
     @property
     def fp32_bytes(self) -> int:

@@ -24,6 +24,7 @@ from exporter.progress import Progress
 from exporter.quantize import QuantLinear, planned_linear
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser
+from plugins.container_product import ContainerProduct
 
 _LAYER_ROWS = 512
 
@@ -96,7 +97,7 @@ def _pooled_db(signal: Tensor, noise: Tensor, mask: Tensor) -> float:
 @dataclass(frozen=True)
 class LayerQuality:
     """What quantization costs one layer: SQNR in dB of its weight, and of its output on the original model's inputs
-    with weight and input quantized."""
+    with weight and input quantized. `product` says what its container makes of it."""
 
     name: str
     shape: tuple[int, int]
@@ -107,6 +108,7 @@ class LayerQuality:
     container: str
     weight_sqnr_db: float
     output_sqnr_db: float
+    product: ContainerProduct
 
 
 @torch.no_grad()
@@ -152,6 +154,7 @@ def _measure_layers(
             container=layer.container,
             weight_sqnr_db=_sqnr(linear.weight, rounded.weight),
             output_sqnr_db=_sqnr(linear(x), rounded(x)),
+            product=layer.product,
         )
 
 

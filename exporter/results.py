@@ -7,7 +7,7 @@ from pathlib import Path
 from exporter.evaluate import Evaluation
 from exporter.gate.table import GateResult
 from exporter.job import Job
-from exporter.metrics import Fidelity, Metrics, Quality, Size, installed_versions, write_metrics
+from exporter.metrics import Fidelity, LayerContainer, Metrics, Quality, Size, installed_versions, write_metrics
 from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
 from exporter.source import Source
@@ -29,6 +29,7 @@ def metrics_of(
         ),
         seconds=job.seconds,
         versions=installed_versions(),
+        layers=tuple(LayerContainer.of(layer) for layer in source.plan.layers),
     )
 
 

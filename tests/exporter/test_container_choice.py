@@ -48,7 +48,7 @@ def test_the_container(scheme: LayerScheme, target: str, container: str) -> None
         (GROUPED, "rtx-sm89", "use `scales: foldable`", "cpu"),
         (INT4_ONLY, "rtx-sm75", "group scales need e1m2 or int4 weights and an INT4 engine", "rtx-sm80"),
         (LayerScheme("e2m1", 0, "channel", "e3m4"), "rtx-sm120", "e3m4 values do not fit int8 or fp8", "cpu"),
-        (LayerScheme("int8", 0, "channel", "e4m3"), "rtx-sm89", "do not fit the same one of int8, fp8", "cpu"),
+        (LayerScheme("int8", 0, "channel", "e4m3"), "rtx-sm89", "do not fit the same one of int8 or fp8", "cpu"),
     ],
 )
 def test_a_refusal_names_the_layer_the_reason_and_targets_that_work(
@@ -61,7 +61,12 @@ def test_a_refusal_names_the_layer_the_reason_and_targets_that_work(
 
 
 def test_sums_too_long_for_the_accumulator_do_not_use_integers() -> None:
-    assert choose_container("layer", W4A6, 2**20, TARGETS["cpu"]) == "fp32"
+    longest = (2**31 - 1) // (12 * 10 * 60)
+    for target, beyond in (("cpu", "fp32"), ("rtx-sm89", "fp8")):
+        assert choose_container("layer", W4A6, longest, TARGETS[target]) == "int8"
+        assert choose_container("layer", W4A6, longest + 1, TARGETS[target]) == beyond
+    with pytest.raises(InputError, match=rf"sums of {longest + 1} reach .* past the accumulator's 2147483647"):
+        choose_container("layer", W4A6, longest + 1, TARGETS["rtx-sm86"])
 
 
 @pytest.mark.parametrize("container", ["int8", "fp8"])

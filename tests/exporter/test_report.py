@@ -13,6 +13,7 @@ import torch
 from exporter.gate.table import GateResult, GateRow
 from exporter.images import sample_grids
 from exporter.metrics import Fidelity, Metrics, Quality, Size
+from exporter.plan import LayerPlan
 from exporter.quality import LayerQuality, NoiseSnr, StepSnr
 from exporter.report import Report, duration, file_size, render_report, tiles, write_report
 
@@ -20,6 +21,7 @@ ROWS = (
     GateRow("exported", "linear", "blocks.0.to_q", 131.0, 100.0, passed=True, code_count=14336),
     GateRow("lowered", "end_to_end", "sample", 61.0, 40.0, passed=True),
 )
+LAYER = LayerPlan("blocks.0.to_q", 256, 128, True, "e2m1", "e2m3", 32, "foldable", "int8")
 FAILED = GateRow("lowered", "linear", "blocks.0.to_q", 40.0, 100.0, passed=False, detail="output channel 3 of 9")
 
 
@@ -40,7 +42,11 @@ def report() -> Report:
         ),
         gate=gate,
         noise=NoiseSnr(tuple(StepSnr(step, 999.0 - step, 20.0 + step, 21.0, 19.0) for step in range(5))),
-        layers=(LayerQuality("blocks.0.to_q", (256, 128), "e2m1", "e2m3", 32, "foldable", "int8", 18.25, 24.75),),
+        layers=(
+            LayerQuality(
+                "blocks.0.to_q", (256, 128), "e2m1", "e2m3", 32, "foldable", "int8", 18.25, 24.75, LAYER.product
+            ),
+        ),
         grids=sample_grids(samples, samples),
         high_precision=(("proj_out", 1234567),),
         parts={"the graph": 1_000_000},
@@ -87,7 +93,16 @@ def test_everything_measured_is_shown(report: Report) -> None:
     text = Page(render_report(report)).text
     for shown in ("20.0 %", "27.3 dB", "worst step 19.0 dB", "99.1 %", "original 99.4 %", "passed"):
         assert shown in text
-    for shown in ("blocks.0.to_q", "foldable, 32", "18.2", "24.8", "256 × 128", "1,234,567", "0 of 14,336"):
+    for shown in (
+        "blocks.0.to_q",
+        "foldable, 32",
+        "19.8 of 31",
+        "18.2",
+        "24.8",
+        "256 × 128",
+        "1,234,567",
+        "0 of 14,336",
+    ):
         assert shown in text
     for shown in ("polygraphy run a.onnx", "run here", "2 min 23 s", "2.13.0", "preset: w4a6", "with prompt"):
         assert shown in text
