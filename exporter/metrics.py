@@ -16,6 +16,7 @@ from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.gate.table import GateResult, bounded_db
 from exporter.plan import LayerPlan
+from exporter.scale_comparison import ScaleSummary
 
 _PACKAGES = (
     "fp4export",
@@ -120,6 +121,7 @@ class Metrics:
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
     layers: tuple[LayerContainer, ...] = ()
+    scales: tuple[ScaleSummary, ...] = ()
 
     def to_json(self) -> str:
         """The document as indented JSON. Raises `jsonschema.ValidationError` if it breaks the schema."""
@@ -131,6 +133,7 @@ class Metrics:
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "versions": dict(self.versions),
             "layers": [asdict(layer) for layer in self.layers],
+            "scales": [asdict(kind) for kind in self.scales],
         }
         check_metrics(document)
         return json.dumps(document, indent=1, allow_nan=False) + "\n"

@@ -16,6 +16,7 @@ from exporter.gate.table import SNR_CEILING_DB, GateResult, grouped
 from exporter.images import SampleGrids
 from exporter.metrics import Metrics
 from exporter.quality import LayerQuality, NoiseSnr
+from exporter.scale_comparison import EVERY_CHANNEL, LayerScales
 
 _TEMPLATE = "report.html.j2"
 _KILO = 1000.0
@@ -45,6 +46,7 @@ class Report:
     gate: GateResult | None
     noise: NoiseSnr | None
     layers: tuple[LayerQuality, ...]
+    scales: tuple[LayerScales, ...]
     grids: SampleGrids | None
     high_precision: tuple[tuple[str, int], ...]
     parts: Mapping[str, int]
@@ -75,6 +77,7 @@ def render_report(report: Report) -> str:
         chart=chart,
         groups=grouped(report.gate.rows) if report.gate is not None else [],
         largest_sqnr=max(largest, 1.0),
+        every_channel=EVERY_CHANNEL,
     )
 
 

@@ -10,6 +10,7 @@ from exporter.job import Job
 from exporter.metrics import Fidelity, LayerContainer, Metrics, Quality, Size, installed_versions, write_metrics
 from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
+from exporter.scale_comparison import summarize
 from exporter.source import Source
 
 
@@ -30,6 +31,7 @@ def metrics_of(
         seconds=job.seconds,
         versions=installed_versions(),
         layers=tuple(LayerContainer.of(layer) for layer in source.plan.layers),
+        scales=summarize(evaluation.scales),
     )
 
 
@@ -52,6 +54,7 @@ def write_results(
         gate=None if fidelity is None else fidelity[0],
         noise=evaluation.noise,
         layers=evaluation.layers,
+        scales=evaluation.scales,
         grids=evaluation.grids,
         high_precision=source.plan.high_precision,
         parts={

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
+from exporter.calibration.output_error import LARGEST_GRAM, search_scales
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
-from exporter.calibration.scales import choose_scales
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
-from exporter.plan import LayerPlan, Plan
+from exporter.plan import Plan
 from exporter.progress import Progress
 from exporter.quantize import (
     BlockStatistics,
@@ -39,47 +39,36 @@ def calibrate(
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
-    Scales are searched with the importance of the input channels on the calibration set; then the weights are
+    Scales are searched with what the layers' inputs are like on the calibration set; then the weights are
     rounded to nearest ("rtn"), or the roundings of each block are learned jointly ("fp4dit"), block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. The same seed gives
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    mean_squares = run.mean_squares(model, [layer.name for layer in plan.layers])
-    weights = _nearest(model, plan, mean_squares, method, progress)
+    largest_gram = LARGEST_GRAM if method.scale_search == "output" else 0
+    inputs = run.statistics(model, [layer.name for layer in plan.layers], largest_gram)
+    weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
     generator = torch.Generator().manual_seed(seed)
     walk = _Walk(model, plan, weights, run, method, generator, progress)
-    statistics = walk.through(list(mean_squares))
+    statistics = walk.through(list(inputs))
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
 def _nearest(
-    model: nn.Module, plan: Plan, mean_squares: Mapping[str, Tensor], method: MethodSection, progress: Progress
+    model: nn.Module, plan: Plan, inputs: Mapping[str, InputStatistics], method: MethodSection, progress: Progress
 ) -> dict[str, QuantizedWeight]:
     weights = {}
     with progress.task("scales", len(plan.layers)) as task:
         for layer in plan.layers:
             weight = planned_linear(model, layer).weight.detach()
-            weights[layer.name] = _nearest_layer(weight, layer, mean_squares.get(layer.name), method)
+            fmt, multipliers = get_format(layer.weight_format), layer.multipliers if layer.scales == "foldable" else ()
+            statistics = inputs.get(layer.name)
+            scales = search_scales(weight, fmt, layer.group_size, method.scale_search, statistics, multipliers)
+            weights[layer.name] = round_to_nearest(weight, scales, fmt)
             task.advance()
     return weights
-
-
-def _nearest_layer(
-    weight: Tensor, layer: LayerPlan, importance: Tensor | None, method: MethodSection
-) -> QuantizedWeight:
-    fmt = get_format(layer.weight_format)
-    scales = choose_scales(
-        weight,
-        fmt,
-        layer.group_size,
-        method.scale_search,
-        importance,
-        layer.multipliers if layer.scales == "foldable" else (),
-    )
-    return round_to_nearest(weight, scales, fmt)
 
 
 class _Walk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,16 @@ from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts
 
 BATCH = 32
+# Of a batch, for Gram matrices: enough to fill one of a few thousand columns over some batches.
+_GRAM_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """A layer's inputs on the calibration set: `mean_squares` [K] by channel, `gram` [K, K] = XᵀX where it was made."""
+
+    mean_squares: Tensor
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,18 +82,33 @@ class CalibrationRun:
             for inputs in self.batches():
                 self.adapter.forward(model, inputs)
 
-    def mean_squares(self, model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-        """Return every layer's mean square per input channel [K], in order of first execution."""
+    def statistics(self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0) -> dict[str, InputStatistics]:
+        """Return what every layer's inputs are like, in order of first execution.
+
+        Gram matrices are made for layers of at most `largest_gram` inputs, of the whole set where its batches are
+        small, otherwise of tokens spread evenly over each.
+        """
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
+        grams: dict[str, Tensor] = {}
+        # Layers that share an input, as q, k and v do, run one after the other and share the work.
+        shared: tuple[Tensor, Tensor] | None = None
 
         def add(name: str, x: Tensor) -> None:
+            nonlocal shared
             squares = x.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
             sums[name] = sums[name] + squares if name in sums else squares
             counts[name] = counts.get(name, 0) + x[..., 0].numel()
+            if x.shape[-1] > largest_gram:
+                return
+            if shared is None or shared[0] is not x:
+                tokens = x.flatten(0, -2)
+                tokens = tokens[:: math.ceil(len(tokens) / _GRAM_TOKENS)]
+                shared = x, tokens.T @ tokens
+            grams[name] = grams[name] + shared[1] if name in grams else shared[1]
 
         self.through(model, [_watch(model, name, add) for name in layers])
-        return {name: (total / counts[name]).float() for name, total in sums.items()}
+        return {name: InputStatistics((total / counts[name]).float(), grams.get(name)) for name, total in sums.items()}
 
     def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
         """Return the inputs [M, ..., K] of one linear layer."""

@@ -16,12 +16,18 @@ from exporter.metrics import Fidelity, Metrics, Quality, Size
 from exporter.plan import LayerPlan
 from exporter.quality import LayerQuality, NoiseSnr, StepSnr
 from exporter.report import Report, duration, file_size, render_report, tiles, write_report
+from exporter.scale_comparison import LayerScales, ScaleKind, summarize
 
 ROWS = (
     GateRow("exported", "linear", "blocks.0.to_q", 131.0, 100.0, passed=True, code_count=14336),
     GateRow("lowered", "end_to_end", "sample", 61.0, 40.0, passed=True),
 )
 LAYER = LayerPlan("blocks.0.to_q", 256, 128, True, "e2m1", "e2m3", 32, "foldable", "int8")
+KINDS = (
+    ScaleKind("channel", 17.31, 20_100, "int8", True),
+    ScaleKind("group", 18.62, 24_200, "fp32", False),
+    ScaleKind("foldable", 18.53, 21_300, "int8", True),
+)
 FAILED = GateRow("lowered", "linear", "blocks.0.to_q", 40.0, 100.0, passed=False, detail="output channel 3 of 9")
 
 
@@ -39,6 +45,7 @@ def report() -> Report:
             quality=Quality(27.31, 19.04, 0.994, 0.991),
             seconds={"calibrate": 143.2},
             versions={"torch": "2.13.0"},
+            scales=summarize((LayerScales("blocks.0.to_q", "foldable", KINDS),)),
         ),
         gate=gate,
         noise=NoiseSnr(tuple(StepSnr(step, 999.0 - step, 20.0 + step, 21.0, 19.0) for step in range(5))),
@@ -47,6 +54,7 @@ def report() -> Report:
                 "blocks.0.to_q", (256, 128), "e2m1", "e2m3", 32, "foldable", "int8", 18.25, 24.75, LAYER.product
             ),
         ),
+        scales=(LayerScales("blocks.0.to_q", "foldable", KINDS),),
         grids=sample_grids(samples, samples),
         high_precision=(("proj_out", 1234567),),
         parts={"the graph": 1_000_000},
@@ -104,7 +112,18 @@ def test_everything_measured_is_shown(report: Report) -> None:
         "0 of 14,336",
     ):
         assert shown in text
-    for shown in ("polygraphy run a.onnx", "run here", "2 min 23 s", "2.13.0", "preset: w4a6", "with prompt"):
+    for shown in (
+        "polygraphy run a.onnx",
+        "run here",
+        "2 min 23 s",
+        "2.13.0",
+        "foldable, chosen",
+        "18.5",
+        "24.2 kB",
+        "int8, exact",
+        "preset: w4a6",
+        "with prompt",
+    ):
         assert shown in text
 
 
@@ -131,6 +150,7 @@ def test_skipped_parts_leave_the_page_whole(report: Report) -> None:
         gate=None,
         noise=None,
         layers=(),
+        scales=(),
         grids=None,
         high_precision=(),
         parts={},
