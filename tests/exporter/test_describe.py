@@ -103,3 +103,12 @@ def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Pat
     file.write_text(json.dumps({**PIXART, "_class_name": "UNet2DModel"}))
     with pytest.raises(InputError, match=r"config\.json: _class_name is 'UNet2DModel'.*supported: pixart"):
         described("pixart_alpha_w4a6", config_only, tmp_path / "out.onnx")
+
+
+def test_block_scaling_states_no_exactness(config_only: Path) -> None:
+    description = described(
+        "pixart_alpha_w4a6", config_only, config_only.parent / "out.plan", "preset=nvfp4", target="rtx-sm120"
+    )
+    row = next(line for line in printed(description).splitlines() if "transformer_blocks.0.attn1.to_q" in line)
+    assert row.count("–") == 2
+    assert "exact:" not in printed(description)
