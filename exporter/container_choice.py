@@ -10,21 +10,23 @@ from exporter.presets import LayerScheme
 from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
 from plugins.block_scales import BLOCK_SCALINGS
-from plugins.containers import CONTAINERS, exact_product, fits, multipliers
+from plugins.container_product import ContainerProduct, foldable_multipliers
+from plugins.containers import CONTAINERS, FP8, FP16, INT4, INT8, Container, fits
 from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
 
 # The hardware's own types, values and scales together.
 _BLOCK_CONTAINERS: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4", "mx": "mxfp8"})
 
-# E1M2's values are the integers -7 … 7: symmetric INT4 under another name.
-_INT4_FORMATS = ("e1m2", "int4")
-
 
 def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: Target) -> str:
     """The container's name: ``int8``, ``fp8``, ``int4``, ``fp4``, ``mxfp8`` or ``fp32``.
 
-    Raises `InputError` naming the layer, why the target refuses, and what would work.
+    INT8 where the layer is exact there, else FP8 where the target has it and it holds every operand, else, on a CPU,
+    FP32; what the scheme asks for instead, if it is one of those. Sums in FP8 and FP32 are rounded as FP32's are,
+    unless `ContainerProduct.exact` says otherwise. Block scaling runs in the type that has it, on a CPU in FP32. FP16
+    is not chosen: TensorRT accumulates in FP32 only what it then rounds to FP16. Raises `InputError` naming the layer,
+    why the target refuses, and what would work.
     """
     container = _container(scheme, in_features, target)
     if container is None:
@@ -40,19 +42,43 @@ def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: 
     return container
 
 
-def scale_multipliers(scheme: LayerScheme, container: str) -> tuple[int, ...]:
-    """The integers that foldable group scales may multiply the channel's scale with; (1,) for other scales.
+def container_product(
+    scheme: LayerScheme, in_features: int, container: Container, multipliers: tuple[int, ...] | None = None
+) -> ContainerProduct:
+    """What the product of a layer without block scaling is in the container; `multipliers` that it has, if not all
+    that it may have."""
+    weights = get_format(scheme.weight_format)
+    quantized = scheme.activation_format != HIGH_PRECISION
+    return ContainerProduct(
+        weight_format=weights,
+        activation_format=get_format(scheme.activation_format) if quantized else None,
+        container=container,
+        k=in_features,
+        multipliers=multipliers or scale_multipliers(scheme, container.name),
+        free_groups=scheme.scales == "group",
+    )
 
-    They are the container's own where it is FP8, so that folded weights stay exact there, else those of INT8.
-    """
+
+def scale_multipliers(scheme: LayerScheme, container: str) -> tuple[int, ...]:
+    """The integers that foldable group scales may multiply the channel's scale with; (1,) for other scales."""
     if scheme.scales != "foldable":
         return (1,)
-    chosen = CONTAINERS["fp8" if container == "fp8" else "int8"]
-    return multipliers(get_format(scheme.weight_format), chosen) or (1,)
+    return foldable_multipliers(get_format(scheme.weight_format), CONTAINERS[container])
+
+
+def exact_text(product: ContainerProduct | None) -> str:
+    """``yes`` or ``no``; a dash for block scaling."""
+    return "–" if product is None else "yes" if product.exact else "no"
+
+
+def accumulator_text(product: ContainerProduct | None) -> str:
+    """How much of the accumulator the longest sum may use, in bits: ``22.8 of 31``; a dash where none is stated."""
+    bits = None if product is None else product.accumulator_bits
+    return f"{bits[0]:.1f} of {bits[1]:.0f}" if bits else "–"
 
 
 def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | None:
-    """The container that the scheme asks for, or the target's best, if the layer is exact in it there."""
+    """The container that the scheme asks for, or the target's best, if the layer can be multiplied in it there."""
     possible = _containers(scheme, in_features, target)
     if scheme.container == AUTO_CONTAINER:
         return possible[0] if possible else None
@@ -60,37 +86,27 @@ def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | N
 
 
 def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[str, ...]:
-    """All that the layer is exact in on the target, best first."""
+    """All that the layer can be multiplied in on the target, best first."""
     if scheme.scales in BLOCK_SCALINGS:
         native = _BLOCK_CONTAINERS[scheme.scales]
         held = ("fp32",) if target.engine == "onnxruntime" else target.containers
         return tuple(name for name in (native, "fp32") if name in held)
+    in_int8 = ("int8",) if container_product(scheme, in_features, INT8).exact else ()
     if target.engine == "onnxruntime":
-        return ("int8", "fp32") if _exact_in_int8(scheme, in_features) else ("fp32",)
+        return (*in_int8, "fp32")
     if scheme.activation_format == HIGH_PRECISION:
         return _weight_only(scheme, target)
     if scheme.scales == "group":
         return ()
-    int8 = ("int8",) if _exact_in_int8(scheme, in_features) else ()
-    names = (scheme.weight_format, scheme.activation_format)
-    fp8 = "fp8" in target.containers and all(fits(get_format(name), CONTAINERS["fp8"]) for name in names)
-    return (*int8, "fp8") if fp8 else int8
+    in_fp8 = "fp8" in target.containers and container_product(scheme, in_features, FP8).holds_operands
+    return (*in_int8, "fp8") if in_fp8 else in_int8
 
 
 def _weight_only(scheme: LayerScheme, target: Target) -> tuple[str, ...]:
+    weights = get_format(scheme.weight_format)
     if scheme.scales == "group":
-        int4 = "int4" in target.containers and scheme.weight_format in _INT4_FORMATS
-        return ("int4",) if int4 else ()
-    return ("int8",) if fits(get_format(scheme.weight_format), CONTAINERS["int8"]) else ()
-
-
-def _exact_in_int8(scheme: LayerScheme, in_features: int) -> bool:
-    """Whether products and sums of K = `in_features` are exact, group scales folded into the weights."""
-    if scheme.scales in ("group", *BLOCK_SCALINGS) or scheme.activation_format == HIGH_PRECISION:
-        return False
-    largest = max(scale_multipliers(scheme, "int8"))
-    formats = get_format(scheme.weight_format), get_format(scheme.activation_format)
-    return exact_product(*formats, CONTAINERS["int8"], in_features, largest).exact
+        return ("int4",) if "int4" in target.containers and fits(weights, INT4) else ()
+    return ("int8",) if fits(weights, INT8) else ()
 
 
 def _described(scheme: LayerScheme) -> str:
@@ -111,11 +127,17 @@ def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
         return "group scales need e1m2 or int4 weights and an INT4 engine; use `scales: foldable`"
     if scheme.scales == "group":
         return "free group scales do not factor out of the product; use `scales: foldable` (or channel)"
-    names = [scheme.weight_format]
-    if scheme.activation_format != HIGH_PRECISION:
-        names.append(scheme.activation_format)
-    held = [name for name in ("int8", "fp8") if name in target.containers]
-    for name in names:
-        if not any(fits(get_format(name), CONTAINERS[container]) for container in held):
-            return f"{name} values do not fit {' or '.join(held)}; e2m1 weights with e2m3 activations do"
-    return f"the two do not fit the same one of {', '.join(held)}; e2m1 weights with e2m3 activations do"
+    held = [CONTAINERS[name] for name in ("int8", "fp8") if name in target.containers]
+    names = " or ".join(container.name for container in held)
+    works = "e2m1 weights with e2m3 activations do"
+    if scheme.activation_format == HIGH_PRECISION:
+        return f"{scheme.weight_format} values do not fit int8; e2m1 weights do"
+    in_int8 = container_product(scheme, in_features, INT8)
+    if in_int8.holds_operands:
+        return f"{in_int8.reason}; keep the layer in high precision with a rule `weight: none`"
+    if container_product(scheme, in_features, FP16).holds_operands:
+        works += " (fp16 would hold them, but TensorRT rounds the sums of FP16 products to FP16)"
+    for name in (scheme.weight_format, scheme.activation_format):
+        if not any(fits(get_format(name), container) for container in held):
+            return f"{name} values do not fit {names}; {works}"
+    return f"the two do not fit the same one of {', '.join(container.name for container in held)}; {works}"

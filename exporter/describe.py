@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.compute import check_compute
+from exporter.container_choice import accumulator_text, exact_text
 from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
 from exporter.targets import Target, TargetChoice, resolve_target
+from plugins.container_product import ContainerProduct
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -62,6 +64,8 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
     console.print(layer_plan_table(plan.layers, target))
+    for line in exactness(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes
     console.print(
@@ -72,13 +76,28 @@ def print_description(description: Description, console: Console) -> None:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
+def exactness(plan: Plan) -> list[str]:
+    """A line for every pair of formats in a container: whether it is exact and why, for its longest sums. Nothing is
+    said of block scaling, whose scales are inside the sums."""
+    longest: dict[tuple[str, str, str, bool], ContainerProduct] = {}
+    for layer in sorted(plan.layers, key=lambda layer: layer.in_features):
+        if layer.product is not None:
+            key = (layer.container, layer.weight_format, layer.activation_format, layer.product.free_groups)
+            longest[key] = layer.product
+    return [
+        f"{container}: {weights} weights, {activations} activations: {'' if product.exact else 'not '}exact: "
+        f"{product.reason}"
+        for (container, weights, activations, _), product in longest.items()
+    ]
+
+
 def layer_plan_table(layers: Sequence[LayerPlan], target: Target) -> Table:
     """Formats, container and expected size of every layer that is quantized."""
     table = Table(title=f"{len(layers)} quantized layers", title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for heading in ("weights", "scales", "group", "activations", "container"):
+    for heading in ("weights", "scales", "group", "activations", "container", "exact"):
         table.add_column(heading)
-    for heading in ("N x K", "FP32", "expected"):
+    for heading in ("sum bits", "N x K", "FP32", "expected"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in layers:
         table.add_row(*_row(layer, target))
@@ -93,6 +112,8 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         str(layer.group_size or "row"),
         layer.activation_format,
         layer.container,
+        exact_text(layer.product),
+        accumulator_text(layer.product),
         f"{layer.out_features} x {layer.in_features}",
         size_text(layer.fp32_bytes),
         size_text(layer.stored_bytes(target)),

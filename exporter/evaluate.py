@@ -13,9 +13,10 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
 from exporter.models.pixart import TransformerInputs
-from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, noise_prediction_snr
+from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
 from exporter.stages import capture
 from exporter.workdir import key_of
@@ -29,6 +30,7 @@ class Evaluation:
 
     noise: NoiseSnr
     layers: tuple[LayerQuality, ...]
+    scales: tuple[LayerScales, ...]
     grids: SampleGrids
     accuracy_original: float | None
     accuracy_quantized: float | None
@@ -42,13 +44,16 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
     rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
     batches = [held_out.inputs(row.reshape(1), source.prompts) for row in rows]
-    layers = layer_quality(source.model, quantized, source.adapter, source.plan, batches)
+    inputs = layer_rows(source.model, source.adapter, source.plan, batches)
+    layers = layer_quality(source.model, quantized, source.plan, inputs)
+    scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
     judged = settings.samples if settings.classifier is not None else settings.grid
     count = max(judged, settings.grid)
     original, ours = original_samples(job, source, count), samples(job, source, engine, count)
     return Evaluation(
         noise=noise,
         layers=layers,
+        scales=scales,
         grids=sample_grids(original[: settings.grid], ours[: settings.grid]),
         accuracy_original=accuracy(job, source, original[:judged]),
         accuracy_quantized=accuracy(job, source, ours[:judged]),

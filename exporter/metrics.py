@@ -16,6 +16,8 @@ from exporter.compute import Compute
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.gate.table import GateResult, bounded_db
+from exporter.plan import LayerPlan
+from exporter.scale_comparison import ScaleSummary
 
 _PACKAGES = (
     "fp4export",
@@ -85,6 +87,34 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class LayerContainer:
+    """What a layer's container makes of it; the bound is None where sums are no integers, and everything but the name
+    for block scaling, whose scales are inside the sums."""
+
+    layer: str
+    container: str
+    exact: bool | None
+    accumulator_bound: int | None
+    accumulator_limit: int | None
+    reason: str | None
+
+    @classmethod
+    def of(cls, layer: LayerPlan) -> LayerContainer:
+        """As planned."""
+        product = layer.product
+        if product is None:
+            return cls(layer.name, layer.container, None, None, None, None)
+        return cls(
+            layer=layer.name,
+            container=layer.container,
+            exact=product.exact,
+            accumulator_bound=product.accumulator_bound,
+            accumulator_limit=product.container.accumulator_limit,
+            reason=product.reason,
+        )
+
+
+@dataclass(frozen=True)
 class ComputeFigures:
     """What the engine computes in outside its quantized linears, and for FP16 the largest number it met there on the
     calibration inputs, with its place in the graph."""
@@ -104,6 +134,8 @@ class Metrics:
     quality: Quality | None
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    layers: tuple[LayerContainer, ...] = ()
+    scales: tuple[ScaleSummary, ...] = ()
     compute: ComputeFigures = ComputeFigures()
 
     def to_json(self) -> str:
@@ -116,6 +148,8 @@ class Metrics:
             "quality": None if self.quality is None else asdict(self.quality),
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "versions": dict(self.versions),
+            "layers": [asdict(layer) for layer in self.layers],
+            "scales": [asdict(kind) for kind in self.scales],
         }
         check_metrics(document)
         return json.dumps(document, indent=1, allow_nan=False) + "\n"

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from exporter.compute import COMPUTE_TYPES, Compute
-from exporter.container_choice import choose_container, scale_multipliers
+from exporter.container_choice import choose_container, container_product, scale_multipliers
 from exporter.errors import InputError, did_you_mean
 from exporter.presets import LayerScheme, preset_scheme, resolve_rule
 from exporter.recipe import LayerRule, Recipe, Scales
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
+from plugins.container_product import ContainerProduct
+from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
 from plugins.packing import words_per_row
@@ -76,8 +78,21 @@ class LayerPlan:
     @property
     def multipliers(self) -> tuple[int, ...]:
         """The integers that foldable scales choose from; (1,) for other scales."""
-        scheme = LayerScheme(self.weight_format, self.group_size, self.scales, self.activation_format)
-        return scale_multipliers(scheme, self.container)
+        return scale_multipliers(self.scheme, self.container)
+
+    @property
+    def scheme(self) -> LayerScheme:
+        """How the layer is quantized, as asked for."""
+        return LayerScheme(
+            self.weight_format, self.group_size, self.scales, self.activation_format, self.asked_container
+        )
+
+    @property
+    def product(self) -> ContainerProduct | None:
+        """What multiplying the layer in its container means; None for block scaling, whose scales are in the sums."""
+        if self.scaling is not None:
+            return None
+        return container_product(self.scheme, self.in_features, CONTAINERS[self.container])
 
     @property
     def fp32_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from exporter.progress import Progress
 from exporter.quantize import QuantLinear, planned_linear
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser
+from plugins.container_product import ContainerProduct
 
 _LAYER_ROWS = 512
 
@@ -96,7 +97,7 @@ def _pooled_db(signal: Tensor, noise: Tensor, mask: Tensor) -> float:
 @dataclass(frozen=True)
 class LayerQuality:
     """What quantization costs one layer: SQNR in dB of its weight, and of its output on the original model's inputs
-    with weight and input quantized."""
+    with weight and input quantized. `product` says what its container makes of it, None for block scaling."""
 
     name: str
     shape: tuple[int, int]
@@ -107,17 +108,14 @@ class LayerQuality:
     container: str
     weight_sqnr_db: float
     output_sqnr_db: float
+    product: ContainerProduct | None
 
 
 @torch.no_grad()
-def layer_quality(
-    original: nn.Module,
-    quantized: nn.Module,
-    adapter: PixArtAdapter,
-    plan: Plan,
-    batches: Sequence[TransformerInputs],
-) -> tuple[LayerQuality, ...]:
-    """Measure every planned layer on token rows of the original model's own inputs, `batches` of the transformer."""
+def layer_rows(
+    original: nn.Module, adapter: PixArtAdapter, plan: Plan, batches: Sequence[TransformerInputs]
+) -> dict[str, Tensor]:
+    """Token rows [R, K] that reach every planned layer of the original model, given `batches` of its inputs."""
     names = [layer.name for layer in plan.layers]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     per_batch = max(1, _LAYER_ROWS // len(batches))
@@ -132,16 +130,24 @@ def layer_quality(
             hooks.callback(planned_linear(original, layer).register_forward_pre_hook(keep).remove)
         for batch in batches:
             adapter.forward(original, batch)
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+@torch.no_grad()
+def layer_quality(
+    original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
+) -> tuple[LayerQuality, ...]:
+    """Measure every planned layer on `rows` [R, K] of its inputs in the original model."""
     return tuple(_measure_layers(original, quantized, plan, rows))
 
 
 def _measure_layers(
-    original: nn.Module, quantized: nn.Module, plan: Plan, rows: dict[str, list[Tensor]]
+    original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
 ) -> Iterator[LayerQuality]:
     for layer in plan.layers:
         linear = planned_linear(original, layer)
         rounded = cast(QuantLinear, quantized.get_submodule(layer.name))
-        x = torch.cat(rows[layer.name])
+        x = rows[layer.name]
         yield LayerQuality(
             name=layer.name,
             shape=(layer.out_features, layer.in_features),
@@ -152,6 +158,7 @@ def _measure_layers(
             container=layer.container,
             weight_sqnr_db=_sqnr(linear.weight, rounded.weight),
             output_sqnr_db=_sqnr(linear(x), rounded(x)),
+            product=layer.product,
         )
 
 

@@ -108,7 +108,7 @@ class MethodSection(_Section):
     )
     beta_start: Annotated[float, Field(gt=0)] = 20.0
     beta_end: Annotated[float, Field(gt=0)] = 2.0
-    scale_search: Literal["absmax", "mse"] = "mse"
+    scale_search: Literal["absmax", "mse", "output"] = "output"
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 
     @model_validator(mode="after")

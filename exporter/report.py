@@ -10,11 +10,13 @@ from pathlib import Path
 import jinja2
 
 from exporter.charts import Chart, Series, line_chart
+from exporter.container_choice import accumulator_text, exact_text
 from exporter.files import write_text_atomically
 from exporter.gate.table import SNR_CEILING_DB, GateResult, grouped
 from exporter.images import SampleGrids
 from exporter.metrics import Metrics
 from exporter.quality import LayerQuality, NoiseSnr
+from exporter.scale_comparison import EVERY_CHANNEL, LayerScales
 
 _TEMPLATE = "report.html.j2"
 _KILO = 1000.0
@@ -44,6 +46,7 @@ class Report:
     gate: GateResult | None
     noise: NoiseSnr | None
     layers: tuple[LayerQuality, ...]
+    scales: tuple[LayerScales, ...]
     grids: SampleGrids | None
     high_precision: tuple[tuple[str, int], ...]
     parts: Mapping[str, int]
@@ -64,7 +67,9 @@ def render_report(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(db=decibels, size=file_size, seconds=duration)
+    environment.filters.update(
+        db=decibels, size=file_size, seconds=duration, accumulator=accumulator_text, exact=exact_text
+    )
     chart = noise_chart(report.noise) if report.noise is not None else None
     largest = max((layer.output_sqnr_db for layer in report.layers), default=1.0)
     return environment.get_template(_TEMPLATE).render(
@@ -74,6 +79,7 @@ def render_report(report: Report) -> str:
         chart=chart,
         groups=grouped(report.gate.rows) if report.gate is not None else [],
         largest_sqnr=max(largest, 1.0),
+        every_channel=EVERY_CHANNEL,
     )
 
 

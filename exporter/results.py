@@ -7,10 +7,20 @@ from pathlib import Path
 from exporter.evaluate import Evaluation
 from exporter.gate.table import GateResult
 from exporter.job import Job
-from exporter.metrics import ComputeFigures, Fidelity, Metrics, Quality, Size, installed_versions, write_metrics
+from exporter.metrics import (
+    ComputeFigures,
+    Fidelity,
+    LayerContainer,
+    Metrics,
+    Quality,
+    Size,
+    installed_versions,
+    write_metrics,
+)
 from exporter.ranges import Amax
 from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
+from exporter.scale_comparison import summarize
 from exporter.source import Source
 
 
@@ -37,6 +47,8 @@ def metrics_of(
         compute=ComputeFigures(job.recipe.compute, *((amax.value, amax.place) if amax else (None, None))),
         seconds=job.seconds,
         versions=installed_versions(),
+        layers=tuple(LayerContainer.of(layer) for layer in source.plan.layers),
+        scales=summarize(evaluation.scales),
     )
 
 
@@ -64,6 +76,7 @@ def write_results(
         gate=None if fidelity is None else fidelity[0],
         noise=evaluation.noise,
         layers=evaluation.layers,
+        scales=evaluation.scales,
         grids=evaluation.grids,
         high_precision=source.plan.high_precision,
         parts={

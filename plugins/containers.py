@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from plugins.formats import FORMATS, Format
+from plugins.formats import FORMATS, FloatFormat, Format
 
 MAX_MULTIPLIER = np.iinfo(np.uint8).max
 """Group multipliers are one byte each."""
@@ -42,8 +42,8 @@ class Container:
 
     @property
     def is_integer(self) -> bool:
-        """True for INT8, whose numbers are numerators; floats hold values."""
-        return self.dtype.kind == "i"
+        """True for INT8 and INT4, whose numbers are numerators; floats hold values."""
+        return self.smallest == 1.0
 
     def holds(self, numbers: npt.NDArray[np.float64]) -> bool:
         """True if every number is exactly one of the container's."""
@@ -52,19 +52,13 @@ class Container:
         return bool(np.array_equal(numbers.astype(self.dtype).astype(np.float64), numbers))
 
 
-@dataclass(frozen=True)
-class Exactness:
-    """Whether a product is exact in a container, and why."""
-
-    exact: bool
-    reason: str
-
-
 _E4M3 = FORMATS["e4m3"]
 _HALF, _SINGLE = np.finfo(np.float16), np.finfo(np.float32)
 _FP32_INTEGERS = 2 ** (_SINGLE.nmant + 1)
 
 INT8 = Container("int8", np.dtype(np.int8), TensorProto.INT8, float(np.iinfo(np.int8).max), 1.0, 2**31 - 1)
+# Weights only: they are decoded before they are multiplied, and sums are FP32's.
+INT4 = Container("int4", np.dtype(ml_dtypes.int4), TensorProto.INT4, 7.0, 1.0, _FP32_INTEGERS)
 FP8 = Container(
     "fp8", np.dtype(ml_dtypes.float8_e4m3fn), TensorProto.FLOAT8E4M3FN, _E4M3.max, _E4M3.step, _FP32_INTEGERS
 )
@@ -85,7 +79,7 @@ FP32 = Container(
     _FP32_INTEGERS,
 )
 
-CONTAINERS: Mapping[str, Container] = MappingProxyType({entry.name: entry for entry in (INT8, FP8, FP16, FP32)})
+CONTAINERS: Mapping[str, Container] = MappingProxyType({entry.name: entry for entry in (INT8, INT4, FP8, FP16, FP32)})
 """Every container by name."""
 
 
@@ -133,35 +127,19 @@ def multipliers(fmt: Format, container: Container) -> tuple[int, ...]:
     return tuple(m for m in range(1, MAX_MULTIPLIER + 1) if container.holds(numerators * m))
 
 
-def accumulator_bound(weight_fmt: Format, act_fmt: Format, k: int, max_multiplier: int = 1) -> int:
-    """Largest magnitude of a sum of k products of numerators, the weight's times a group multiplier."""
-    return weight_fmt.max_numerator * max_multiplier * act_fmt.max_numerator * k
+def rounds_alike(fmt: Format, container: Container) -> bool:
+    """True for formats with E4M3's mantissa in FP8: converting a scaled number to E4M3 rounds it as the format does."""
+    return container == FP8 and isinstance(fmt, FloatFormat) and fmt.mantissa_bits == _E4M3.mantissa_bits
 
 
-def exact_product(
-    weight_fmt: Format, act_fmt: Format | None, container: Container, k: int, max_multiplier: int = 1
-) -> Exactness:
-    """Whether k-long dot products of the two formats are exact in the container and its accumulator.
+def activation_factor(fmt: Format, container: Container) -> float | None:
+    """The power of two by which activations enter the container, None if no power of two makes them fit.
 
-    The accumulator is taken at its nominal width, INT32 or FP32; hardware that accumulates FP8 products with fewer
-    bits than FP32 (Hopper's tensor cores) is outside this statement.
+    `factor`'s, but a format that E4M3 rounds alike enters FP8 at the bottom: its smallest normal value becomes E4M3's.
     """
-    if act_fmt is None:
-        return Exactness(False, "the activations are not quantized, so products are rounded")
-    for fmt in (weight_fmt, act_fmt):
-        if not fits(fmt, container):
-            return Exactness(False, f"{fmt.name} has values that {container.name} does not hold")
-    largest = multipliers(weight_fmt, container)[-1]
-    if max_multiplier > largest:
-        return Exactness(
-            False, f"{weight_fmt.name} times {max_multiplier} overflows {container.name}; largest multiplier: {largest}"
-        )
-    bound = accumulator_bound(weight_fmt, act_fmt, k, max_multiplier)
-    if bound > container.accumulator_limit:
-        return Exactness(
-            False, f"sums of {k} products reach {bound}, past the accumulator's {container.accumulator_limit}"
-        )
-    return Exactness(True, f"sums of {k} products stay within {bound} ≤ {container.accumulator_limit}")
+    if rounds_alike(fmt, container):
+        return _E4M3.min_normal / fmt.min_normal
+    return factor(fmt, container)
 
 
 def _exponent(number: float) -> int:

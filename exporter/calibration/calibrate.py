@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.nearest import nearest_weight
+from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
@@ -37,13 +38,15 @@ def calibrate(
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
-    Scales are searched with the importance of the input channels on the calibration set; then the weights are
+    Scales are searched with what the layers' inputs are like on the calibration set; then the weights are
     rounded to nearest ("rtn"), or the roundings of each block are learned jointly ("fp4dit"), block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. The same seed gives
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    inputs = run.input_statistics(model, [layer.name for layer in plan.layers])
+    needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
+    largest_gram = LARGEST_GRAM if needs_gram else 0
+    inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
     weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
@@ -54,11 +57,7 @@ def calibrate(
 
 
 def _nearest(
-    model: nn.Module,
-    plan: Plan,
-    inputs: Mapping[str, InputStatistics],
-    method: MethodSection,
-    progress: Progress,
+    model: nn.Module, plan: Plan, inputs: Mapping[str, InputStatistics], method: MethodSection, progress: Progress
 ) -> dict[str, QuantizedWeight]:
     weights = {}
     with progress.task("scales", len(plan.layers)) as task:

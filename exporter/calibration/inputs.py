@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts
 
 BATCH = 32
+# Of a batch, for Gram matrices: enough to fill one of a few thousand columns over some batches.
+_GRAM_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,12 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """A layer's input over the calibration set: mean square per channel [K], and its largest magnitude."""
+    """A layer's input X over the calibration set: mean square per channel [K], its largest magnitude, and the Gram
+    matrix XᵀX [K, K] where one was made."""
 
     mean_square: Tensor
     amax: float
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,20 +84,40 @@ class CalibrationRun:
             for inputs in self.batches():
                 self.adapter.forward(model, inputs)
 
-    def input_statistics(self, model: nn.Module, layers: Iterable[str]) -> dict[str, InputStatistics]:
-        """Return what is known of every layer's input, in order of first execution."""
+    def input_statistics(
+        self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0
+    ) -> dict[str, InputStatistics]:
+        """Return what is known of every layer's input, in order of first execution.
+
+        Gram matrices are made for layers of at most `largest_gram` inputs, of the whole set where its batches are
+        small, otherwise of tokens spread evenly over each.
+        """
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         largest: dict[str, float] = {}
+        grams: dict[str, Tensor] = {}
+        # Layers that share an input, as q, k and v do, run one after the other and share the work.
+        shared: tuple[Tensor, Tensor] | None = None
 
         def add(name: str, x: Tensor) -> None:
+            nonlocal shared
             squares = x.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
             sums[name] = sums[name] + squares if name in sums else squares
             counts[name] = counts.get(name, 0) + x[..., 0].numel()
             largest[name] = max(largest.get(name, 0.0), float(x.abs().amax()))
+            if x.shape[-1] > largest_gram:
+                return
+            if shared is None or shared[0] is not x:
+                tokens = x.flatten(0, -2)
+                tokens = tokens[:: math.ceil(len(tokens) / _GRAM_TOKENS)]
+                shared = x, tokens.T @ tokens
+            grams[name] = grams[name] + shared[1] if name in grams else shared[1]
 
         self.through(model, [_watch(model, name, add) for name in layers])
-        return {name: InputStatistics((total / counts[name]).float(), largest[name]) for name, total in sums.items()}
+        return {
+            name: InputStatistics((total / counts[name]).float(), largest[name], grams.get(name))
+            for name, total in sums.items()
+        }
 
     def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
         """Return the inputs [M, ..., K] of one linear layer."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.inputs import InputStatistics
-from exporter.calibration.scales import ScaleSearch, choose_scales
+from exporter.calibration.output_error import WeightSearch, search_scales
 from exporter.plan import LayerPlan
 from exporter.quantize import QuantizedWeight, round_to_nearest
 from plugins.block_scales import BlockScaling
@@ -14,17 +14,20 @@ from plugins.formats import get_format
 
 
 def nearest_weight(
-    weight: Tensor, layer: LayerPlan, inputs: InputStatistics | None, search: ScaleSearch
+    weight: Tensor, layer: LayerPlan, inputs: InputStatistics | None, search: WeightSearch
 ) -> QuantizedWeight:
-    """Quantize `weight` [N, K] as `layer` says, with what calibration saw of its input, if it did."""
+    """Quantize `weight` [N, K] as `layer` says, with what calibration saw of its input, if it did.
+
+    "output" goes by the inputs' Gram matrix. Without one, and for block scaling, it is "mse", which weighs all input
+    channels alike where no inputs were seen.
+    """
     fmt = get_format(layer.weight_format)
-    importance = None if inputs is None else inputs.mean_square
     if layer.scaling is not None:
-        scales = choose_block_scales(weight, layer.scaling, search, importance)
+        importance = None if inputs is None else inputs.mean_square
+        scales = choose_block_scales(weight, layer.scaling, "absmax" if search == "absmax" else "mse", importance)
         return round_to_nearest(weight, scales, fmt, _input_scale(layer.scaling, inputs))
     multipliers = layer.multipliers if layer.scales == "foldable" else ()
-    scales = choose_scales(weight, fmt, layer.group_size, search, importance, multipliers)
-    return round_to_nearest(weight, scales, fmt)
+    return round_to_nearest(weight, search_scales(weight, fmt, layer.group_size, search, inputs, multipliers), fmt)
 
 
 def _input_scale(scaling: BlockScaling, inputs: InputStatistics | None) -> Tensor | None:

@@ -77,6 +77,13 @@ def choose_scales(
     return torch.cat(chosen)
 
 
+def channel_bits(multipliers: Sequence[int]) -> int:
+    """How many significand bits a channel scale s may have: s and m share float32's 24, so that neither s·m nor
+    (s·m)/m rounds."""
+    widest = max((multiplier // (multiplier & -multiplier)).bit_length() for multiplier in multipliers)
+    return min(SIGNIFICAND_BITS, FLOAT32_SIGNIFICAND_BITS - widest)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep small operations on one core: threads would spend their time waiting for each other."""
@@ -148,9 +155,7 @@ def _fold(error: RoundingError, absmax: Tensor, allowed: tuple[int, ...]) -> Ten
 
     Every group's error is tabulated over a range of scales, and all pairs of s and m are judged by the tables.
     """
-    # A scale and its multiplier share float32's 24 bits, so that neither s·m nor (s·m)/m rounds.
-    widest = max((multiplier // (multiplier & -multiplier)).bit_length() for multiplier in allowed)
-    bits = min(SIGNIFICAND_BITS, FLOAT32_SIGNIFICAND_BITS - widest)
+    bits = channel_bits(allowed)
     steps = torch.tensor(allowed, dtype=torch.float32, device=absmax.device)
     table = _error_table(error, absmax)
     # From the channel scale whose largest multiplier gives the row's absmax to the one whose smallest does.

@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.container_choice import choose_container
+from exporter.container_choice import choose_container, container_product
 from exporter.errors import InputError
 from exporter.passes.surgery import array_of, variant_of
 from exporter.presets import LayerScheme
 from exporter.recipe import Scales
 from exporter.targets import Target
-from plugins.containers import CONTAINERS, multipliers
+from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
-from plugins.formats import get_format
 from plugins.op import Gemm
 
 
@@ -31,7 +30,7 @@ def choose_containers(graph: gs.Graph, target: Target) -> int:
         asked = node.attrs["container"] or AUTO_CONTAINER
         scheme = LayerScheme(gemm.weight_format, gemm.group_size, scales_of(gemm), gemm.activation_format, asked)
         container = choose_container(node.attrs["layer"], scheme, gemm.count, target)
-        _check_multipliers(node, gemm, container, target)
+        _check_multipliers(node, gemm, scheme, container, target)
         changed += node.attrs["container"] != container
         node.attrs["container"] = container
     return changed
@@ -46,13 +45,15 @@ def scales_of(gemm: Gemm) -> Scales:
     return "group" if gemm.has_group_scales else "channel"
 
 
-def _check_multipliers(node: gs.Node, gemm: Gemm, container: str, target: Target) -> None:
+def _check_multipliers(node: gs.Node, gemm: Gemm, scheme: LayerScheme, container: str, target: Target) -> None:
     if not gemm.has_multipliers or container not in CONTAINERS:
         return
     factors = array_of(node.inputs[gemm.input_names.index("multipliers")])
-    allowed = multipliers(get_format(gemm.weight_format), CONTAINERS[container])
-    wrong = [] if factors is None else sorted({int(m) for m in np.unique(factors)} - set(allowed))
-    if wrong and container != "fp32":
+    if factors is None:
+        return
+    found = tuple(int(multiplier) for multiplier in np.unique(factors))
+    wrong = container_product(scheme, gemm.count, CONTAINERS[container], found).unheld_multipliers
+    if wrong:
         raise InputError(
             f"{node.attrs['layer']}: its group scales are {wrong[0]} times the channel's, which {gemm.weight_format} "
             f"in {container} (target {target.name}) does not hold; calibrate for this target, or use `scales: channel`"

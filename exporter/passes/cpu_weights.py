@@ -52,10 +52,18 @@ def append_integer_weight(
     return _append_whole(body, layer, weight)
 
 
+def append_unscaled_weight(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:
+    """Values times multipliers, f32 [K, N]: what exact sums are made of."""
+    weight = _append_values(body, layer, tensors, splicer)
+    if layer.multipliers is None:
+        return weight
+    steps = body.op("Cast", _multipliers(layer, tensors), to=TensorProto.FLOAT)
+    return _append_whole(body, layer, body.op("Mul", weight, steps))
+
+
 def append_float_weight(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:
     """Values times scales, f32 [K, N]; exact while the scales keep to 20 bits."""
-    codes = _append_codes(body, layer, tensors, splicer)
-    weight = body.op("Gather", body.constant(layer.format.values), codes, axis=0)
+    weight = _append_values(body, layer, tensors, splicer)
     scales = f"{layer.name}.weight_scales"
     grouped = layer.weight_scales.shape[1] > 1
     tensors[scales] = gs.Constant(
@@ -66,6 +74,11 @@ def append_float_weight(body: Body, layer: Layer, tensors: dict[str, gs.Tensor],
     if layer.multipliers is not None:
         scales = body.op("Mul", scales, body.op("Cast", _multipliers(layer, tensors), to=TensorProto.FLOAT))
     return _append_whole(body, layer, body.op("Mul", weight, scales))
+
+
+def _append_values(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:
+    codes = _append_codes(body, layer, tensors, splicer)
+    return body.op("Gather", body.constant(layer.format.values), codes, axis=0)
 
 
 def _append_codes(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:

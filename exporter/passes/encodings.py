@@ -8,34 +8,22 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from plugins.containers import FP8, factor
-from plugins.formats import FORMATS, FloatFormat, Format
+from plugins.containers import CONTAINERS, activation_factor
+from plugins.formats import Format
 
 ENCODINGS = ("float32", "uint8", "int8", "fp8")
-
-_E4M3 = FORMATS["e4m3"]
-
-
-def rounds_in_fp8(fmt: Format) -> bool:
-    """True for formats with E4M3's mantissa: a conversion to E4M3 of a scaled number rounds it as the format does."""
-    return isinstance(fmt, FloatFormat) and isinstance(_E4M3, FloatFormat) and fmt.mantissa_bits == _E4M3.mantissa_bits
 
 
 def unit_of(fmt: Format, container: str) -> float:
     """The power of two by which a number of the container is multiplied to get the format's value.
 
-    int8 holds numerators. fp8 holds the values themselves, or a power of two of them: formats that E4M3 rounds like
-    lie at its bottom, so that their smallest normal number is its smallest normal number. fp32 holds values.
+    The types of block scaling hold values. Raises ValueError where the container does not hold the format.
     """
-    if container == "int8":
-        return fmt.step
-    if container != "fp8":
+    if container not in CONTAINERS:
         return 1.0
-    if isinstance(fmt, FloatFormat) and isinstance(_E4M3, FloatFormat) and rounds_in_fp8(fmt):
-        return fmt.min_normal / _E4M3.min_normal
-    into = factor(fmt, FP8)
+    into = activation_factor(fmt, CONTAINERS[container])
     if into is None:
-        raise ValueError(f"{fmt.name} values do not fit fp8")
+        raise ValueError(f"{fmt.name} values do not fit {container}")
     return 1 / into
 
 

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from exporter.passes.cpu_quantizer import append_numerators, zero_point
-from exporter.passes.cpu_weights import append_float_weight, append_integer_weight
+from exporter.passes.cpu_weights import append_float_weight, append_integer_weight, append_unscaled_weight
 from exporter.passes.lowering import Activation, Layer, Quantizer, append_epilogue, lower
 from exporter.passes.surgery import Splicer
 from exporter.targets import Target
@@ -25,7 +25,8 @@ def lower_to_cpu(graph: gs.Graph, target: Target) -> int:
 
     int8: x → uint8 numerators → MatMulInteger with int8 weights → ·weight scale ·token scale + bias, the sum exact.
     fp32: x → grid values → MatMul with float weights → ·token scale + bias; a weight-only layer multiplies x itself,
-    and block scaling multiplies the values with their scales first.
+    and block scaling multiplies the values with their scales first. Where FP32 sums are exact, weights stay unscaled
+    until after the sum.
     Weights of 4 bits stay 4 bits in the file and are expanded when the runtime loads it. "<layer>.values" becomes the
     uint8 tensor, with the format's largest numerator as zero point.
     """
@@ -82,6 +83,10 @@ def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer, *, 
         sums = body.op("MatMulInteger", "x", weight, zero_point(body, get_format(layer.gemm.activation_format)))
         product = body.op("Cast", sums, to=TensorProto.FLOAT)
         factors = [body.op("Mul", "one", "row_scales"), *factors]
+    elif layer.product is not None and layer.product.exact:
+        tensors["row_scales"] = gs.Constant(f"{layer.name}.row_scales", layer.weight_scales[:, 0])
+        product = body.op("MatMul", "x", append_unscaled_weight(body, layer, tensors, splicer))
+        factors = ["row_scales", *factors]
     else:
         product = body.op("MatMul", "x", append_float_weight(body, layer, tensors, splicer))
     append_epilogue(body, product, factors, has_bias=layer.bias is not None)

@@ -10,13 +10,13 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from exporter.errors import InputError
-from exporter.passes.encodings import rounds_in_fp8, unit_of
+from exporter.passes.encodings import unit_of
 from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
 from exporter.passes.lowering import Activation, Layer, Quantizer, lower
 from exporter.passes.surgery import Splicer, low_bit_constant
 from exporter.targets import Target
 from plugins.body import Body
-from plugins.containers import FP8, factor
+from plugins.containers import CONTAINERS, FP8, rounds_alike
 from plugins.float_quantize.reference import TINY
 from plugins.formats import FloatFormat, Format
 
@@ -45,7 +45,7 @@ def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Ac
     amax = body.op("ReduceMax", body.op("Abs", "x"), body.ints(-1), keepdims=1)
     body.op("Div", body.op("Max", amax, body.float(TINY)), body.float(fmt.max / unit), output="scales")
     t = body.op("Div", "x", "scales")
-    if not (rounds_in_fp8(fmt) if container == "fp8" else fmt.is_uniform):
+    if not (rounds_alike(fmt, CONTAINERS[container]) or (container == "int8" and fmt.is_uniform)):
         t = _append_rounding(body, t, fmt, unit)
     body.op("QuantizeLinear", t, body.float(1.0), "zero", output="values")
     numbers = body.op("DequantizeLinear", "values", body.float(1.0), "zero")
@@ -127,8 +127,8 @@ def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
         return low_bit_constant(name, _exactly(numbers, np.dtype(np.int8)), TensorProto.INT4), _contiguous(scales.T)
     if layer.container == "int8":
         return gs.Constant(name, _exactly(numbers, np.dtype(np.int8))), _contiguous(scales[:, 0])
-    largest = 1 if layer.multipliers is None else int(layer.multipliers.max())
-    into = factor(layer.format, FP8, largest) or 1.0
+    product = layer.product
+    into = (product.weight_factor if product else None) or 1.0
     bits = _exactly(numbers * (into * layer.format.step), FP8.dtype).view(np.uint8)
     scales = layer.weight_scales[:, 0] / np.float32(into)
     return low_bit_constant(name, bits, TensorProto.FLOAT8E4M3FN), _contiguous(scales)

@@ -13,6 +13,8 @@ import onnx_graphsurgeon as gs
 from exporter.passes.surgery import Splicer, array_of, is_output, online_quantizer, variant_of
 from plugins.block_scales import BlockScaling
 from plugins.body import Body
+from plugins.container_product import ContainerProduct
+from plugins.containers import CONTAINERS
 from plugins.formats import Format, get_format
 from plugins.op import Gemm, QuantizeBlocks
 from plugins.packing import unpack
@@ -67,6 +69,22 @@ class Layer:
     def format(self) -> Format:
         """The weight format."""
         return get_format(self.gemm.weight_format)
+
+    @property
+    def product(self) -> ContainerProduct | None:
+        """What the layer's product in its container is, with the multipliers that it has; None for block scaling."""
+        if self.gemm.scaling is not None:
+            return None
+        quantized = self.gemm.quantizes_activations
+        found = (1,) if self.multipliers is None else tuple(int(entry) for entry in np.unique(self.multipliers))
+        return ContainerProduct(
+            weight_format=self.format,
+            activation_format=get_format(self.gemm.activation_format) if quantized else None,
+            container=CONTAINERS[self.container],
+            k=self.gemm.count,
+            multipliers=found,
+            free_groups=self.gemm.has_group_scales,
+        )
 
     def codes(self) -> npt.NDArray[np.uint8]:
         """The weight's codes [N, K]."""

@@ -90,7 +90,12 @@ def test_a_refusal_names_the_layer_the_reason_and_targets_that_work(
 
 
 def test_sums_too_long_for_the_accumulator_do_not_use_integers() -> None:
-    assert choose_container("layer", W4A6, 2**20, TARGETS["cpu"]) == "fp32"
+    longest = (2**31 - 1) // (12 * 10 * 60)
+    for target, beyond in (("cpu", "fp32"), ("rtx-sm89", "fp8")):
+        assert choose_container("layer", W4A6, longest, TARGETS[target]) == "int8"
+        assert choose_container("layer", W4A6, longest + 1, TARGETS[target]) == beyond
+    with pytest.raises(InputError, match=rf"sums of {longest + 1} reach .* past the accumulator's 2147483647"):
+        choose_container("layer", W4A6, longest + 1, TARGETS["rtx-sm86"])
 
 
 @pytest.mark.parametrize("container", ["int8", "fp8"])

@@ -78,6 +78,8 @@ def test_everything_is_printed_and_nothing_written(config_only: Path, tmp_path: 
         "foldable",
         "e2m3",
         "int8",
+        "25.0 of 31",
+        "int8: e3m0 weights, e2m3 activations: exact: sums of 1152 products stay within 4423680",
         "caption_projection.linear_1",
         "in FP32",
         "warning: ",
@@ -101,3 +103,17 @@ def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Pat
     file.write_text(json.dumps({**PIXART, "_class_name": "UNet2DModel"}))
     with pytest.raises(InputError, match=r"config\.json: _class_name is 'UNet2DModel'.*supported: pixart"):
         described("pixart_alpha_w4a6", config_only, tmp_path / "out.onnx")
+
+
+def test_block_scaling_states_no_exactness(config_only: Path) -> None:
+    description = described(
+        "pixart_alpha_w4a6",
+        config_only,
+        config_only.parent / "out.plan",
+        "preset=nvfp4",
+        "layers=[]",
+        target="rtx-sm120",
+    )
+    row = next(line for line in printed(description).splitlines() if "transformer_blocks.0.attn1.to_q" in line)
+    assert row.count("–") == 2
+    assert "exact:" not in printed(description)

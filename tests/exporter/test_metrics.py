@@ -14,6 +14,7 @@ from exporter.errors import InputError
 from exporter.gate.table import GateResult, GateRow
 from exporter.metrics import (
     Fidelity,
+    LayerContainer,
     Metrics,
     Quality,
     Size,
@@ -23,7 +24,9 @@ from exporter.metrics import (
     read_metrics,
     write_metrics,
 )
+from exporter.plan import LayerPlan
 
+LAYER = LayerPlan("blocks.0.to_q", 256, 128, True, "e2m1", "e2m3", 32, "foldable", "int8")
 GATE = GateResult(
     (
         GateRow("lowered", "linear", "a", 200.0, 100.0, passed=True, code_mismatches=1, explained=1, code_count=4),
@@ -43,6 +46,11 @@ def metrics() -> Metrics:
         quality=Quality(27.0, 20.0, 0.99, 0.98),
         seconds={"load": 0.123456, "calibrate": 100.0},
         versions=installed_versions(),
+        layers=(
+            LayerContainer.of(LAYER),
+            LayerContainer.of(replace(LAYER, activation_format="none", container="fp32")),
+            LayerContainer.of(replace(LAYER, activation_format="e2m1", group_size=16, scales="nvfp4", container="fp4")),
+        ),
     )
 
 
@@ -66,6 +74,24 @@ def test_written_and_read(metrics: Metrics, tmp_path: Path) -> None:
     assert document["seconds"] == {"load": 0.123, "calibrate": 100.0}
     assert {"python", "torch", "onnx", "onnxruntime"} <= document["versions"].keys()
     assert metrics.size.ratio == 0.2
+    integers, floats, blocks = document["layers"]
+    assert blocks == {
+        "layer": "blocks.0.to_q",
+        "container": "fp4",
+        "exact": None,
+        "accumulator_bound": None,
+        "accumulator_limit": None,
+        "reason": None,
+    }
+    assert integers == {
+        "layer": "blocks.0.to_q",
+        "container": "int8",
+        "exact": True,
+        "accumulator_bound": 12 * 10 * 60 * 128,
+        "accumulator_limit": 2**31 - 1,
+        "reason": "sums of 128 products stay within 921600 ≤ 2147483647",
+    }
+    assert (floats["exact"], floats["accumulator_bound"]) == (False, None)
 
 
 def test_skipped_parts_are_null(metrics: Metrics) -> None:

@@ -19,7 +19,7 @@ from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
-from exporter.quality import class_accuracy, layer_quality, noise_prediction_snr
+from exporter.quality import class_accuracy, layer_quality, layer_rows, noise_prediction_snr
 from exporter.quantize import quantize_model, round_to_nearest
 from plugins.formats import get_format
 
@@ -105,7 +105,8 @@ def test_layers_are_measured_on_the_original_models_inputs() -> None:
     plan = Plan(tuple(layers), (), 0, 0)
     adapter = PixArtAdapter()
     batches = [adapter.example_inputs(model, batch=2, tokens=3)]
-    fine, coarse = layer_quality(model, quantize_model(model, plan, weights), adapter, plan, batches)
+    rows = layer_rows(model, adapter, plan, batches)
+    fine, coarse = layer_quality(model, quantize_model(model, plan, weights), plan, rows)
     assert (fine.name, fine.shape, fine.weight_format) == ("transformer_blocks.0.attn1.to_q", (32, 32), "int8")
     assert 40 < fine.weight_sqnr_db < 60
     assert 35 < fine.output_sqnr_db < fine.weight_sqnr_db

@@ -13,12 +13,20 @@ import torch
 from exporter.gate.table import GateResult, GateRow
 from exporter.images import sample_grids
 from exporter.metrics import Fidelity, Metrics, Quality, Size
+from exporter.plan import LayerPlan
 from exporter.quality import LayerQuality, NoiseSnr, StepSnr
 from exporter.report import Report, duration, file_size, render_report, tiles, write_report
+from exporter.scale_comparison import LayerScales, ScaleKind, summarize
 
 ROWS = (
     GateRow("exported", "linear", "blocks.0.to_q", 131.0, 100.0, passed=True, code_count=14336),
     GateRow("lowered", "end_to_end", "sample", 61.0, 40.0, passed=True),
+)
+LAYER = LayerPlan("blocks.0.to_q", 256, 128, True, "e2m1", "e2m3", 32, "foldable", "int8")
+KINDS = (
+    ScaleKind("channel", 17.31, 20_100, "int8", True),
+    ScaleKind("group", 18.62, 24_200, "fp32", False),
+    ScaleKind("foldable", 18.53, 21_300, "int8", True),
 )
 FAILED = GateRow("lowered", "linear", "blocks.0.to_q", 40.0, 100.0, passed=False, detail="output channel 3 of 9")
 
@@ -37,10 +45,16 @@ def report() -> Report:
             quality=Quality(27.31, 19.04, 0.994, 0.991),
             seconds={"calibrate": 143.2},
             versions={"torch": "2.13.0"},
+            scales=summarize((LayerScales("blocks.0.to_q", "foldable", KINDS),)),
         ),
         gate=gate,
         noise=NoiseSnr(tuple(StepSnr(step, 999.0 - step, 20.0 + step, 21.0, 19.0) for step in range(5))),
-        layers=(LayerQuality("blocks.0.to_q", (256, 128), "e2m1", "e2m3", 32, "foldable", "int8", 18.25, 24.75),),
+        layers=(
+            LayerQuality(
+                "blocks.0.to_q", (256, 128), "e2m1", "e2m3", 32, "foldable", "int8", 18.25, 24.75, LAYER.product
+            ),
+        ),
+        scales=(LayerScales("blocks.0.to_q", "foldable", KINDS),),
         grids=sample_grids(samples, samples),
         high_precision=(("proj_out", 1234567),),
         parts={"the graph": 1_000_000},
@@ -87,9 +101,29 @@ def test_everything_measured_is_shown(report: Report) -> None:
     text = Page(render_report(report)).text
     for shown in ("20.0 %", "27.3 dB", "worst step 19.0 dB", "99.1 %", "original 99.4 %", "passed"):
         assert shown in text
-    for shown in ("blocks.0.to_q", "foldable, 32", "18.2", "24.8", "256 × 128", "1,234,567", "0 of 14,336"):
+    for shown in (
+        "blocks.0.to_q",
+        "foldable, 32",
+        "19.8 of 31",
+        "18.2",
+        "24.8",
+        "256 × 128",
+        "1,234,567",
+        "0 of 14,336",
+    ):
         assert shown in text
-    for shown in ("polygraphy run a.onnx", "run here", "2 min 23 s", "2.13.0", "preset: w4a6", "with prompt"):
+    for shown in (
+        "polygraphy run a.onnx",
+        "run here",
+        "2 min 23 s",
+        "2.13.0",
+        "foldable, chosen",
+        "18.5",
+        "24.2 kB",
+        "int8, exact",
+        "preset: w4a6",
+        "with prompt",
+    ):
         assert shown in text
 
 
@@ -116,6 +150,7 @@ def test_skipped_parts_leave_the_page_whole(report: Report) -> None:
         gate=None,
         noise=None,
         layers=(),
+        scales=(),
         grids=None,
         high_precision=(),
         parts={},
@@ -142,3 +177,9 @@ def test_file_size(count: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (143.2, "2 min 23 s")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_block_scaling_shows_dashes_for_exactness(report: Report) -> None:
+    blocks = replace(report.layers[0], scales="nvfp4", container="fp4", product=None)
+    page = render_report(replace(report, layers=(blocks,)))
+    assert page.count("–</td>") == 2

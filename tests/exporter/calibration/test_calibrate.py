@@ -16,6 +16,7 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
+from exporter.passes.fold import fold_rows
 from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
@@ -23,8 +24,9 @@ from exporter.recipe import MethodSection
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
 
-RTN = MethodSection(name="rtn")
-LEARNED = MethodSection(iterations=60, batch_size=8, learning_rate=0.02)
+# On scales that suit rounding to nearest, so few iterations of a random model cannot beat it.
+RTN = MethodSection(name="rtn", scale_search="mse")
+LEARNED = MethodSection(scale_search="mse", iterations=60, batch_size=8, learning_rate=0.02)
 
 Planner = Callable[..., Plan]
 Calibrator = Callable[..., CalibrationResult]
@@ -174,6 +176,18 @@ def test_searched_scales_help_at_the_output(
         for search in ("absmax", "mse")
     ]
     assert errors[1] < errors[0]
+
+
+def test_searching_by_output_keeps_scales_foldable_and_changes_them(run: Calibrator, plan_for: Planner) -> None:
+    plan = plan_for()
+    by_weight, by_output = (
+        run(plan, RTN.model_copy(update={"scale_search": search})).weights for search in ("mse", "output")
+    )
+    for layer in plan.layers:
+        scales = by_output[layer.name].scales
+        assert not torch.equal(scales, by_weight[layer.name].scales)
+        if layer.scales == "foldable":
+            assert fold_rows(scales.numpy(), layer.multipliers) is not None
 
 
 def test_a_block_that_rounds_without_error_is_left_alone(

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from exporter.passes.encodings import decode, rounds_in_fp8, unit_of
-from plugins.containers import CONTAINERS, fits
+from exporter.passes.encodings import decode, unit_of
+from plugins.containers import CONTAINERS, FP8, fits, rounds_alike
 from plugins.formats import ACTIVATION_FORMATS, get_format
 
 HELD = [
@@ -33,7 +33,7 @@ def test_every_value_is_a_number_of_the_container_times_the_unit(name: str, cont
 
 def test_conversion_to_e4m3_rounds_e2m3() -> None:
     fmt = get_format("e2m3")
-    assert rounds_in_fp8(fmt)
+    assert rounds_alike(fmt, FP8)
     assert unit_of(fmt, "fp8") == 64
     x = np.random.default_rng(0).uniform(-fmt.max, fmt.max, 200_000).astype(np.float32)
     numbers = (x / np.float32(64)).astype(ml_dtypes.float8_e4m3fn)
