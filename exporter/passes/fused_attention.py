@@ -46,7 +46,7 @@ def fuse_attention(graph: gs.Graph, target: Target) -> int:
     """
     if target.engine != "onnxruntime":
         return 0
-    masks: dict[int, gs.Tensor] = {}
+    masks: dict[tuple[int, int], gs.Tensor] = {}
     fused = 0
     for softmax in [node for node in graph.nodes if node.op == "Softmax"]:
         attention = _match(graph, softmax)
@@ -72,7 +72,18 @@ def _match(graph: gs.Graph, softmax: gs.Node) -> _Attention | None:
     if query is None or key is None or value is None or last is None or softmax.attrs.get("axis", -1) not in (-1, 3):
         return None
     same_heads = query.heads == key.heads == value.heads and query.width == key.width
-    if not same_heads or key.tokens != value.tokens or value.factor != 1 or not _is_row(mask, key.tokens):
+    # A product broadcasts a batch of one, the operator does not; batches of unknown size go by many names.
+    batches = {
+        size if isinstance(size, int) else None for size in (part.whole.shape[0] for part in (query, key, value))
+    }
+    same_batch = len(batches) == 1
+    if (
+        not same_heads
+        or not same_batch
+        or key.tokens != value.tokens
+        or value.factor != 1
+        or not _is_row(mask, key.tokens)
+    ):
         return None
     return _Attention(query, key, value, mask, last)
 
@@ -125,7 +136,7 @@ def _last(graph: gs.Graph, weighted: gs.Node) -> gs.Node | None:
     return merged if sizes.tolist()[1:] == [before[1], before[2] * before[3]] else None
 
 
-def _replace(graph: gs.Graph, found: _Attention, masks: dict[int, gs.Tensor]) -> None:
+def _replace(graph: gs.Graph, found: _Attention, masks: dict[tuple[int, int], gs.Tensor]) -> None:
     result = found.last.outputs[0]
     found.last.outputs.clear()
     inputs = [found.query.whole, found.key.whole, found.value.whole]
@@ -138,11 +149,12 @@ def _replace(graph: gs.Graph, found: _Attention, masks: dict[int, gs.Tensor]) ->
     graph.nodes.append(node)
 
 
-def _widened(graph: gs.Graph, mask: gs.Tensor, queries: int, masks: dict[int, gs.Tensor]) -> gs.Tensor:
-    """The mask with a row for every query, which the operator asks for; one per mask."""
-    if id(mask) not in masks:
-        wide = gs.Variable(f"{mask.name}.wide", mask.dtype)
+def _widened(graph: gs.Graph, mask: gs.Tensor, queries: int, masks: dict[tuple[int, int], gs.Tensor]) -> gs.Tensor:
+    """The mask with a row for every query, which the operator asks for; one per mask and number of queries."""
+    key = id(mask), queries
+    if key not in masks:
+        wide = gs.Variable(f"{mask.name}.wide{queries}", mask.dtype)
         shape = gs.Constant(f"{wide.name}.shape", np.array([1, 1, queries, 1], np.int64))
         graph.nodes.append(gs.Node("Expand", wide.name, {}, [mask, shape], [wide]))
-        masks[id(mask)] = wide
-    return masks[id(mask)]
+        masks[key] = wide
+    return masks[key]

@@ -30,6 +30,7 @@ class Case:
     output_permutation: tuple[int, ...] = (0, 2, 1, 3)
     axis: int = -1
     show: str | None = None
+    key_batch: str | int = "b"
 
 
 def _model(case: Case) -> onnx.ModelProto:
@@ -61,7 +62,8 @@ def _model(case: Case) -> onnx.ModelProto:
     turned = node("Transpose", values, output="turned", perm=case.output_permutation)
     node("Reshape", turned, constant("merged", np.array([-1, case.queries, FEATURES], np.int64)), output="y")
     sizes = {"q": case.queries, "k": case.keys, "v": case.keys}
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", t, FEATURES]) for n, t in sizes.items()]
+    batches = {"q": "b", "k": case.key_batch, "v": case.key_batch}
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batches[n], t, FEATURES]) for n, t in sizes.items()]
     if case.mask_rows is not None:
         inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["b", 1, case.mask_rows, case.keys]))
     ranks = {"y": 3, case.show: 4}
@@ -104,6 +106,7 @@ def test_the_operator_computes_what_the_nodes_did(case: Case, batch: int) -> Non
         Case(key_permutation=(0, 2, 1, 3)),
         Case(output_permutation=(0, 1, 2, 3), queries=HEADS, keys=HEADS),
         Case(axis=2),
+        Case(key_batch=1),
         Case(show="weights"),
         Case(show="scores"),
         Case(show="turned"),
@@ -113,6 +116,7 @@ def test_the_operator_computes_what_the_nodes_did(case: Case, batch: int) -> Non
         "keys not turned",
         "heads not merged",
         "other axis",
+        "keys of one batch",
         "weights",
         "scores",
         "turned",
@@ -145,6 +149,23 @@ def test_blocks_share_the_widened_mask() -> None:
     fused, (result,) = run_passes(one, (fuse_attention,), CPU)
     assert result.changed == 2
     assert [node.op_type for node in fused.graph.node].count("Expand") == 1
+
+
+def test_attentions_with_other_numbers_of_queries_have_masks_of_their_own() -> None:
+    cases = (Case(queries=7, keys=5, mask_rows=1), Case(queries=3, keys=5, mask_rows=1))
+    one, other = (_model(case) for case in cases)
+    prefixed = onnx.compose.add_prefix(other, "second.", rename_inputs=True)
+    for node in prefixed.graph.node:
+        node.input[:] = ["mask" if name == "second.mask" else name for name in node.input]
+    one.graph.node.extend(prefixed.graph.node)
+    one.graph.initializer.extend(prefixed.graph.initializer)
+    one.graph.input.extend(value for value in prefixed.graph.input if value.name != "second.mask")
+    one.graph.output.extend(prefixed.graph.output)
+    fused, (result,) = run_passes(one, (fuse_attention,), CPU)
+    feeds = _feeds(cases[0]) | {f"second.{n}": a for n, a in _feeds(cases[1]).items() if n != "mask"}
+    expected, found = (OnnxSession(model).run(feeds) for model in (one, fused))
+    assert result.changed == 2
+    assert all(np.abs(found[name] - expected[name]).max() < 1e-6 for name in ("y", "second.y"))
 
 
 def test_types_behind_the_operator_stay_known() -> None:
