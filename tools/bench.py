@@ -34,7 +34,7 @@ _BATCH, _TOKENS = 2, 1024
 
 @click.command(help=__doc__)
 @click.option("--blocks", type=click.IntRange(1, BLOCKS), default=BLOCKS, show_default=True, help="Transformer blocks.")
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Rounds of timing.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Rounds of timing.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs", help="Folder of benchmarks.md.")
 def main(blocks: int, rounds: int, output: Path) -> None:
     """Measure and write the page."""

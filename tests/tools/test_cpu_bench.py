@@ -108,6 +108,14 @@ def test_the_page_states_ratios_to_fp32() -> None:
     assert "| W4A6 | 42.0 dB | 29.0 dB | +12.0 dB |" in text
 
 
+def test_a_missed_aim_is_called_missed() -> None:
+    lines = [line for line in markdown(_page()).splitlines() if "| met |" in line or "| **missed** |" in line]
+    assert len(lines) == 10
+    assert f"| {OURS[0]} at least 2.0 × FP32 | 4.00 | met |" in lines
+    assert f"| {OURS[1]} at least 8 dB closer to FP32 than {DYNAMIC}, this model | 0.00 | **missed** |" in lines
+    assert f"| {OURS[0]} file at most 0.17 of FP32 | 0.250 | **missed** |" in lines
+
+
 def test_the_picture_is_the_same_every_time(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         draw(_page(), tmp_path / name)

@@ -15,6 +15,7 @@ from onnx import inliner
 from torch import nn
 
 from exporter.calibration.scales import choose_scales
+from exporter.files import atomic_path
 from exporter.models.pixart import PixArtAdapter
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.driver import Pass
@@ -25,10 +26,12 @@ from exporter.quantize import QuantizedWeight, quantize_model, round_to_nearest
 from exporter.recipe import Recipe, Storage
 from exporter.targets import TARGETS
 from exporter.to_onnx import OPSET, to_onnx
+from exporter.workdir import program_identity
 from plugins.formats import get_format
 from tools.cpu_bench.model import CAPTION_TOKENS
 
 CPU = TARGETS["cpu"]
+_KEY_DIGITS = 12
 FP32, FP32_FUSED, DYNAMIC = "FP32", "FP32, attention fused", "quantize_dynamic INT8"
 
 
@@ -49,9 +52,18 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 )
 
 
+W4 = tuple(VARIANTS)[:2]
+"""The two that the aims of the CPU path speak of."""
+
+
 def make_graphs(model: Callable[[], nn.Module], folder: Path, progress: Progress) -> dict[str, Path]:
-    """Name → ONNX file in `folder`; files that are there are used as they are. `model` makes the transformer."""
-    paths = {name: folder / f"{index}.onnx" for index, name in enumerate((FP32, FP32_FUSED, DYNAMIC, *VARIANTS))}
+    """Name → ONNX file in `folder`; those that this very source made before are used as they are.
+
+    `model` makes the transformer.
+    """
+    key = program_identity()[:_KEY_DIGITS]
+    names = (FP32, FP32_FUSED, DYNAMIC, *VARIANTS)
+    paths = {name: folder / f"{index}.{key}.onnx" for index, name in enumerate(names)}
     missing = [name for name, path in paths.items() if not path.is_file()]
     with progress.task("graphs", len(missing)) as task:
         for name in missing:
@@ -123,7 +135,8 @@ def _export_quantized(model: nn.Module, variant: Variant, path: Path, progress: 
     to_onnx(quantized, adapter, adapter.example_inputs(quantized, batch=2, tokens=CAPTION_TOKENS), traced)
     passes = (*WAIST_PASSES, *lowering_passes(CPU, storage=variant.storage))
     lowered, _ = run_passes(onnx.load(traced), passes, CPU)
-    onnx.save(lowered, path)
+    with atomic_path(path) as temporary:
+        onnx.save(lowered, temporary)
     traced.unlink()
 
 

@@ -103,6 +103,7 @@ def profile(path: Path, folder: Path, runs: int = 4) -> dict[str, float]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -11,8 +11,9 @@ import jinja2
 
 from exporter.files import atomic_path
 from exporter.metrics import installed_versions
+from exporter.workdir import program_identity
 from tools.cpu_bench.digits import Row
-from tools.cpu_bench.graphs import DYNAMIC, FP32, FP32_FUSED, VARIANTS
+from tools.cpu_bench.graphs import DYNAMIC, FP32, FP32_FUSED, VARIANTS, W4
 from tools.cpu_bench.measure import ATTENTION, THREADS, Memory, middle
 from tools.cpu_bench.model import BLOCKS
 
@@ -58,6 +59,48 @@ class _Line:
     load: float
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """What was aimed at, what came out, and whether that is enough."""
+
+    aim: str
+    measured: str
+    met: bool
+
+
+def _goals(page: Page) -> list[_Goal]:
+    """The aims of the CPU path, each against this page's own figures."""
+    base, dynamic = _named(page, FP32), _named(page, DYNAMIC)
+    w4a6, w4a8 = (_named(page, name) for name in W4)
+    seconds = {result.name: middle(result.seconds) for result in page.results}
+    digits = {row.name: row.mean_db for row in page.digits}
+    goals = [
+        _at_least(f"{w4a6.name} at least 2.0 × FP32", seconds[FP32] / seconds[w4a6.name], 2.0),
+        _at_least(f"{w4a8.name} at least 2.5 × FP32", seconds[FP32] / seconds[w4a8.name], 2.5),
+        _at_least(f"{w4a8.name} not slower than {DYNAMIC}", seconds[DYNAMIC] / seconds[w4a8.name], 1.0),
+    ]
+    for result in (w4a6, w4a8):
+        gain = (result.snr_db or 0) - (dynamic.snr_db or 0)
+        goals.append(_at_least(f"{result.name} at least 8 dB closer to FP32 than {DYNAMIC}, this model", gain, 8.0))
+    for name, decibels in digits.items():
+        if name != DYNAMIC:
+            gain = decibels - digits[DYNAMIC]
+            goals.append(_at_least(f"{name} at least 8 dB closer to FP32 than {DYNAMIC}, digits model", gain, 8.0))
+    for result in (w4a6, w4a8):
+        share = result.memory.running / base.memory.running
+        goals.append(_at_most(f"{result.name} resident at most 0.45 of FP32", share, 0.45))
+        goals.append(_at_most(f"{result.name} file at most 0.17 of FP32", result.file_bytes / base.file_bytes, 0.17))
+    return goals
+
+
+def _at_least(aim: str, value: float, limit: float) -> _Goal:
+    return _Goal(aim, f"{value:.2f}", value >= limit)
+
+
+def _at_most(aim: str, value: float, limit: float) -> _Goal:
+    return _Goal(aim, f"{value:.3f}", value <= limit)
+
+
 def machine() -> str:
     """Processor, the instructions that matter, and how many cores are used."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -84,6 +127,9 @@ def markdown(page: Page) -> str:
         machine=machine(),
         versions=", ".join(f"{name} {versions[name]}" for name in ("onnxruntime", "onnx", "torch", "numpy")),
         picture=PICTURE,
+        threads=THREADS,
+        program=program_identity()[:12],
+        goals=_goals(page),
         kinds=list(dict.fromkeys(kind for kinds in page.profiles.values() for kind in kinds)),
         totals=totals,
         quantized=quantized,
