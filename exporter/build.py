@@ -101,14 +101,32 @@ def check_rtx_engine(path: Path) -> None:
 
     Its header holds a mark and the file's size; more cannot be checked without a GPU.
     """
+    header = read_rtx_header(path)
+    if header is None:
+        raise InputError(f"{path}: not a TensorRT-RTX engine; build it again")
     size = path.stat().st_size
+    if header.stated_bytes != size:
+        raise InputError(
+            f"{path}: a damaged TensorRT-RTX engine: {size} of {header.stated_bytes} bytes; build it again"
+        )
+
+
+@dataclass(frozen=True)
+class RtxHeader:
+    """What the first bytes of a TensorRT-RTX engine say: their own version, and the size of the whole file."""
+
+    version: int
+    stated_bytes: int
+
+
+def read_rtx_header(path: Path) -> RtxHeader | None:
+    """The engine's header, None for a file that does not start with one."""
     with path.open("rb") as file:
         start = file.read(_RTX_HEADER.size)
     if len(start) < _RTX_HEADER.size or start[:4] != _RTX_MAGIC:
-        raise InputError(f"{path}: not a TensorRT-RTX engine; build it again")
-    stated = _RTX_HEADER.unpack(start)[2]
-    if stated != size:
-        raise InputError(f"{path}: a damaged TensorRT-RTX engine: {size} of {stated} bytes; build it again")
+        return None
+    _, version, stated = _RTX_HEADER.unpack(start)
+    return RtxHeader(version, stated)
 
 
 def device_command(lowered: Path, output: Path, shapes: Shapes) -> str:

@@ -12,34 +12,34 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter import __version__
+from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
 from exporter.targets import resolve_target
+from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from exporter.pipeline import ExportResult
-    from exporter.progress import Progress
 
 EXIT_INTERNAL = 1
 EXIT_INTERRUPTED = 130
 
-# Tables keep their columns when the output is piped to a file or a pager.
-_PIPED_WIDTH = 160
-
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
-RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). The suffix of
-OUT decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is
-here, or for the one that --target names.
+RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). MODEL.onnx is a
+plain ONNX model, whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
+decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
+or for the one that --target names.
 
 \b
 Examples:
   fp4export digits -o digits.onnx
   fp4export my.yaml -o my.plan --target rtx-sm89
   fp4export my.yaml -o my.onnx --set calibration.steps=10 --set layers.0.weight=e3m0
+  fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
+  fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
   fp4export validate digits.onnx
+  fp4export inspect digits.onnx
 
 \b
 Targets:
@@ -68,21 +68,54 @@ Exit codes:
 
 
 class _ExportByDefault(click.Group):
-    """A group whose words that are no command start an export: ``fp4export digits -o …``."""
+    """A group whose words that are no command start a job: ``fp4export digits -o …``, ``fp4export model.onnx …``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "--version"}
         if args and args[0] not in own and args[0] not in self.commands:
-            args = ["export", *args]
+            args = [_job_for(args), *args]
         return super().parse_args(ctx, args or ["--help"])
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        formatter.write_usage(ctx.command_path, "validate FILE", prefix="       ")
+        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]"):
+            formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         export.format_options(ctx, formatter)
+        only = _flags(quantize) - _flags(export)
+        records = [record for flag in quantize.params if only & {*flag.opts} and (record := flag.get_help_record(ctx))]
+        with formatter.section("Options with MODEL.onnx"):
+            formatter.write_dl(records)
         self.format_commands(ctx, formatter)
+
+
+def _job_for(words: list[str]) -> str:
+    """The command that `words` start: a recipe's or an ONNX model's. Raises `InputError` for the other one's flags."""
+    model = next((word for word in _positional(words) if word.endswith(MODEL_SUFFIX)), None)
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    if model is not None:
+        strange = sorted(given & (_flags(export) - _flags(quantize)))
+        if strange:
+            raise InputError(f"{strange[0]} belongs to a recipe and has no meaning for an ONNX model; leave it out")
+        return "quantize"
+    strange = sorted(given & (_flags(quantize) - _flags(export)))
+    if strange:
+        raise InputError(f"{strange[0]} belongs to an ONNX model; a recipe says it itself: --set layers.0.KEY=VALUE")
+    return "export"
+
+
+def _flags(job: click.Command) -> set[str]:
+    return {flag for parameter in job.params if isinstance(parameter, click.Option) for flag in parameter.opts}
+
+
+def _positional(words: list[str]) -> list[str]:
+    """The first of the words that is neither a flag nor the value of one."""
+    options = [option for job in (export, quantize) for option in job.params if isinstance(option, click.Option)]
+    valued = {flag for option in options if not option.is_flag for flag in option.opts}
+    before = ["", *words]
+    plain = [word for word, last in zip(words, before, strict=False) if last not in valued and word[:1] != "-"]
+    return plain[:1]
 
 
 @click.group(cls=_ExportByDefault, help=_ABOUT, context_settings={"max_content_width": 110})
@@ -91,25 +124,25 @@ def command() -> None:
     """Hold the commands together."""
 
 
-_QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-_DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+command.add_command(quantize)
+command.add_command(inspect_file)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")
 @click.argument("recipe")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The engine: NAME.onnx, NAME.plan or NAME.engine.")
+@OUTPUT
 @click.option("--target", metavar="TARGET", help="The machine that OUT is for, instead of the recipe's.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the calibration, instead of the recipe's.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe; may be repeated."
 )
-@click.option("--work-dir", metavar="DIR", help="Where finished stages are kept (default: NAME.work beside OUT).")
+@WORK_DIR
 @click.option("--dry-run", is_flag=True, help="Print the plan: target, layers, formats, sizes. Writes nothing.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison of the graphs with the PyTorch reference.")
 @click.option("--keep-graphs", is_flag=True, help="Keep the ONNX graph after every pass, in the work folder.")
 @click.option("--fresh", is_flag=True, help="Run every stage again, whatever the work folder holds.")
-@_QUIET
-@_DEBUG
+@QUIET
+@DEBUG
 def export(
     recipe: str,
     output: str,
@@ -133,7 +166,7 @@ def export(
     if dry_run:
         from exporter.describe import describe, print_description
 
-        print_description(describe(loaded, output), _console(stderr=False))
+        print_description(describe(loaded, output), open_console(stderr=False))
         return
     from exporter.pipeline import export as run_export
 
@@ -144,7 +177,7 @@ def export(
         validate=not no_validate,
         keep_graphs=keep_graphs,
         fresh=fresh,
-        progress=_progress(quiet=quiet),
+        progress=open_progress(quiet=quiet),
     )
     if not quiet:
         _print_result(result)
@@ -152,28 +185,15 @@ def export(
 
 @command.command(short_help="Repeat the validation of an engine that an export wrote.")
 @click.argument("file")
-@_QUIET
-@_DEBUG
+@QUIET
+@DEBUG
 def validate(file: str, *, quiet: bool, debug: bool) -> None:
     """Compare FILE, written by an earlier export, with the reference saved in its work folder."""
     from exporter.pipeline import validate_output
 
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote")
-    validate_output(file, progress=_progress(quiet=quiet))
-
-
-def _console(*, stderr: bool) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_PIPED_WIDTH)
-
-
-def _progress(*, quiet: bool) -> Progress:
-    from exporter.progress import NullProgress, RichProgress
-
-    return NullProgress() if quiet else RichProgress(_console(stderr=True))
+    validate_output(file, progress=open_progress(quiet=quiet))
 
 
 def _print_result(result: ExportResult) -> None:

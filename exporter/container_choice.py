@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from exporter.errors import InputError
 from exporter.presets import LayerScheme
 from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.container_product import ContainerProduct, foldable_multipliers
 from plugins.containers import CONTAINERS, FP8, FP16, INT4, INT8, Container, fits
+from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
+
+# The hardware's own types, values and scales together.
+_BLOCK_CONTAINERS: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4", "mx": "mxfp8"})
 
 
 def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: Target) -> str:
-    """The container's name: ``int8``, ``fp8``, ``int4`` or ``fp32``.
+    """The container's name: ``int8``, ``fp8``, ``int4``, ``fp4``, ``mxfp8`` or ``fp32``.
 
     INT8 where the layer is exact there, else FP8 where the target has it and it holds every operand, else, on a CPU,
-    FP32. Sums in FP8 and FP32 are rounded as FP32's are, unless `ContainerProduct.exact` says otherwise. FP16 is not
-    chosen: TensorRT accumulates in FP32 only what it then rounds to FP16. Raises `InputError` naming the layer, why
-    the target refuses, and what would work.
+    FP32; what the scheme asks for instead, if it is one of those. Sums in FP8 and FP32 are rounded as FP32's are,
+    unless `ContainerProduct.exact` says otherwise. Block scaling runs in the type that has it, on a CPU in FP32. FP16
+    is not chosen: TensorRT accumulates in FP32 only what it then rounds to FP16. Raises `InputError` naming the layer,
+    why the target refuses, and what would work.
     """
     container = _container(scheme, in_features, target)
     if container is None:
@@ -28,7 +37,7 @@ def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: 
         ]
         raise InputError(
             f"{layer}: target {target.name} cannot run {_described(scheme)}: {_refusal(scheme, in_features, target)}; "
-            f"targets that can: {', '.join(others)}"
+            f"targets that can: {', '.join(others) or 'none'}"
         )
     return container
 
@@ -36,7 +45,8 @@ def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: 
 def container_product(
     scheme: LayerScheme, in_features: int, container: Container, multipliers: tuple[int, ...] | None = None
 ) -> ContainerProduct:
-    """What the layer's product in the container is; `multipliers` that it has, if not all that it may have."""
+    """What the product of a layer without block scaling is in the container; `multipliers` that it has, if not all
+    that it may have."""
     weights = get_format(scheme.weight_format)
     quantized = scheme.activation_format != HIGH_PRECISION
     return ContainerProduct(
@@ -56,41 +66,67 @@ def scale_multipliers(scheme: LayerScheme, container: str) -> tuple[int, ...]:
     return foldable_multipliers(get_format(scheme.weight_format), CONTAINERS[container])
 
 
-def accumulator_text(product: ContainerProduct) -> str:
+def exact_text(product: ContainerProduct | None) -> str:
+    """``yes`` or ``no``; a dash for block scaling."""
+    return "–" if product is None else "yes" if product.exact else "no"
+
+
+def accumulator_text(product: ContainerProduct | None) -> str:
     """How much of the accumulator the longest sum may use, in bits: ``22.8 of 31``; a dash where none is stated."""
-    bits = product.accumulator_bits
+    bits = None if product is None else product.accumulator_bits
     return f"{bits[0]:.1f} of {bits[1]:.0f}" if bits else "–"
 
 
 def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | None:
-    on_cpu = target.engine == "onnxruntime"
+    """The container that the scheme asks for, or the target's best, if the layer can be multiplied in it there."""
+    possible = _containers(scheme, in_features, target)
+    if scheme.container == AUTO_CONTAINER:
+        return possible[0] if possible else None
+    return scheme.container if scheme.container in possible else None
+
+
+def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[str, ...]:
+    """All that the layer can be multiplied in on the target, best first."""
+    if not target.fp32_products:
+        return ()
+    if scheme.scales in BLOCK_SCALINGS:
+        native = _BLOCK_CONTAINERS[scheme.scales]
+        held = ("fp32",) if target.engine == "onnxruntime" else target.containers
+        return tuple(name for name in (native, "fp32") if name in held)
+    in_int8 = ("int8",) if container_product(scheme, in_features, INT8).exact else ()
+    if target.engine == "onnxruntime":
+        return (*in_int8, "fp32")
     if scheme.activation_format == HIGH_PRECISION:
-        return "fp32" if on_cpu else _weight_only(scheme, target)
-    if container_product(scheme, in_features, INT8).exact:
-        return "int8"
-    if on_cpu:
-        return "fp32"
+        return _weight_only(scheme, target)
     if scheme.scales == "group":
-        return None
+        return ()
     in_fp8 = "fp8" in target.containers and container_product(scheme, in_features, FP8).holds_operands
-    return "fp8" if in_fp8 else None
+    return (*in_int8, "fp8") if in_fp8 else in_int8
 
 
-def _weight_only(scheme: LayerScheme, target: Target) -> str | None:
+def _weight_only(scheme: LayerScheme, target: Target) -> tuple[str, ...]:
     weights = get_format(scheme.weight_format)
     if scheme.scales == "group":
-        return "int4" if "int4" in target.containers and fits(weights, INT4) else None
-    return "int8" if fits(weights, INT8) else None
+        return ("int4",) if "int4" in target.containers and fits(weights, INT4) else ()
+    return ("int8",) if fits(weights, INT8) else ()
 
 
 def _described(scheme: LayerScheme) -> str:
     activations = scheme.activation_format
     what = "alone" if activations == HIGH_PRECISION else f"with {activations} activations"
-    return f"{scheme.weight_format} weights {what} and {scheme.scales} scales"
+    asked = "" if scheme.container == AUTO_CONTAINER else f" in {scheme.container}"
+    return f"{scheme.weight_format} weights {what} and {scheme.scales} scales{asked}"
 
 
 def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     """Why `_container` found nothing, and the nearest change that helps."""
+    if not target.fp32_products:
+        return "TensorRT-RTX builds no product with an FP32 result for its GPU, and every product here has one"
+    possible = _containers(scheme, in_features, target)
+    if possible:
+        return f"it is exact there in {' or '.join(possible)}; use `container: auto`"
+    if scheme.scales in BLOCK_SCALINGS:
+        return "its hardware multiplies no blocks with scales of their own; `preset: w4a6` or w4a8 runs there"
     if scheme.scales == "group" and scheme.activation_format == HIGH_PRECISION:
         return "group scales need e1m2 or int4 weights and an INT4 engine; use `scales: foldable`"
     if scheme.scales == "group":
@@ -108,4 +144,4 @@ def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     for name in (scheme.weight_format, scheme.activation_format):
         if not any(fits(get_format(name), container) for container in held):
             return f"{name} values do not fit {names}; {works}"
-    return f"the two do not fit the same one of {names}; {works}"
+    return f"the two do not fit the same one of {', '.join(container.name for container in held)}; {works}"

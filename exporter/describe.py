@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from exporter.container_choice import accumulator_text
+from exporter.compute import check_compute
+from exporter.container_choice import accumulator_text, exact_text
 from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
@@ -33,6 +35,7 @@ def describe(recipe: Recipe, output: str | Path) -> Description:
     """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
     path = Path(output)
     choice = resolve_target(recipe.target, path)
+    check_compute(recipe.name, recipe.compute, choice.target)
     found = locate_config(recipe)
     model = skeleton(found.content, recipe.model.family, found.file)
     adapter = get_adapter(recipe.model.family)
@@ -59,13 +62,14 @@ def print_description(description: Description, console: Console) -> None:
     plan, target = description.plan, description.choice.target
     console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
-    console.print(_layer_table(plan, target))
+    console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
+    console.print(layer_plan_table(plan.layers, target))
     for line in exactness(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes
     console.print(
-        f"size    {_size(plan.fp32_bytes)} in FP32 -> {_size(plan.expected_bytes)} expected ({ratio:.3f})",
+        f"size    {size_text(plan.fp32_bytes)} in FP32 -> {size_text(plan.expected_bytes)} expected ({ratio:.3f})",
         highlight=False,
     )
     for warning in description.warnings:
@@ -73,11 +77,13 @@ def print_description(description: Description, console: Console) -> None:
 
 
 def exactness(plan: Plan) -> list[str]:
-    """A line for every pair of formats in a container: whether it is exact and why, for its longest sums."""
+    """A line for every pair of formats in a container: whether it is exact and why, for its longest sums. Nothing is
+    said of block scaling, whose scales are inside the sums."""
     longest: dict[tuple[str, str, str, bool], ContainerProduct] = {}
     for layer in sorted(plan.layers, key=lambda layer: layer.in_features):
-        key = (layer.container, layer.weight_format, layer.activation_format, layer.product.free_groups)
-        longest[key] = layer.product
+        if layer.product is not None:
+            key = (layer.container, layer.weight_format, layer.activation_format, layer.product.free_groups)
+            longest[key] = layer.product
     return [
         f"{container}: {weights} weights, {activations} activations: {'' if product.exact else 'not '}exact: "
         f"{product.reason}"
@@ -85,14 +91,15 @@ def exactness(plan: Plan) -> list[str]:
     ]
 
 
-def _layer_table(plan: Plan, target: Target) -> Table:
-    table = Table(title=f"{len(plan.layers)} quantized layers", title_justify="left")
+def layer_plan_table(layers: Sequence[LayerPlan], target: Target) -> Table:
+    """Formats, container and expected size of every layer that is quantized."""
+    table = Table(title=f"{len(layers)} quantized layers", title_justify="left")
     table.add_column("layer", no_wrap=True)
     for heading in ("weights", "scales", "group", "activations", "container", "exact"):
         table.add_column(heading)
     for heading in ("sum bits", "N x K", "FP32", "expected"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for layer in plan.layers:
+    for layer in layers:
         table.add_row(*_row(layer, target))
     return table
 
@@ -105,11 +112,11 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         str(layer.group_size or "row"),
         layer.activation_format,
         layer.container,
-        "yes" if layer.product.exact else "no",
+        exact_text(layer.product),
         accumulator_text(layer.product),
         f"{layer.out_features} x {layer.in_features}",
-        _size(layer.fp32_bytes),
-        _size(layer.stored_bytes(target)),
+        size_text(layer.fp32_bytes),
+        size_text(layer.stored_bytes(target)),
     )
 
 
@@ -122,7 +129,7 @@ def _high_precision_table(plan: Plan) -> Table:
     return table
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes as people read them: ``2.4 MB``."""
     for unit in _UNITS[:-1]:
         if count < 1000:

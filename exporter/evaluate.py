@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from exporter.calibration.capture import CalibrationSet
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
 from exporter.models.pixart import TransformerInputs
@@ -38,9 +39,7 @@ class Evaluation:
 def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> Evaluation:
     """Compare the original with the lowered graph on held-out trajectories and on samples from the same seeds."""
     settings = job.recipe.evaluation
-    held_out = capture(
-        job, source, "held_out.safetensors", trajectories=settings.trajectories, seed=_held_out_seed(job)
-    )
+    held_out = held_out_inputs(job, source)
     engine = graph_denoiser(source, OnnxSession(lowered))
     noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
     rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
@@ -59,6 +58,12 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
         accuracy_original=accuracy(job, source, original[:judged]),
         accuracy_quantized=accuracy(job, source, ours[:judged]),
     )
+
+
+def held_out_inputs(job: Job, source: Source) -> CalibrationSet:
+    """The transformer's inputs along trajectories that calibration has not seen."""
+    count = job.recipe.evaluation.trajectories
+    return capture(job, source, "held_out.safetensors", trajectories=count, seed=_held_out_seed(job))
 
 
 def _held_out_seed(job: Job) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from exporter.build import missing_builder
+from exporter.compute import check_compute
 from exporter.errors import InputError
 from exporter.progress import Progress
 from exporter.recipe import Recipe
@@ -65,23 +66,36 @@ def open_job(
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
-    Raises `InputError` for an output that cannot be written, before any work is done.
+    Raises `InputError` for an output that cannot be written and a compute type that the target lacks, before any work
+    is done.
     """
-    path = Path(output)
-    choice = resolve_target(recipe.target, path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the output another name")
-    folder = Path(work_dir) if work_dir is not None else path.with_name(f"{path.stem}.work")
+    check_compute(recipe.name, recipe.compute, resolve_target(recipe.target, Path(output)).target)
+    choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
+    progress.note(f"computing in {recipe.compute}")
+    return Job(recipe, Path(output), choice, work, keep_graphs, progress)
+
+
+def open_work(
+    target: str, output: Path, work_dir: str | Path | None, *, fresh: bool, progress: Progress
+) -> tuple[TargetChoice, WorkDir]:
+    """Choose the machine that `output` is for (`target` may be auto) and open the work folder.
+
+    Raises `InputError` for an output that cannot be written.
+    """
+    choice = resolve_target(target, output)
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; give the output another name")
+    folder = Path(work_dir) if work_dir is not None else output.with_name(f"{output.stem}.work")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
-    _check_folder(path, path.parent)
+    _check_folder(output, output.parent)
     _check_folder(folder, folder if folder.is_dir() else folder.parent)
     progress.note(f"target {choice.target.name} ({choice.reason})")
-    job = Job(recipe, path, choice, WorkDir.open(folder, fresh=fresh), keep_graphs, progress)
+    work = WorkDir.open(folder, fresh=fresh)
     missing = missing_builder(choice.target)
     if missing:
         progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
-    return job
+    return choice, work
 
 
 def _check_folder(path: Path, folder: Path) -> None:

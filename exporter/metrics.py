@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 
+from exporter.compute import Compute
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.gate.table import GateResult, bounded_db
@@ -87,19 +88,22 @@ class Quality:
 
 @dataclass(frozen=True)
 class LayerContainer:
-    """What a layer's container makes of it; the bound is None where sums are no integers."""
+    """What a layer's container makes of it; the bound is None where sums are no integers, and everything but the name
+    for block scaling, whose scales are inside the sums."""
 
     layer: str
     container: str
-    exact: bool
+    exact: bool | None
     accumulator_bound: int | None
-    accumulator_limit: int
-    reason: str
+    accumulator_limit: int | None
+    reason: str | None
 
     @classmethod
     def of(cls, layer: LayerPlan) -> LayerContainer:
         """As planned."""
         product = layer.product
+        if product is None:
+            return cls(layer.name, layer.container, None, None, None, None)
         return cls(
             layer=layer.name,
             container=layer.container,
@@ -108,6 +112,16 @@ class LayerContainer:
             accumulator_limit=product.container.accumulator_limit,
             reason=product.reason,
         )
+
+
+@dataclass(frozen=True)
+class ComputeFigures:
+    """What the engine computes in outside its quantized linears, and for FP16 the largest number it met there on the
+    calibration inputs, with its place in the graph."""
+
+    type: Compute = "fp32"
+    largest_amax: float | None = None
+    largest_amax_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +136,13 @@ class Metrics:
     versions: Mapping[str, str]
     layers: tuple[LayerContainer, ...] = ()
     scales: tuple[ScaleSummary, ...] = ()
+    compute: ComputeFigures = ComputeFigures()
 
     def to_json(self) -> str:
         """The document as indented JSON. Raises `jsonschema.ValidationError` if it breaks the schema."""
         document = {
             "target": self.target,
+            "compute": asdict(self.compute),
             "size": asdict(self.size),
             "fidelity": None if self.fidelity is None else asdict(self.fidelity),
             "quality": None if self.quality is None else asdict(self.quality),

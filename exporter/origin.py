@@ -9,6 +9,7 @@ from pathlib import Path
 from exporter.errors import InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.records import TENSORS
+from exporter.onnx_files import checksum_of
 
 _ENDING = ".origin.json"
 
@@ -33,19 +34,38 @@ class Origin:
         checksum = None if gate is None else sha256_of(gate / TENSORS)
         work = compared.absolute().parent
         folder = gate.name if gate else ""
-        return cls(str(work), compared.name, folder, sha256_of(compared), sha256_of(output), checksum)
+        return cls(str(work), compared.name, folder, checksum_of(compared), checksum_of(output), checksum)
 
     def save(self, output: Path) -> None:
         """Write it beside `output`."""
-        write_text_atomically(_file(output), json.dumps(asdict(self), indent=1) + "\n")
+        write_text_atomically(origin_path(output), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, output: Path) -> Origin:
+        """Read what stands beside `output`, for a comparison with the reference it names.
+
+        Raises `InputError` as `read`, and when there is no reference, or the work folder now holds another export.
+        """
+        origin = cls.read(output)
+        if origin.reference_sha256 is None:
+            raise InputError(
+                f"{output}: there is no reference to validate it with: it was exported with --no-validate, or made "
+                "from an ONNX model; run its export again"
+            )
+        needed = {origin.gate / TENSORS: origin.reference_sha256}
+        if output.suffix != ".onnx":
+            needed[origin.graph] = origin.compared_sha256
+        if any(not file.is_file() or checksum_of(file) != checksum for file, checksum in needed.items()):
+            raise InputError(f"{output}: its work folder {origin.work_dir} holds another export by now; export again")
+        return origin
+
+    @classmethod
+    def read(cls, output: Path) -> Origin:
         """Read what stands beside `output`; a work folder that was moved along with the output is found, too.
 
-        Raises `InputError` when there is no origin, or its work folder is gone or now holds another export.
+        Raises `InputError` when there is no origin, or its work folder is gone.
         """
-        file = _file(output)
+        file = origin_path(output)
         try:
             origin = cls(**json.loads(file.read_text(encoding="utf-8")))
             work = next(p for p in (output.parent / Path(origin.work_dir).name, Path(origin.work_dir)) if p.is_dir())
@@ -55,15 +75,7 @@ class Origin:
             raise InputError(f"{file}: cannot be read: {error}; export again") from error
         except StopIteration as error:
             raise InputError(f"{output}: its work folder {origin.work_dir} is gone; export again") from error
-        origin = replace(origin, work_dir=str(work))
-        if origin.reference_sha256 is None:
-            raise InputError(f"{output}: was exported with --no-validate, so there is no reference; export again")
-        needed = {origin.gate / TENSORS: origin.reference_sha256}
-        if output.suffix != ".onnx":
-            needed[origin.graph] = origin.compared_sha256
-        if any(not file.is_file() or sha256_of(file) != checksum for file, checksum in needed.items()):
-            raise InputError(f"{output}: its work folder {work} holds another export by now; export again")
-        return origin
+        return replace(origin, work_dir=str(work))
 
     @property
     def gate(self) -> Path:
@@ -76,5 +88,6 @@ class Origin:
         return Path(self.work_dir) / self.compared
 
 
-def _file(output: Path) -> Path:
+def origin_path(output: Path) -> Path:
+    """Where an output's origin is."""
     return output.with_name(output.name + _ENDING)

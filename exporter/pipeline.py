@@ -14,6 +14,7 @@ from exporter.gate.table import GateResult
 from exporter.job import open_job
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
+from exporter.ranges import largest_amax
 from exporter.recipe import Recipe
 from exporter.results import write_results
 from exporter.source import load_source
@@ -64,13 +65,15 @@ def export(
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     exported = job.timed("export", exported_graph, source, quantized)
+    ranged = recipe.compute == "fp16"
+    amax = job.timed("ranges", largest_amax, source, captured, exported) if ranged else None
     lowered = job.timed("lower", lowered_graph, source, exported)
     runnable = runnable_graph(job, lowered)
     graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
     engine = job.timed("build", build, lowered, runnable, validated=validate)
     evaluation = job.timed("evaluate", evaluate, source, quantized, runnable)
-    report, metrics = write_results(job, source, engine, evaluation, fidelity)
+    report, metrics = write_results(job, source, engine, evaluation, fidelity, amax)
     return ExportResult(engine, report, metrics, job.work.path, fidelity[0] if fidelity else None, evaluation)
 
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from exporter.compute import COMPUTE_TYPES, Compute
 from exporter.container_choice import choose_container, container_product, scale_multipliers
 from exporter.errors import InputError, did_you_mean
-from exporter.presets import PRESETS, LayerScheme, resolve_rule
+from exporter.presets import LayerScheme, preset_scheme, resolve_rule
 from exporter.recipe import LayerRule, Recipe, Scales
 from exporter.targets import Target
+from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS
+from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
 from plugins.packing import words_per_row
 
@@ -47,7 +50,8 @@ class LayerPlan:
     """One quantized layer.
 
     `group_size` weights of a row share a scale, 0 means the whole row; `activation_format` is "none" where only
-    the weights are quantized; `container` is the number type that the target multiplies in.
+    the weights are quantized; `container` is the number type that the target multiplies in, and `asked_container`
+    what the recipe says about it ("auto" where nothing).
     """
 
     name: str
@@ -59,6 +63,12 @@ class LayerPlan:
     group_size: int
     scales: Scales
     container: str
+    asked_container: str = AUTO_CONTAINER
+
+    @property
+    def scaling(self) -> BlockScaling | None:
+        """The block scaling of weights and activations, None for other scales."""
+        return BLOCK_SCALINGS.get(self.scales)
 
     @property
     def groups(self) -> int:
@@ -72,12 +82,16 @@ class LayerPlan:
 
     @property
     def scheme(self) -> LayerScheme:
-        """How the layer is quantized."""
-        return LayerScheme(self.weight_format, self.group_size, self.scales, self.activation_format)
+        """How the layer is quantized, as asked for."""
+        return LayerScheme(
+            self.weight_format, self.group_size, self.scales, self.activation_format, self.asked_container
+        )
 
     @property
-    def product(self) -> ContainerProduct:
-        """What multiplying the layer in its container means."""
+    def product(self) -> ContainerProduct | None:
+        """What multiplying the layer in its container means; None for block scaling, whose scales are in the sums."""
+        if self.scaling is not None:
+            return None
         return container_product(self.scheme, self.in_features, CONTAINERS[self.container])
 
     @property
@@ -89,30 +103,33 @@ class LayerPlan:
         """Expected size in the output: weights, scales, group multipliers and bias.
 
         ONNX Runtime's file keeps packed codes and a byte per group multiplier; TensorRT's engines hold weights in
-        their container, group scales folded in.
+        their container, group scales folded in; block scales are a byte each there.
         """
         if target.engine == "onnxruntime":
             bits = get_format(self.weight_format).bits
             weights = self.out_features * words_per_row(self.in_features, bits) * _WORD_BYTES
             folded = self.out_features * self.groups if self.scales == "foldable" else 0
         else:
-            weights = self.out_features * self.in_features // (2 if self.container == "int4" else 1)
+            weights = self.out_features * self.in_features // (2 if self.container in ("int4", "fp4") else 1)
             folded = 0
-        scales = self.out_features * (self.groups if self.scales == "group" else 1) * _FP32_BYTES
+        if self.container in ("fp4", "mxfp8"):
+            return weights + self.out_features * (self.groups + self.has_bias * _FP32_BYTES)
+        scales = self.out_features * (1 if self.scales in ("channel", "foldable") else self.groups) * _FP32_BYTES
         return weights + folded + scales + self.out_features * self.has_bias * _FP32_BYTES
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All quantized layers in the model's order, the modules that stay in FP32 with their parameter counts, and
-    sizes: `fp32_bytes` of the model as it is, `expected_bytes` of the output (an upper bound, since exact
-    constants may be stored in half precision).
+    """All quantized layers in the model's order, the modules that stay in high precision with their parameter counts,
+    and sizes: `fp32_bytes` of the model as it is, `expected_bytes` of the output (an upper bound, since exact
+    constants may be stored in half precision). `compute` is the type of high precision.
     """
 
     layers: tuple[LayerPlan, ...]
     high_precision: tuple[tuple[str, int], ...]
     fp32_bytes: int
     expected_bytes: int
+    compute: Compute = "fp32"
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of the layer with this module path. Raises `KeyError`."""
@@ -134,15 +151,16 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
     for name, rule in zip(names, won, strict=True):
         shape = shapes.linears[name]
         if rule is not None:
-            scheme, source = resolve_rule(recipe.layers[rule], recipe.preset), f"layers[{rule}]"
+            scheme = resolve_rule(recipe.layers[rule], recipe.preset, recipe.container)
+            source = f"layers[{rule}]"
         elif any(fnmatchcase(name, pattern) for pattern in high_precision):
             scheme, source = None, ""
         else:
-            scheme, source = (PRESETS[recipe.preset] if recipe.preset else None), f"preset {recipe.preset}"
+            scheme, source = preset_scheme(recipe.preset, recipe.container), f"preset {recipe.preset}"
         if scheme is None:
             kept[name] = shape.parameters
         else:
-            layers.append(_plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
+            layers.append(plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
     if not layers:
         raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
     parameters = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
@@ -150,7 +168,9 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
         layers=tuple(layers),
         high_precision=tuple(kept.items()),
         fp32_bytes=parameters * _FP32_BYTES,
-        expected_bytes=sum(layer.stored_bytes(target) for layer in layers) + sum(kept.values()) * _FP32_BYTES,
+        expected_bytes=sum(layer.stored_bytes(target) for layer in layers)
+        + sum(kept.values()) * COMPUTE_TYPES[recipe.compute].bytes,
+        compute=recipe.compute,
     )
 
 
@@ -168,11 +188,11 @@ def _check_rules(recipe: Recipe, names: list[str], won: list[int | None], shapes
         others = [name for name in shapes.others if fnmatchcase(name, rule.match)]
         if others:
             raise InputError(f"{where} matches no linear layer, and only linear layers are quantized: {others[0]}")
-        raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, _patterns(names)))
+        raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, layer_patterns(names)))
 
 
-def _patterns(names: Sequence[str]) -> list[str]:
-    """Patterns a rule could have meant: full names, and names with the block's number or all before it as a star."""
+def layer_patterns(names: Sequence[str]) -> list[str]:
+    """Patterns that could be meant: full names, and names with the block's number or all before it as a star."""
     patterns: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -184,7 +204,12 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return [*patterns, *names]
 
 
-def _plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
+def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
+    """The plan of one layer under `scheme`, which `source` asked for.
+
+    Raises `InputError` for a group that does not divide a row, scales that cannot be folded, and what the target
+    cannot run.
+    """
     group = scheme.group_size
     if group and shape.in_features % group:
         raise InputError(
@@ -192,6 +217,7 @@ def _plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str,
             f"does: {_nearest_divisor(shape.in_features, group)}, for example a rule "
             f"{{match: {name.split('.')[0]}.*, group: {_nearest_divisor(shape.in_features, group)}}}"
         )
+    _check_block_formats(f"{source}: {name}", scheme)
     container = choose_container(f"{source}: {name}", scheme, shape.in_features, target)
     if scheme.scales == "foldable" and len(scale_multipliers(scheme, container)) == 1:
         raise InputError(
@@ -207,7 +233,17 @@ def _plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str,
         group_size=group,
         scales=scheme.scales,
         container=container,
+        asked_container=scheme.container,
     )
+
+
+def _check_block_formats(where: str, scheme: LayerScheme) -> None:
+    scaling = BLOCK_SCALINGS.get(scheme.scales)
+    if scaling is not None and {scheme.weight_format, scheme.activation_format} != {scaling.value_format}:
+        raise InputError(
+            f"{where}: `scales: {scaling.name}` is for {scaling.value_format} weights with {scaling.value_format} "
+            f"activations, not {scheme.weight_format} with {scheme.activation_format}; use `scales: foldable`"
+        )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -97,7 +97,7 @@ def _pooled_db(signal: Tensor, noise: Tensor, mask: Tensor) -> float:
 @dataclass(frozen=True)
 class LayerQuality:
     """What quantization costs one layer: SQNR in dB of its weight, and of its output on the original model's inputs
-    with weight and input quantized. `product` says what its container makes of it."""
+    with weight and input quantized. `product` says what its container makes of it, None for block scaling."""
 
     name: str
     shape: tuple[int, int]
@@ -108,7 +108,7 @@ class LayerQuality:
     container: str
     weight_sqnr_db: float
     output_sqnr_db: float
-    product: ContainerProduct
+    product: ContainerProduct | None
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from exporter.errors import InputError
 from exporter.files import atomic_path
 from exporter.plan import LayerPlan, Plan
-from exporter.rounding import quantize_online, round_to_format
+from exporter.rounding import InputQuantizer, dequantize, round_to_format
 from exporter.symbolic import symbolic_linear
 from plugins.formats import Format, get_format
 from plugins.packing import pack, unpack
@@ -32,16 +32,20 @@ class QuantizedWeight:
     """A weight as it ships: `codes` uint8 [N, K] of the format, and `scales` float32 [N, G], G groups along K.
 
     A weight is decode(code)·scale. Scales have few enough significand bits that foldable ones are s·m exactly.
+    `input_scale` float32 [] is the static scale of the layer's input where its block scaling has one.
     """
 
     codes: Tensor
     scales: Tensor
+    input_scale: Tensor | None = None
 
     @classmethod
-    def from_values(cls, values: Tensor, scales: Tensor, fmt: Format) -> QuantizedWeight:
+    def from_values(
+        cls, values: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None
+    ) -> QuantizedWeight:
         """Encode `values` [N, K], which lie on the format's grid in units of `scales` [N, G]."""
         codes = fmt.encode(values.detach().cpu().numpy())
-        return cls(torch.from_numpy(codes), scales.detach().cpu().contiguous())
+        return cls(torch.from_numpy(codes), scales.detach().cpu().contiguous(), input_scale)
 
     def dequantize(self, fmt: Format) -> Tensor:
         """Return the weight float32 [N, K]."""
@@ -54,20 +58,29 @@ def expand_scales(scales: Tensor, count: int) -> Tensor:
     return scales.repeat_interleave(count // scales.shape[1], dim=1)
 
 
-def round_to_nearest(weight: Tensor, scales: Tensor, fmt: Format) -> QuantizedWeight:
+def round_to_nearest(weight: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None) -> QuantizedWeight:
     """Quantize `weight` [N, K] by rounding to nearest on `scales` [N, G]; zeros are positive."""
     values = round_to_format(weight / expand_scales(scales, weight.shape[1]), fmt)
-    return QuantizedWeight.from_values(values.add_(0.0), scales, fmt)
+    return QuantizedWeight.from_values(values.add_(0.0), scales, fmt, input_scale)
+
+
+def input_quantizer(plan: LayerPlan, input_scale: Tensor | None) -> InputQuantizer | None:
+    """Return how the planned layer's input is quantized; None for a weight-only layer."""
+    if plan.activation_format == "none":
+        return None
+    return InputQuantizer(get_format(plan.activation_format), plan.scaling, input_scale)
 
 
 class QuantLinear(nn.Module):
     """A linear layer with a quantized weight and, unless its activation format is "none", a quantized input.
 
-    The input is quantized per token, online. While torch.export traces it, the layer becomes the waist's nodes.
+    The input is quantized online, per token or in blocks. While torch.export traces it, the layer becomes the waist's
+    nodes.
     """
 
     codes: Tensor
     scales: Tensor
+    input_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, plan: LayerPlan, weight: QuantizedWeight, bias: Tensor | None) -> None:
@@ -76,10 +89,13 @@ class QuantLinear(nn.Module):
         self.weight_format = plan.weight_format
         self.activation_format = plan.activation_format
         self.group_size = plan.group_size
+        self.scaling = plan.scaling
+        self.asked_container = plan.asked_container
         self.in_features = plan.in_features
         self.out_features = plan.out_features
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
+        self.register_buffer("input_scale", weight.input_scale)
         self.register_buffer("bias", bias)
         self._dequantized: Tensor | None = None
 
@@ -92,10 +108,13 @@ class QuantLinear(nn.Module):
         return self._dequantized
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the input's (values [..., K] on the unit grid, scales [..., 1]); None for a weight-only layer."""
+        """Return the input's (values [..., K] on the unit grid, scales [..., 1] or [..., K/G]).
+
+        None for a weight-only layer.
+        """
         if self.activation_format == "none":
             return None
-        return quantize_online(x, get_format(self.activation_format))
+        return InputQuantizer(get_format(self.activation_format), self.scaling, self.input_scale).quantize(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float32 [..., K] → [..., N]."""
@@ -103,8 +122,7 @@ class QuantLinear(nn.Module):
             return symbolic_linear(self, x)
         quantized = self.quantize_input(x)
         if quantized is not None:
-            values, scales = quantized
-            x = values * scales
+            x = dequantize(*quantized)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -147,7 +165,8 @@ def quantize_model(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized
             raise ValueError(f"{layer.name}: no quantized weight of shape {list(linear.weight.shape)} was given")
         bias = None if linear.bias is None else linear.bias.detach()
         device = linear.weight.device
-        moved = QuantizedWeight(weight.codes.to(device), weight.scales.to(device))
+        input_scale = None if weight.input_scale is None else weight.input_scale.to(device)
+        moved = QuantizedWeight(weight.codes.to(device), weight.scales.to(device), input_scale)
         quantized.set_submodule(layer.name, QuantLinear(layer, moved, bias))
     return quantized.eval()
 
@@ -175,7 +194,8 @@ class CalibrationResult:
 
 
 def save_quantized(path: Path, result: CalibrationResult, plan: Plan) -> None:
-    """Write safetensors: `<layer>.words` (packed codes) and `<layer>.scales`, the plan's facts as metadata.
+    """Write safetensors: `<layer>.words` (packed codes), `<layer>.scales` and, for layers that have one,
+    `<layer>.input_scale`, the plan's facts as metadata.
 
     The same result gives the same bytes, so the seconds that blocks took are left out.
     """
@@ -185,6 +205,8 @@ def save_quantized(path: Path, result: CalibrationResult, plan: Plan) -> None:
         words = pack(weight.codes.cpu().numpy(), get_format(layer.weight_format).bits)
         tensors[f"{layer.name}.words"] = torch.from_numpy(words)
         tensors[f"{layer.name}.scales"] = weight.scales.cpu().contiguous()
+        if weight.input_scale is not None:
+            tensors[f"{layer.name}.input_scale"] = weight.input_scale.cpu()
     blocks = [asdict(replace(block, seconds=0.0)) for block in result.blocks]
     # One key only: safetensors writes several in an order that differs between runs.
     metadata = {_METADATA: json.dumps({"layers": _facts(plan), "blocks": blocks}, sort_keys=True)}
@@ -208,10 +230,15 @@ def load_quantized(path: Path, plan: Plan) -> CalibrationResult:
         if found != wanted:
             name = (wanted or found)["name"]
             raise InputError(f"{path}: {name}: made for {found}, but the plan is {wanted}; run the export again")
-    names = {f"{layer.name}.{part}" for layer in plan.layers for part in ("words", "scales")}
+    names = {f"{layer.name}.{part}" for layer in plan.layers for part in _parts(layer)}
     if names != tensors.keys():
         raise InputError(f"{path}: tensors missing or unexpected: {', '.join(sorted(names ^ tensors.keys()))}")
     return CalibrationResult({layer.name: _unpack_layer(path, layer, tensors) for layer in plan.layers}, blocks)
+
+
+def _parts(layer: LayerPlan) -> tuple[str, ...]:
+    has_input_scale = layer.scaling is not None and layer.scaling.has_tensor_scale
+    return ("words", "scales", "input_scale") if has_input_scale else ("words", "scales")
 
 
 def _facts(plan: Plan) -> list[dict[str, Any]]:
@@ -237,4 +264,7 @@ def _unpack_layer(path: Path, layer: LayerPlan, tensors: Mapping[str, Tensor]) -
         raise InputError(f"{path}: {layer.name}.words: {error}") from error
     if len(codes) != layer.out_features or not bool(fmt.valid[codes].all()):
         raise InputError(f"{path}: {layer.name}.words: not {layer.out_features} rows of {fmt.name} codes")
-    return QuantizedWeight(torch.from_numpy(codes), scales)
+    input_scale = tensors.get(f"{layer.name}.input_scale")
+    if input_scale is not None and not (input_scale.shape == () and 0 < float(input_scale) < torch.inf):
+        raise InputError(f"{path}: {layer.name}.input_scale: must be one finite and positive number")
+    return QuantizedWeight(torch.from_numpy(codes), scales, input_scale)

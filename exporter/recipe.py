@@ -14,17 +14,21 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
 from exporter.explain import explain
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS
 from exporter.yaml_text import dump_yaml
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
+
+ContainerChoice = Literal["auto", "int8", "fp8"]
 
 HIGH_PRECISION = "none"
 
-Preset = Literal["w4a6", "w4a8", "w8a8", "w4a16"]
-Scales = Literal["channel", "group", "foldable"]
+Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
+Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
 Storage = Literal["packed", "int8"]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
@@ -127,17 +131,25 @@ class LayerRule(_Section):
     )
     scales: Scales | None = None
     activation: Annotated[str, AfterValidator(_activation_format)] | None = None
+    container: ContainerChoice | None = Field(
+        default=None, description="number type of the products; unset: the recipe's"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> LayerRule:
-        details = (self.group, self.scales, self.activation)
+        details = (self.group, self.scales, self.activation, self.container)
         if self.weight == HIGH_PRECISION and any(value not in (None, HIGH_PRECISION) for value in details):
-            raise ValueError("`weight: none` keeps the layer in high precision: drop group, scales and activation")
+            raise ValueError(
+                "`weight: none` keeps the layer in high precision: drop group, scales, activation and container"
+            )
         if self.group and self.scales == "channel":
             raise ValueError(
                 f"`scales: channel` has one scale per row, but group is {self.group}; "
                 "use `scales: foldable` (or group), or `group: 0`"
             )
+        block = BLOCK_SCALINGS.get(self.scales or "")
+        if block is not None and self.group not in (None, block.group_size):
+            raise ValueError(f"`scales: {block.name}` has groups of {block.group_size}; drop `group: {self.group}`")
         if self.group == 0 and self.scales in ("group", "foldable"):
             raise ValueError(f"`scales: {self.scales}` needs a group size, for example `group: 128`")
         return self
@@ -158,9 +170,16 @@ class Recipe(_Section):
 
     model: ModelSection
     target: Annotated[str, AfterValidator(_target)] = AUTO
+    compute: Compute = Field(
+        default="fp32", description="what a TensorRT engine computes in outside its quantized linears"
+    )
     preset: Preset | None = None
     storage: Storage = Field(
         default="packed", description="how a .onnx keeps weights: 4 bits each, or int8 (twice the file, loads at once)"
+    )
+    container: ContainerChoice = Field(
+        default="auto",
+        description="number type that quantized layers are multiplied in; auto: the target's best",
     )
     calibration: CalibrationSection
     method: MethodSection = MethodSection()

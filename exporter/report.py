@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from exporter.charts import Chart, Series, line_chart
-from exporter.container_choice import accumulator_text
+from exporter.container_choice import accumulator_text, exact_text
 from exporter.files import write_text_atomically
 from exporter.gate.table import SNR_CEILING_DB, GateResult, grouped
 from exporter.images import SampleGrids
@@ -67,7 +67,9 @@ def render_report(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(db=decibels, size=file_size, seconds=duration, accumulator=accumulator_text)
+    environment.filters.update(
+        db=decibels, size=file_size, seconds=duration, accumulator=accumulator_text, exact=exact_text
+    )
     chart = noise_chart(report.noise) if report.noise is not None else None
     largest = max((layer.output_sqnr_db for layer in report.layers), default=1.0)
     return environment.get_template(_TEMPLATE).render(

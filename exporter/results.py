@@ -7,7 +7,17 @@ from pathlib import Path
 from exporter.evaluate import Evaluation
 from exporter.gate.table import GateResult
 from exporter.job import Job
-from exporter.metrics import Fidelity, LayerContainer, Metrics, Quality, Size, installed_versions, write_metrics
+from exporter.metrics import (
+    ComputeFigures,
+    Fidelity,
+    LayerContainer,
+    Metrics,
+    Quality,
+    Size,
+    installed_versions,
+    write_metrics,
+)
+from exporter.ranges import Amax
 from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
 from exporter.scale_comparison import summarize
@@ -15,9 +25,15 @@ from exporter.source import Source
 
 
 def metrics_of(
-    job: Job, source: Source, engine: Path, evaluation: Evaluation, fidelity: tuple[GateResult, float] | None
+    job: Job,
+    source: Source,
+    engine: Path,
+    evaluation: Evaluation,
+    fidelity: tuple[GateResult, float] | None,
+    amax: Amax | None,
 ) -> Metrics:
-    """The export's figures; `fidelity` is the gate's result with the quantization error it is judged against."""
+    """The export's figures; `fidelity` is the gate's result with the quantization error it is judged against, `amax`
+    the largest number that FP16 must hold."""
     return Metrics(
         target=job.target.name,
         size=Size(source.plan.fp32_bytes, engine.stat().st_size),
@@ -28,11 +44,16 @@ def metrics_of(
             evaluation.accuracy_original,
             evaluation.accuracy_quantized,
         ),
+        compute=ComputeFigures(job.recipe.compute, *((amax.value, amax.place) if amax else (None, None))),
         seconds=job.seconds,
         versions=installed_versions(),
         layers=tuple(LayerContainer.of(layer) for layer in source.plan.layers),
         scales=summarize(evaluation.scales),
     )
+
+
+def _reached(amax: Amax | None) -> str:
+    return "" if amax is None else f" (numbers up to {amax.value:.4g}, at {amax.place})"
 
 
 def write_results(
@@ -41,15 +62,16 @@ def write_results(
     engine: Path,
     evaluation: Evaluation,
     fidelity: tuple[GateResult, float] | None,
+    amax: Amax | None = None,
 ) -> tuple[Path, Path]:
     """Write NAME.report.html, NAME.metrics.json beside the engine; returns their paths."""
-    metrics = metrics_of(job, source, engine, evaluation, fidelity)
+    metrics = metrics_of(job, source, engine, evaluation, fidelity, amax)
     metrics_path, report_path = job.beside(".metrics.json"), job.beside(".report.html")
     write_metrics(metrics_path, metrics)
     report = Report(
         title=job.output.name,
         summary=f"{Path(job.recipe.name).stem} for {job.target.name} ({job.choice.reason}): "
-        f"{len(source.plan.layers)} quantized layers",
+        f"{len(source.plan.layers)} quantized layers, {job.recipe.compute} outside them{_reached(amax)}",
         metrics=metrics,
         gate=None if fidelity is None else fidelity[0],
         noise=evaluation.noise,

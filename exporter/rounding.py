@@ -6,10 +6,12 @@ Tensors are float32 and in units of their scale throughout.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from plugins.block_scales import BlockScaling
 from plugins.float_quantize.reference import TINY
 from plugins.formats import Format, IntFormat
 
@@ -74,17 +76,64 @@ def quantize_online(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return round_to_format(x / scales, fmt).add_(0.0), scales
 
 
+def quantize_blocks(x: Tensor, scaling: BlockScaling, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize groups along the last axis: (values on the unit grid [..., K], scales [..., K/G]).
+
+    Bitwise what `plugins.block_quantize.reference` defines; `tensor_scale` is a scalar where the scaling has one.
+    Raises `ValueError` where it is missing, or given to a scaling without.
+    """
+    if (tensor_scale is not None) != scaling.has_tensor_scale:
+        raise ValueError(f"{scaling.name} {'needs a' if scaling.has_tensor_scale else 'has no'} scale of the tensor")
+    grouped = x.reshape(*x.shape[:-1], -1, scaling.group_size)
+    amax = grouped.abs().amax(dim=-1, keepdim=True)
+    largest = torch.full_like(amax, scaling.values.max)
+    if tensor_scale is None:
+        scales = power_of_two_above(amax.clamp_(min=TINY) / largest)
+    else:
+        scales = round_to_format(amax / largest / tensor_scale, scaling.scales).mul_(tensor_scale)
+    divisor = torch.where(scales == 0, torch.inf, scales)
+    values = round_to_format(grouped / divisor, scaling.values).add_(0.0)
+    return values.flatten(-2), scales.squeeze(-1)
+
+
+def power_of_two_above(x: Tensor) -> Tensor:
+    """Return the smallest power of two that is at least x, for every positive normal float32 element."""
+    below = power_of_two_below(x)
+    return torch.where(below < x, below * 2, below)
+
+
+@dataclass(frozen=True)
+class InputQuantizer:
+    """How a layer's input is quantized: per token, or in blocks with the input's static `tensor_scale`."""
+
+    format: Format
+    scaling: BlockScaling | None = None
+    tensor_scale: Tensor | None = None
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(values on the unit grid [..., K], scales [..., 1] or [..., K/G])."""
+        if self.scaling is None:
+            return quantize_online(x, self.format)
+        return quantize_blocks(x, self.scaling, self.tensor_scale)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `x`; its gradient passes straight through to `x`."""
+        return _StraightThrough.apply(x, self)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """values [..., K] · scales [..., G], each scale for K/G neighbours."""
+    if scales.shape[-1] == 1:
+        return values * scales
+    grouped = values.reshape(*scales.shape, -1)
+    return (grouped * scales.unsqueeze(-1)).flatten(-2)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, fmt: Format) -> Tensor:
-        values, scales = quantize_online(x, fmt)
-        return values.mul_(scales)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, quantizer: InputQuantizer) -> Tensor:
+        return dequantize(*quantizer.quantize(x))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
-
-
-def fake_quantize_online(x: Tensor, fmt: Format) -> Tensor:
-    """Quantize and dequantize `x` per token; its gradient passes straight through to `x`."""
-    return _StraightThrough.apply(x, fmt)  # type: ignore[no-any-return,no-untyped-call]

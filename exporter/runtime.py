@@ -101,7 +101,8 @@ class OnnxSession:
             if name not in known:
                 raise InputError(f"{self.name}: no output {name!r}{did_you_mean(name, known)}")
         try:
-            arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+            # Not np.ascontiguousarray, which gives a scalar an axis.
+            arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
             results = self._session.run(names, arrays) if names else []
         except _ORT_ERRORS as error:
             raise InputError(f"{self.name}: ONNX Runtime failed: {_first_line(error)}") from error

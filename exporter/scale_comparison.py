@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from exporter.calibration.inputs import InputStatistics
-from exporter.calibration.output_error import search_scales
+from exporter.calibration.nearest import nearest_weight
 from exporter.container_choice import choose_container
 from exporter.errors import InputError
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
 from exporter.plan import LayerPlan
-from exporter.quantize import planned_linear, round_to_nearest
+from exporter.quantize import planned_linear
 from exporter.recipe import MethodSection, Scales
 from exporter.targets import Target
 from plugins.formats import get_format
+
+COMPARED: tuple[Scales, ...] = ("channel", "group", "foldable")
+"""The kinds that any formats may have, in this order; block scaling comes with formats of its own and is left out."""
 
 EVERY_CHANNEL = 32
 """Every how-manieth output channel is compared: a row's scales depend on no other row, so that a sample costs one."""
@@ -67,7 +69,7 @@ def compare_scales(
     """
     compared = []
     for layer in layers:
-        if layer.group_size:
+        if layer.group_size and layer.scaling is None:
             weight = planned_linear(original, layer).weight.detach()[::EVERY_CHANNEL]
             kinds = [_measure(weight, kind, rows[layer.name], method, target) for kind in _kinds(layer, target)]
             compared.append(LayerScales(layer.name, layer.scales, tuple(kinds)))
@@ -77,7 +79,7 @@ def compare_scales(
 def _kinds(layer: LayerPlan, target: Target) -> list[tuple[LayerPlan, bool]]:
     """The layer with every kind of scales, and whether the target runs it so."""
     kinds = []
-    for scales in get_args(Scales):
+    for scales in COMPARED:
         other = replace(layer, scales=scales, group_size=0 if scales == "channel" else layer.group_size)
         try:
             container = choose_container(layer.name, other.scheme, layer.in_features, target)
@@ -95,16 +97,14 @@ def _measure(
 ) -> ScaleKind:
     layer, runs = kind
     fmt, searched, measured = get_format(layer.weight_format), rows[::2], rows[1::2]
-    statistics = InputStatistics(searched.square().mean(dim=0))
-    multipliers = layer.multipliers if layer.scales == "foldable" else ()
-    scales = search_scales(weight, fmt, layer.group_size, method.scale_search, statistics, multipliers)
-    rounded = round_to_nearest(weight, scales, fmt).dequantize(fmt)
+    statistics = InputStatistics(searched.square().mean(dim=0), float(searched.abs().amax()))
+    rounded = nearest_weight(weight, layer, statistics, method.scale_search).dequantize(fmt)
     return ScaleKind(
         kind=layer.scales,
         snr_db=bounded_db(snr_db((measured @ weight.T).numpy(force=True), (measured @ rounded.T).numpy(force=True))),
         stored_bytes=layer.stored_bytes(target),
         container=layer.container if runs else "",
-        exact=runs and layer.product.exact,
+        exact=runs and layer.product is not None and layer.product.exact,
     )
 
 
@@ -123,7 +123,7 @@ class ScaleSummary:
 def summarize(compared: Sequence[LayerScales]) -> tuple[ScaleSummary, ...]:
     """The kinds in a recipe's order, over the layers that allow every kind that any layer allows."""
     found = [entry for layer in compared for entry in layer.kinds]
-    names = [name for name in get_args(Scales) if any(entry.kind == name for entry in found)]
+    names = [name for name in COMPARED if any(entry.kind == name for entry in found)]
     complete = [layer for layer in compared if len(layer.kinds) == len(names)]
     summaries = []
     for name in names:

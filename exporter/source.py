@@ -45,9 +45,10 @@ class Source:
         return partial(self.adapter.predict_noise, self.model)
 
     def layer_facts(self) -> list[dict[str, object]]:
-        """What codes and scales depend on, per layer: everything but the container's name."""
+        """What codes and scales depend on, per layer: everything but the containers' names."""
+        names = ("container", "asked_container")
         return [
-            {**{key: value for key, value in asdict(layer).items() if key != "container"}, "m": layer.multipliers}
+            {**{key: value for key, value in asdict(layer).items() if key not in names}, "m": layer.multipliers}
             for layer in self.plan.layers
         ]
 

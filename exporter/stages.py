@@ -18,7 +18,7 @@ from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
-from exporter.passes.emulate import emulation_passes
+from exporter.passes.emulate import EMULATED, emulation_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.recipe import recipe_to_yaml
@@ -83,12 +83,13 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
         )
         save_quantized(path, result, source.plan)
 
-    path, reused = job.work.obtain("quantized.safetensors", _calibration_key(job, source), make)
+    path, reused = job.work.obtain("quantized.safetensors", calibration_key(job, source), make)
     job.progress.note(f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name})")
     return load_quantized(path, source.plan)
 
 
-def _calibration_key(job: Job, source: Source) -> str:
+def calibration_key(job: Job, source: Source) -> str:
+    """The key of the calibrated weights, on which all later stages depend."""
     return key_of(
         stage="calibrate",
         model=source.identity,
@@ -113,7 +114,8 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     example = source.adapter.example_inputs(
         quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
     )
-    key = key_of(stage="trace", calibrated=_calibration_key(job, source))
+    containers = [layer.asked_container for layer in source.plan.layers]
+    key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
     traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
@@ -133,7 +135,8 @@ def _check_containers(source: Source, exported: Path) -> None:
 
 def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
     """The graph that the target's engine is made of."""
-    return _rewritten(job, exported, lowering_passes(job.target, job.recipe.storage), f"lowered.{job.target.name}")
+    passes = lowering_passes(job.target, job.recipe.compute, job.recipe.storage)
+    return _rewritten(job, exported, passes, f"lowered.{job.target.name}")
 
 
 def runnable_graph(job: Job, lowered: Path) -> Path:
@@ -144,7 +147,7 @@ def runnable_graph(job: Job, lowered: Path) -> Path:
     model, results = run_passes(onnx.load(lowered), passes, job.target)
     if not any(result.changed for result in results):
         return lowered
-    path = job.work.file(f"emulated.{job.target.name}.onnx")
+    path = job.work.file(f"{EMULATED}.{job.target.name}.onnx")
     with atomic_path(path) as temporary:
         onnx.save(model, temporary)
     return path
@@ -180,6 +183,7 @@ def check_fidelity(
         job.gate_folder,
         job.target,
         job.progress,
+        job.recipe.compute,
     )
     return result, reference.quantization_db
 

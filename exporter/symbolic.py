@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
+from plugins.block_quantize.descriptor import QuantizeBlocks
 from plugins.float_dequantize.descriptor import DequantizeValues, DequantizeWeight
 from plugins.float_quantize.descriptor import OnlineQuantize
 from plugins.op import DOMAIN, OPSET_VERSION, Boundary
@@ -31,7 +32,7 @@ def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
     weight = symbolic(
         f"{DOMAIN}::{variant.op_type}",
         [module.codes, module.scales],
-        attrs={**variant.attributes(layer=module.layer)},
+        attrs={**variant.attributes(layer=module.layer, container=module.asked_container)},
         dtype=torch.float32,
         shape=module.codes.shape,
         version=OPSET_VERSION,
@@ -40,16 +41,19 @@ def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
 
 
 def _symbolic_quantized_input(module: QuantLinear, x: Tensor) -> Tensor:
-    quantize = OnlineQuantize(module.activation_format)
+    quantize: OnlineQuantize | QuantizeBlocks = OnlineQuantize(module.activation_format)
+    groups = 1
+    if module.scaling is not None:
+        quantize, groups = QuantizeBlocks(module.scaling), module.in_features // module.scaling.group_size
     values, scales = symbolic_multi_out(
         f"{DOMAIN}::{quantize.op_type}",
-        [x],
+        [x] if module.input_scale is None else [x, module.input_scale],
         attrs={**quantize.attributes(layer=module.layer)},
         dtypes=[torch.float32, torch.float32],
-        shapes=[x.shape, (*x.shape[:-1], 1)],
+        shapes=[x.shape, (*x.shape[:-1], groups)],
         version=OPSET_VERSION,
     )
-    dequantize = DequantizeValues()
+    dequantize = DequantizeValues(module.scaling.group_size if module.scaling else 0)
     return symbolic(
         f"{DOMAIN}::{dequantize.op_type}",
         [values, scales],

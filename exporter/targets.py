@@ -25,12 +25,19 @@ _GPU_QUERY_SECONDS = 20
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of machine. `containers` are the ones it multiplies in (fp32 and fp16 aside), best first."""
+    """One kind of machine.
+
+    `containers` are the ones it multiplies in (fp32 and fp16 aside), best first. `parsers` are the TensorRT releases
+    whose ONNX parsers must all take its graphs: releases in between take what the first and the last do. Without
+    `fp32_products` the builder has no matrix product whose result is FP32.
+    """
 
     name: str
     engine: Engine
     compute_capability: tuple[int, int] | None
     containers: tuple[str, ...]
+    parsers: tuple[str, ...] = ()
+    fp32_products: bool = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -56,22 +63,27 @@ class Gpu:
 
 _INT = ("int8", "int4")
 _FLOAT8 = ("int8", "fp8", "int4")
-_FLOAT4 = ("int8", "fp8", "int4", "fp4")
+_BLACKWELL = ("int8", "fp8", "int4", "fp4", "mxfp8")
+
+# TensorRT-RTX's parser takes what TensorRT 11's does. A Jetson Orin has 10.3 (JetPack 6) or 11 (JetPack 7.2 and later).
+_RTX = ("11",)
+_TENSORRT = ("10.3", "11")
 
 _TABLE = (
     Target("cpu", "onnxruntime", None, ("int8",)),
-    Target("rtx-sm75", "tensorrt-rtx", (7, 5), ("int8",)),
-    Target("rtx-sm80", "tensorrt-rtx", (8, 0), _INT),
-    Target("rtx-sm86", "tensorrt-rtx", (8, 6), _INT),
-    Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8),
-    Target("rtx-sm120", "tensorrt-rtx", (12, 0), _FLOAT4),
-    Target("rtx-sm121", "tensorrt-rtx", (12, 1), _FLOAT4),
-    Target("orin", "tensorrt", (8, 7), _INT),
-    Target("l4", "tensorrt", (8, 9), _FLOAT8),
-    Target("h100", "tensorrt", (9, 0), _FLOAT8),
-    Target("h200", "tensorrt", (9, 0), _FLOAT8),
-    Target("b200", "tensorrt", (10, 0), _FLOAT4),
-    Target("thor", "tensorrt", (11, 0), _FLOAT4),
+    # TensorRT-RTX 1.7: "FP32 GEMM is not supported" for Turing, and an INT8 product with an FP32 result is one to it.
+    Target("rtx-sm75", "tensorrt-rtx", (7, 5), ("int8",), _RTX, fp32_products=False),
+    Target("rtx-sm80", "tensorrt-rtx", (8, 0), _INT, _RTX),
+    Target("rtx-sm86", "tensorrt-rtx", (8, 6), _INT, _RTX),
+    Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8, _RTX),
+    Target("rtx-sm120", "tensorrt-rtx", (12, 0), _BLACKWELL, _RTX),
+    Target("rtx-sm121", "tensorrt-rtx", (12, 1), _BLACKWELL, _RTX),
+    Target("orin", "tensorrt", (8, 7), _INT, _TENSORRT),
+    Target("l4", "tensorrt", (8, 9), _FLOAT8, _TENSORRT),
+    Target("h100", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
+    Target("h200", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
+    Target("b200", "tensorrt", (10, 0), _BLACKWELL, ("11",)),
+    Target("thor", "tensorrt", (11, 0), _BLACKWELL, ("11",)),
 )
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TABLE})
 

@@ -15,18 +15,22 @@ from rich.console import Console
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.compute import Compute
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.linears import LINEAR_DB, compare_linears, linear_feeds
-from exporter.gate.records import Reference
+from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
 from exporter.gate.runs import repeat_command, save_feeds, save_reference
 from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage, summary_table
+from exporter.gate.tiles import compare_tiles
 from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, model_feeds
 from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts
+from exporter.passes.emulate import EMULATED
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
+from exporter.passes.tiling import untiled
 from exporter.progress import Progress
 from exporter.runtime import read_model
 from exporter.targets import Target, get_target
@@ -62,6 +66,7 @@ def validate_graphs(
     folder: Path,
     target: Target,
     progress: Progress,
+    compute: Compute = "fp32",
 ) -> tuple[GateResult, Reference]:
     """Compare both graphs with `quantized` on `batches`; print the table and the commands that repeat it.
 
@@ -71,14 +76,14 @@ def validate_graphs(
         FidelityError: something deviates; the message names the first linear, or else the first block.
     """
     folder.mkdir(exist_ok=True)
-    reference = record_reference(original, quantized, adapter, batches, progress)
+    reference = record_reference(original, quantized, adapter, batches, progress, compute)
     reference.save(folder)
-    _save_model_files(reference, folder)
+    _save_model_files(reference.for_stage("lowered"), folder)
     first = _compare(exported, "exported", reference, folder, target, progress)
     second = _compare(lowered, "lowered", reference, folder, target, progress)
     # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
     result = GateResult(first.rows + second.rows, second.commands, _notes(lowered, target, reference))
-    return _conclude(result, folder, progress), reference
+    return conclude(result, folder, progress), reference
 
 
 def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress, *, built_sha256: str) -> GateResult:
@@ -101,14 +106,14 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
     if not is_graph:
         notes = (_note_on_engine(file, path, built_sha256), *notes)
     result = _compare(path, "lowered", reference, folder, target, progress)
-    return _conclude(GateResult(result.rows, result.commands, notes), folder, progress)
+    return conclude(GateResult(result.rows, result.commands, notes), folder, progress)
 
 
 def _note_on_engine(engine: Path, lowered: Path, built_sha256: str) -> str:
     """How the comparison of `lowered` speaks for `engine`. Raises `FidelityError` if it does not."""
     if sha256_of(engine) != built_sha256:
         raise FidelityError(f"{engine}: not the file that was built from {lowered} (SHA-256 differs); export it again")
-    return f"{engine.name} was not run: {lowered}, which it was built from, was compared"
+    return f"{engine.name} was not run: {lowered}, {_relation(lowered)}, was compared"
 
 
 def table_text(result: GateResult) -> str:
@@ -123,7 +128,8 @@ def table_text(result: GateResult) -> str:
     return text.getvalue().rstrip()
 
 
-def _conclude(result: GateResult, folder: Path, progress: Progress) -> GateResult:
+def conclude(result: GateResult, folder: Path, progress: Progress) -> GateResult:
+    """Keep the verdict in `folder` and print it. Raises `FidelityError` if it is a failure."""
     write_text_atomically(folder / RESULT, result.to_json())
     progress.note(table_text(result))
     failure = result.first_failure
@@ -135,13 +141,34 @@ def _conclude(result: GateResult, folder: Path, progress: Progress) -> GateResul
 def _notes(lowered: Path, target: Target, reference: Reference) -> tuple[str, ...]:
     notes = []
     if target.engine != "onnxruntime":
-        notes.append(f"{target.name}: {lowered.name}, which the engine is made of, was run in ONNX Runtime here")
+        notes.append(f"{target.name}: {lowered.name}, {_relation(lowered)}, was run in ONNX Runtime here")
     if reference.end_to_end_threshold < min(EXACT_DB, reference.quantization_db + HEADROOM_DB):
         notes.append(
             f"end to end: noise of {INPUT_NOISE:g} on its inputs moves the torch model itself by as much as "
             f"{reference.sensitivity_db:.1f} dB SNR, so {reference.end_to_end_threshold:.1f} dB is asked for"
         )
-    return tuple(notes)
+    return (*notes, *_notes_on_compute(reference))
+
+
+def _notes_on_compute(reference: Reference) -> tuple[str, ...]:
+    """What a compute type other than FP32 costs, and which limits give way to it."""
+    rounding, lowered = reference.rounding, reference.for_stage("lowered")
+    if rounding is None:
+        return ()
+    eased = sum(lowered.thresholds[name] < limit for name, limit in reference.thresholds.items())
+    return (
+        f"{rounding.compute}: rounding alone moves the torch model itself by as much as "
+        f"{rounding.end_to_end_db:.1f} dB SNR end to end; {eased} of {len(reference.thresholds)} blocks and boundaries "
+        f"are held to what it leaves, less {ROUNDING_MARGIN_DB:.0f} dB, and the quantized linears, FP32 inside, to "
+        "the limits of FP32",
+    )
+
+
+def _relation(compared: Path) -> str:
+    """What the compared graph is to the engine."""
+    if compared.name.startswith(f"{EMULATED}."):
+        return "which has the engine's numbers in types that ONNX Runtime runs"
+    return "which the engine is made of"
 
 
 def _target_of(path: Path) -> Target:
@@ -155,8 +182,10 @@ def _compare(
     path: Path, stage: Stage, reference: Reference, folder: Path, target: Target, progress: Progress
 ) -> GateResult:
     """All rows of one graph, and the files and commands that repeat them."""
+    reference = reference.for_stage(stage)
     optimized = stage == "exported" or target.engine == "onnxruntime"
-    model = read_model(path)
+    written = read_model(path)
+    model = untiled(written)
     layers = read_layer_table(model)
     records = {record.layer: record for record in reference.linears}
     linears_path, blocks_path = (folder / f"{kind}.{stage}.onnx" for kind in ("linears", "blocks"))
@@ -184,7 +213,10 @@ def _compare(
             path, model_inputs, model_outputs, {}, default_db=reference.end_to_end_threshold, optimized=optimized
         ),
     )
-    rows: tuple[GateRow, ...] = (*linears.rows, *blocks, end)
+    tiles: tuple[GateRow, ...] = ()
+    if model is not written:
+        tiles = (compare_tiles(path, model, reference, stage, folder / f"whole.{stage}.onnx"),)
+    rows: tuple[GateRow, ...] = (*linears.rows, *blocks, *tiles, end)
     return GateResult(rows, commands)
 
 

@@ -32,6 +32,12 @@ class Body:
         self.nodes.append(node)
         return name
 
+    def node(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], domain: str, **attributes: int) -> None:
+        """Append a node of another domain, or with several outputs."""
+        node = helper.make_node(op_type, inputs, outputs, name=f"{outputs[0]}_node", domain=domain)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
+
     def constant(self, array: npt.NDArray[Any] | np.generic) -> str:
         """Append a Constant node."""
         name = f"{self.prefix}constant_{len(self.nodes)}"

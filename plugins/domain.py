@@ -10,6 +10,9 @@ DOMAIN = "fp4export"
 OPSET_VERSION = 1
 PLUGIN_VERSION = "1"
 
+AUTO_CONTAINER = "auto"
+"""Attribute `container` of a weight whose number container is the target's choice."""
+
 BODY_OPSET = 21
 """Version of the standard operators in function bodies unless the model asks for another."""
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import onnx
 from onnx import helper
 
+from plugins.block_quantize.descriptor import QuantizeBlocks
 from plugins.domain import (
     BODY_OPSET,
     DOMAIN,
@@ -35,6 +36,7 @@ __all__ = [
     "Gemm",
     "OnlineQuantize",
     "Quantize",
+    "QuantizeBlocks",
     "UnknownOperatorError",
     "Variant",
     "attach_functions",
@@ -45,7 +47,7 @@ __all__ = [
     "plugin_attributes",
 ]
 
-VARIANTS = (OnlineQuantize, Quantize, DequantizeValues, DequantizeWeight, Gemm, Boundary)
+VARIANTS = (OnlineQuantize, Quantize, QuantizeBlocks, DequantizeValues, DequantizeWeight, Gemm, Boundary)
 """Every operator; `parse` asks them in turn."""
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
-from exporter.calibration.output_error import LARGEST_GRAM, search_scales
+from exporter.calibration.nearest import nearest_weight
+from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
@@ -20,11 +21,9 @@ from exporter.quantize import (
     CalibrationResult,
     QuantizedWeight,
     planned_linear,
-    round_to_nearest,
     share_copy,
 )
 from exporter.recipe import MethodSection
-from plugins.formats import get_format
 
 
 def calibrate(
@@ -45,8 +44,9 @@ def calibrate(
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    largest_gram = LARGEST_GRAM if method.scale_search == "output" else 0
-    inputs = run.statistics(model, [layer.name for layer in plan.layers], largest_gram)
+    needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
+    largest_gram = LARGEST_GRAM if needs_gram else 0
+    inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
     weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
@@ -63,10 +63,7 @@ def _nearest(
     with progress.task("scales", len(plan.layers)) as task:
         for layer in plan.layers:
             weight = planned_linear(model, layer).weight.detach()
-            fmt, multipliers = get_format(layer.weight_format), layer.multipliers if layer.scales == "foldable" else ()
-            statistics = inputs.get(layer.name)
-            scales = search_scales(weight, fmt, layer.group_size, method.scale_search, statistics, multipliers)
-            weights[layer.name] = round_to_nearest(weight, scales, fmt)
+            weights[layer.name] = nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
             task.advance()
     return weights
 

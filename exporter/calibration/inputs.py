@@ -22,14 +22,6 @@ _GRAM_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """A layer's inputs on the calibration set: `mean_squares` [K] by channel, `gram` [K, K] = XᵀX where it was made."""
-
-    mean_squares: Tensor
-    gram: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class BlockInputs:
     """Inputs of a block for all M samples.
 
@@ -62,6 +54,16 @@ class BlockInputs:
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """A layer's input X over the calibration set: mean square per channel [K], its largest magnitude, and the Gram
+    matrix XᵀX [K, K] where one was made."""
+
+    mean_square: Tensor
+    amax: float
+    gram: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model."""
 
@@ -82,14 +84,17 @@ class CalibrationRun:
             for inputs in self.batches():
                 self.adapter.forward(model, inputs)
 
-    def statistics(self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0) -> dict[str, InputStatistics]:
-        """Return what every layer's inputs are like, in order of first execution.
+    def input_statistics(
+        self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0
+    ) -> dict[str, InputStatistics]:
+        """Return what is known of every layer's input, in order of first execution.
 
         Gram matrices are made for layers of at most `largest_gram` inputs, of the whole set where its batches are
         small, otherwise of tokens spread evenly over each.
         """
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
+        largest: dict[str, float] = {}
         grams: dict[str, Tensor] = {}
         # Layers that share an input, as q, k and v do, run one after the other and share the work.
         shared: tuple[Tensor, Tensor] | None = None
@@ -99,6 +104,7 @@ class CalibrationRun:
             squares = x.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
             sums[name] = sums[name] + squares if name in sums else squares
             counts[name] = counts.get(name, 0) + x[..., 0].numel()
+            largest[name] = max(largest.get(name, 0.0), float(x.abs().amax()))
             if x.shape[-1] > largest_gram:
                 return
             if shared is None or shared[0] is not x:
@@ -108,7 +114,10 @@ class CalibrationRun:
             grams[name] = grams[name] + shared[1] if name in grams else shared[1]
 
         self.through(model, [_watch(model, name, add) for name in layers])
-        return {name: InputStatistics((total / counts[name]).float(), grams.get(name)) for name, total in sums.items()}
+        return {
+            name: InputStatistics((total / counts[name]).float(), largest[name], grams.get(name))
+            for name, total in sums.items()
+        }
 
     def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
         """Return the inputs [M, ..., K] of one linear layer."""

@@ -19,6 +19,8 @@ from exporter.calibration.scales import SMALLEST_SCALE, ScaleSearch, channel_bit
 from exporter.rounding import power_of_two_below, round_to_format
 from plugins.formats import Format
 
+WeightSearch = Literal["absmax", "mse", "output"]
+
 LARGEST_GRAM = 6144
 """Rows longer than this keep the first search's scales: a Gram matrix of 150 MB a layer is the most that is held."""
 
@@ -35,7 +37,7 @@ def search_scales(
     weight: Tensor,
     fmt: Format,
     group_size: int,
-    search: Literal["absmax", "mse", "output"],
+    search: WeightSearch,
     statistics: InputStatistics | None,
     multipliers: Sequence[int] = (),
 ) -> Tensor:
@@ -44,7 +46,7 @@ def search_scales(
     "absmax" and "mse" are `choose_scales`'s, the latter weighted by the inputs' mean squares; "output" refines what
     "mse" finds where there is a Gram matrix.
     """
-    importance = None if statistics is None else statistics.mean_squares
+    importance = None if statistics is None else statistics.mean_square
     first: ScaleSearch = "absmax" if search == "absmax" else "mse"
     scales = choose_scales(weight, fmt, group_size, first, importance, multipliers)
     if search != "output" or statistics is None or statistics.gram is None:

@@ -17,9 +17,8 @@ from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
 from exporter.calibration.inputs import BlockInputs
 from exporter.plan import LayerPlan
 from exporter.progress import Task
-from exporter.quantize import BlockStatistics, QuantizedWeight
+from exporter.quantize import BlockStatistics, QuantizedWeight, input_quantizer
 from exporter.recipe import MethodSection
-from exporter.rounding import fake_quantize_online
 from plugins.formats import get_format
 
 
@@ -31,8 +30,7 @@ class RoundingLinear(nn.Module):
     def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
         super().__init__()
         self.format = get_format(plan.weight_format)
-        quantize = activations and plan.activation_format != "none"
-        self._activation = get_format(plan.activation_format) if quantize else None
+        self._input = input_quantizer(plan, quantized.input_scale) if activations else None
         self._original = linear.weight.detach()
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.quantized = quantized
@@ -50,7 +48,8 @@ class RoundingLinear(nn.Module):
         before, rounding = self.quantized, self.rounding
         self.rounding = None
         if keep and rounding is not None:
-            self.replace(QuantizedWeight.from_values(rounding.hard_values(), before.scales, self.format))
+            values = rounding.hard_values()
+            self.replace(QuantizedWeight.from_values(values, before.scales, self.format, before.input_scale))
         return before
 
     def replace(self, quantized: QuantizedWeight) -> None:
@@ -60,8 +59,8 @@ class RoundingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N]."""
-        if self._activation is not None:
-            x = fake_quantize_online(x, self._activation)
+        if self._input is not None:
+            x = self._input.fake_quantize(x)
         weight = self.dequantized if self.rounding is None else self.rounding.soft_weight(self.penalty)
         return F.linear(x, weight, self.bias)
 

@@ -32,7 +32,7 @@ _FAR_PER_OCTAVE = 4
 _FARTHEST = 4.5
 _REFINEMENTS = (0.97, 0.985, 1.015, 1.03)
 # Few enough to stay in the cache.
-_ELEMENTS_AT_ONCE = 1 << 16
+ELEMENTS_AT_ONCE = 1 << 16
 
 
 def round_significand(scales: Tensor, bits: int = SIGNIFICAND_BITS) -> Tensor:
@@ -69,10 +69,10 @@ def choose_scales(
         importance = torch.ones(count, device=weight.device)
     # Only ratios count: a mean of 1 keeps the sums in range whatever the activations' unit.
     importance = importance / importance.mean().clamp_min(SMALLEST_SCALE)
-    with _one_thread():
+    with one_thread():
         chosen = [
             _choose_rows(part, fmt, size, search, importance, tuple(multipliers))
-            for part in torch.split(weight, max(1, _ELEMENTS_AT_ONCE // count))
+            for part in torch.split(weight, max(1, ELEMENTS_AT_ONCE // count))
         ]
     return torch.cat(chosen)
 
@@ -85,7 +85,7 @@ def channel_bits(multipliers: Sequence[int]) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep small operations on one core: threads would spend their time waiting for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def _choose_rows(
         grouped, importance = grouped.reshape(len(weight), 1, -1), importance.reshape(1, -1)
     amax = grouped.amax(dim=2)
     absmax = (amax / torch.full_like(amax, fmt.max)).clamp_(min=SMALLEST_SCALE)
-    error = _RoundingError(grouped, fmt, importance)
+    error = RoundingError(grouped, fmt, importance)
     zero = amax == 0
     if len(allowed) > 1:
         chosen = _fold(error, torch.where(zero, absmax.amax(dim=1, keepdim=True), absmax), allowed)
@@ -118,7 +118,7 @@ def _choose_rows(
 
 
 @dataclass(frozen=True)
-class _RoundingError:
+class RoundingError:
     """The importance-weighted squared error of rounding magnitudes [n, G, g], importance [G, g], on given scales."""
 
     magnitudes: Tensor
@@ -132,25 +132,25 @@ class _RoundingError:
         return error.square_().mul_(self.importance).sum(dim=2)
 
 
-def _better(best: Tensor, least: Tensor, candidate: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def better(best: Tensor, least: Tensor, candidate: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """Put candidates where their error is below the least one so far."""
     better = error < least
     return torch.where(better, candidate, best), torch.where(better, error, least)
 
 
-def _search_clipping(error: _RoundingError, absmax: Tensor) -> Tensor:
+def _search_clipping(error: RoundingError, absmax: Tensor) -> Tensor:
     """Return the scales [n, G] of least error around `absmax`, which itself is a candidate."""
     best, least = absmax, error(absmax)
     for step in range(round(_LOWEST * _PER_OCTAVE), round(_HIGHEST * _PER_OCTAVE) + 1):
         candidate = round_significand(absmax * 2.0 ** (step / _PER_OCTAVE))
-        best, least = _better(best, least, candidate, error(candidate))
+        best, least = better(best, least, candidate, error(candidate))
     for factor in _REFINEMENTS:
         candidate = round_significand(best * factor)
-        best, least = _better(best, least, candidate, error(candidate))
+        best, least = better(best, least, candidate, error(candidate))
     return best
 
 
-def _fold(error: _RoundingError, absmax: Tensor, allowed: tuple[int, ...]) -> Tensor:
+def _fold(error: RoundingError, absmax: Tensor, allowed: tuple[int, ...]) -> Tensor:
     """Return group scales s·m [n, G], s per row and m in `allowed`, of least error summed over the row.
 
     Every group's error is tabulated over a range of scales, and all pairs of s and m are judged by the tables.
@@ -168,15 +168,15 @@ def _fold(error: _RoundingError, absmax: Tensor, allowed: tuple[int, ...]) -> Te
         judged, chosen = _look_up(table, (candidate.unsqueeze(2) * steps / absmax.unsqueeze(2)).log2_()).min(dim=2)
         total = judged.sum(dim=1, keepdim=True)
         best = torch.where(total < least, steps[chosen], best)
-        channel, least = _better(channel, least, candidate, total)
+        channel, least = better(channel, least, candidate, total)
     least = error(channel * best).sum(dim=1, keepdim=True)
     for factor in _REFINEMENTS:
         candidate = round_significand(channel * factor, bits)
-        channel, least = _better(channel, least, candidate, error(candidate * best).sum(dim=1, keepdim=True))
+        channel, least = better(channel, least, candidate, error(candidate * best).sum(dim=1, keepdim=True))
     return channel * best
 
 
-def _error_table(error: _RoundingError, absmax: Tensor) -> Tensor:
+def _error_table(error: RoundingError, absmax: Tensor) -> Tensor:
     """Return the errors [n, G, J] on the scales absmax·2^(_LOWEST + j / _PER_OCTAVE)."""
     near = range(round(_LOWEST * _PER_OCTAVE), round(_HIGHEST * _PER_OCTAVE) + 1)
     columns = [error(absmax * 2.0 ** (step / _PER_OCTAVE)) for step in near]

@@ -62,7 +62,7 @@ class CodeComparison:
 
 
 def compare_codes(x: Floats, scales: Floats, expected: Floats, found: Floats, fmt: Format) -> CodeComparison:
-    """Compare quantized values [R, K] with the reference's, given the input x [R, K] and its scales [R, 1].
+    """Compare quantized values [R, K] with the reference's, given the input x [R, K] and its scales [R, G].
 
     A difference is explained when both values are neighbours in the format and x / scale (float32) lies within
     BOUNDARY_ULPS of the point half way between them. The sign of a zero does not count.
@@ -73,7 +73,8 @@ def compare_codes(x: Floats, scales: Floats, expected: Floats, found: Floats, fm
         return CodeComparison(0, 0, expected.size, rows_agree)
     rows, columns = np.nonzero(differs)
     wanted, got = expected[rows, columns].astype(np.float64), found[rows, columns].astype(np.float64)
-    quotient = x[rows, columns] / scales[rows, 0]
+    with np.errstate(divide="ignore"):
+        quotient = x[rows, columns] / scales[rows, columns * scales.shape[1] // x.shape[1]]
     grid = np.unique(fmt.values[fmt.valid].astype(np.float64))
     neighbours = np.isin(got, grid) & (np.abs(np.searchsorted(grid, wanted) - np.searchsorted(grid, got)) == 1)
     boundary = (wanted + got) / 2

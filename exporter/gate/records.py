@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,14 +13,18 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from exporter.compute import COMPUTE_TYPES, Compute
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
+from exporter.gate.table import Stage
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 MANIFEST = "manifest.json"
 TENSORS = "reference.safetensors"
-_VERSION = 1
+_VERSION = 2
+# Where the compute type, not quantization, limits the agreement: its rounding, at least so far away, is asked for.
+ROUNDING_MARGIN_DB = 6.0
 _FACTS = ("layer", "weight_format", "activation_format", "rank", "probes")
 _ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
 
@@ -29,9 +33,10 @@ _ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
 class LinearRecord:
     """One quantized linear on R token rows, the last `probes` of which are synthetic.
 
-    x [R, K]; values [R, K] and scales [R, 1] of the quantized input, None for a weight-only layer; y [R, N] the
-    output; bias [N], zeros where the layer has none; noise_floor [2, N]: float32's own rounding error of each output
-    channel, over the captured rows and over the probes; rank: axes of the layer's input in the model.
+    x [R, K]; values [R, K] and scales [R, 1] (or [R, G] in blocks) of the quantized input, None for a weight-only
+    layer; y [R, N] the output; bias [N], zeros where the layer has none; noise_floor [2, N]: float32's own rounding
+    error of each output channel, over the captured rows and over the probes; rank: axes of the layer's input in the
+    model.
     """
 
     layer: str
@@ -61,13 +66,25 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """SNR in dB of the torch model against itself when its tensors are rounded to `compute`, the worst timestep's.
+
+    `boundaries`: name → when the reference's inputs, rounded, are given; `end_to_end_db`: running free.
+    """
+
+    compute: Compute
+    boundaries: Mapping[str, float]
+    end_to_end_db: float
+
+
+@dataclass(frozen=True)
 class Reference:
     """Everything the gate compares with.
 
     thresholds: boundary name → least SNR in dB when the reference's inputs are given; `end_to_end_threshold` the same
     for the free-running model. `blocks`: module paths in order. The worst over timesteps of the output's SNR:
     `quantization_db` against the original model's, `sensitivity_db` against its own on inputs changed as little as
-    rounding does.
+    rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32.
     """
 
     linears: tuple[LinearRecord, ...]
@@ -77,6 +94,29 @@ class Reference:
     end_to_end_threshold: float
     quantization_db: float
     sensitivity_db: float
+    rounding: Rounding | None = None
+
+    def for_stage(self, stage: Stage) -> Reference:
+        """The reference as a graph of that stage is compared with it: the exported one is FP32 whatever is asked for.
+
+        No limit of the lowered graph asks for more than the torch model itself keeps when it is rounded, less a margin.
+        The linears need no such limit: inside they are FP32.
+        """
+        rounding = self.rounding if stage == "lowered" else None
+        if rounding is None:
+            return replace(self, rounding=None)
+        thresholds = {
+            name: min(limit, rounding.boundaries[name] - ROUNDING_MARGIN_DB) for name, limit in self.thresholds.items()
+        }
+        end_to_end = min(self.end_to_end_threshold, rounding.end_to_end_db - ROUNDING_MARGIN_DB)
+        return replace(self, thresholds=thresholds, end_to_end_threshold=end_to_end)
+
+    def given(self, model: ModelRecord) -> dict[str, npt.NDArray[Any]]:
+        """The boundaries of one of the models as the compared graph stores them."""
+        if self.rounding is None:
+            return dict(model.boundaries)
+        compute = COMPUTE_TYPES[self.rounding.compute]
+        return {name: compute.rounded(np.asarray(array)) for name, array in model.boundaries.items()}
 
     def save(self, folder: Path) -> None:
         """Write manifest.json and reference.safetensors into `folder`."""
@@ -95,6 +135,7 @@ class Reference:
             "end_to_end_threshold": self.end_to_end_threshold,
             "quantization_db": self.quantization_db,
             "sensitivity_db": self.sensitivity_db,
+            "rounding": None if self.rounding is None else asdict(self.rounding),
         }
         with atomic_path(folder / TENSORS) as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary)
@@ -141,6 +182,7 @@ class Reference:
             manifest["end_to_end_threshold"],
             manifest["quantization_db"],
             manifest["sensitivity_db"],
+            None if manifest["rounding"] is None else Rounding(**manifest["rounding"]),
         )
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exporter.compute import Compute
 from exporter.errors import FidelityError
-from exporter.gate.records import LinearRecord, ModelRecord, Reference
+from exporter.gate.records import LinearRecord, ModelRecord, Reference, Rounding
+from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
@@ -39,21 +41,24 @@ def record_reference(
     adapter: PixArtAdapter,
     batches: Sequence[TransformerInputs],
     progress: Progress,
+    compute: Compute = "fp32",
 ) -> Reference:
     """Run both models on `batches` (one timestep each) and keep what the gate compares with.
 
     `original` tells how large the quantization error is: of the whole model, and of every block on the quantized
-    model's own inputs.
+    model's own inputs. With a `compute` type other than FP32 the linears' inputs are rounded to it, and what it costs
+    is measured.
     """
     blocks = adapter.blocks(quantized)
-    rows = LinearInputs.of(quantized, len(batches))
-    measured = []
+    rows = LinearInputs.of(quantized, len(batches), compute)
+    measured, costs = [], []
     with progress.task("recording the reference", len(batches) + 1) as task:
         for batch in batches:
             inputs = adapter.with_conditions(quantized, batch)
             with rows.collected(), _boundaries(blocks) as seen:
                 seen[OUTPUT] = adapter.forward(quantized, inputs)
             measured.append(_measure(original, quantized, adapter, inputs, seen))
+            costs += [] if compute == "fp32" else [_rounding(compute, quantized, adapter, inputs, seen)]
             task.advance()
         linears = tuple(rows.records())
         task.advance()
@@ -71,6 +76,7 @@ def record_reference(
         end_to_end_threshold=_threshold(free, any(record.activation_format != "none" for record in linears)),
         quantization_db=min(one.quantization_db for one in free),
         sensitivity_db=min(one.sensitivity_db for one in free),
+        rounding=_worst(costs),
     )
 
 
@@ -119,6 +125,28 @@ def _measure(
         {name: distance(name, forced[0][name], forced[1][name]) for name in arrays},
         free,
     )
+
+
+def _rounding(
+    compute: Compute, quantized: nn.Module, adapter: PixArtAdapter, inputs: TransformerInputs, seen: dict[str, Tensor]
+) -> Rounding:
+    """What the compute type costs on one batch."""
+    blocks = adapter.blocks(quantized)
+    given = {name: rounded(tensor, compute) for name, tensor in seen.items()}
+    with stored_in(compute, quantized, blocks):
+        with _forced(blocks, given) as own:
+            own[OUTPUT] = adapter.forward(quantized, inputs)
+        free = adapter.forward(quantized, inputs)
+    boundaries = {name: bounded_db(snr_db(as_array(seen[name]), as_array(own[name]))) for name in seen}
+    return Rounding(compute, boundaries, bounded_db(snr_db(as_array(seen[OUTPUT]), as_array(free))))
+
+
+def _worst(costs: Sequence[Rounding]) -> Rounding | None:
+    """Every boundary's worst over the batches; None without any."""
+    if not costs:
+        return None
+    boundaries = {name: min(cost.boundaries[name] for cost in costs) for name in costs[0].boundaries}
+    return Rounding(costs[0].compute, boundaries, min(cost.end_to_end_db for cost in costs))
 
 
 def _shaken(inputs: TransformerInputs) -> TransformerInputs:

@@ -12,8 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from exporter.compute import Compute
 from exporter.gate.records import LinearRecord
+from exporter.gate.rounding import rounded
 from exporter.quantize import QuantLinear
+from exporter.rounding import dequantize
 
 # Tokens of each linear that are compared, spread over the captured batches, and synthetic ones beside them.
 TOKEN_ROWS = 224
@@ -32,20 +35,21 @@ def as_array(tensor: Tensor) -> npt.NDArray[Any]:
 
 @dataclass
 class LinearInputs:
-    """Token rows of every quantized linear's input, gathered over several batches."""
+    """Token rows of every quantized linear's input, rounded to `compute`, gathered over several batches."""
 
     modules: dict[str, QuantLinear]
     per_batch: int
+    compute: Compute = "fp32"
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, batches: int) -> LinearInputs:
+    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LinearInputs:
         """For `model`, which is going to run `batches` times."""
         modules = {module.layer: module for module in model.modules() if isinstance(module, QuantLinear)}
         per_row = sum(2 * module.in_features + module.out_features for module in modules.values())
         rows = min(TOKEN_ROWS, max(_FEWEST_ROWS, _MOST_NUMBERS // max(per_row, 1)))
-        return cls(modules, max(1, rows // batches))
+        return cls(modules, max(1, rows // batches), compute)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -60,20 +64,21 @@ class LinearInputs:
             raise TypeError(f"{type(module).__name__} is no QuantLinear")
         flat = args[0].reshape(-1, args[0].shape[-1])
         chosen = torch.linspace(0, len(flat) - 1, min(self.per_batch, len(flat))).round().long()
-        self.rows.setdefault(module.layer, []).append(flat[chosen].clone())
+        self.rows.setdefault(module.layer, []).append(rounded(flat[chosen].clone(), self.compute))
         self.ranks[module.layer] = args[0].ndim
 
     def records(self) -> Iterator[LinearRecord]:
         """One record per linear that ran, in the order in which they first ran."""
         for layer, parts in self.rows.items():
-            yield _record(self.modules[layer], torch.cat(parts), self.ranks[layer])
+            yield linear_record(self.modules[layer], torch.cat(parts), self.ranks[layer], self.compute)
 
 
-def _record(module: QuantLinear, captured: Tensor, rank: int) -> LinearRecord:
-    x = torch.cat([captured, _probes(captured)])
+def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Compute = "fp32") -> LinearRecord:
+    """What `module` makes of `captured` rows [R, K] and of synthetic ones; its input in the model has `rank` axes."""
+    x = torch.cat([captured, rounded(_probes(captured), compute)])
     quantized = module.quantize_input(x)
     values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))
-    seen = x if quantized is None else quantized[0] * quantized[1]
+    seen = x if quantized is None else dequantize(*quantized)
     y = module(x)
     bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
     magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()

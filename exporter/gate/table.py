@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from rich.table import Table
 
 Stage: TypeAlias = Literal["exported", "lowered"]
-Kind: TypeAlias = Literal["linear", "stem", "block", "tail", "end_to_end"]
+Kind: TypeAlias = Literal["linear", "stem", "block", "tail", "tiles", "end_to_end"]
 
 # Written for a deviation of exactly zero, because JSON has no infinity; float32 itself ends near 150 dB.
 SNR_CEILING_DB = 200.0
@@ -110,6 +110,7 @@ _COMPARED: Mapping[Kind, str] = {
     "stem": "before the blocks",
     "block": "blocks",
     "tail": "after the blocks",
+    "tiles": "tiled or not",
     "end_to_end": "end to end",
 }
 

@@ -57,7 +57,10 @@ def compare_end_to_end(path: Path, reference: Reference, stage: Stage, *, optimi
 def model_feeds(reference: Reference) -> list[Arrays]:
     """Per timestep the model's inputs and, under the names of a cut graph's inputs, every boundary."""
     return [
-        {**model.inputs, **{given_name(name): array for name, array in model.boundaries.items() if name != OUTPUT}}
+        {
+            **model.inputs,
+            **{given_name(name): array for name, array in reference.given(model).items() if name != OUTPUT},
+        }
         for model in reference.models
     ]
 

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from exporter.compute import Compute
+from exporter.passes.attention import drop_broadcast_expands, fold_attention_scale
 from exporter.passes.boundaries import name_boundaries
 from exporter.passes.choose import choose_containers
-from exporter.passes.driver import Keep, Pass, PassResult, run_passes
+from exporter.passes.compute_type import compute_in_bf16, compute_in_fp16
+from exporter.passes.constants import fold_constants
+from exporter.passes.driver import Keep, Pass, run_passes
 from exporter.passes.fold import fold_scales
 from exporter.passes.fuse import fuse_linear
+from exporter.passes.fused_attention import fuse_attention
+from exporter.passes.gelu import spell_out_gelu
 from exporter.passes.half import store_exactly_in_half
+from exporter.passes.history import PassResult
 from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
+from exporter.passes.modulation import fold_modulation_offsets
+from exporter.passes.noops import drop_noops
 from exporter.passes.packing import pack_weights
 from exporter.passes.refuse import refuse_unsupported
+from exporter.passes.shapes import fold_shapes
 from exporter.passes.sharing import share_activation_quantizers
+from exporter.passes.slices import forward_slices_of_concats
 from exporter.passes.squeezes import drop_noop_squeezes
+from exporter.passes.tiling import tile_feed_forward
+from exporter.passes.transposes import merge_transposes
 from exporter.recipe import Storage
 from exporter.targets import Target
 
 __all__ = [
+    "COMPUTE_PASSES",
     "CPU_PASSES",
     "CPU_PASSES_IN_BYTES",
     "TENSORRT_PASSES",
@@ -31,6 +48,14 @@ __all__ = [
 
 WAIST_PASSES: tuple[Pass, ...] = (
     drop_noop_squeezes,
+    fold_constants,
+    fold_shapes,
+    merge_transposes,
+    forward_slices_of_concats,
+    drop_noops,
+    drop_broadcast_expands,
+    fold_attention_scale,
+    fold_modulation_offsets,
     name_boundaries,
     share_activation_quantizers,
     fuse_linear,
@@ -39,16 +64,21 @@ WAIST_PASSES: tuple[Pass, ...] = (
     pack_weights,
     store_exactly_in_half,
 )
-CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, refuse_unsupported)
+CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, fuse_attention, tile_feed_forward, refuse_unsupported)
 CPU_PASSES_IN_BYTES: tuple[Pass, ...] = (lower_to_cpu_in_bytes, *CPU_PASSES[1:])
-TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, refuse_unsupported)
+TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, spell_out_gelu, refuse_unsupported)
+
+# Before the lowering, because there a quantized linear is still one node.
+COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(
+    {"fp32": (), "fp16": (compute_in_fp16,), "bf16": (compute_in_bf16,)}
+)
 
 
-def lowering_passes(target: Target, storage: Storage = "packed") -> tuple[Pass, ...]:
-    """The passes that turn the waist into the target's own operators.
+def lowering_passes(target: Target, compute: Compute = "fp32", storage: Storage = "packed") -> tuple[Pass, ...]:
+    """The passes that turn the waist into the target's own operators, other than linears in the compute type.
 
     `storage` says how ONNX Runtime's file keeps weights of 4 bits; engines hold them in their container anyway.
     """
     if target.engine != "onnxruntime":
-        return TENSORRT_PASSES
+        return (*COMPUTE_PASSES[compute], *TENSORRT_PASSES)
     return CPU_PASSES if storage == "packed" else CPU_PASSES_IN_BYTES

@@ -12,21 +12,23 @@ from exporter.presets import LayerScheme
 from exporter.recipe import Scales
 from exporter.targets import Target
 from plugins.containers import CONTAINERS
+from plugins.domain import AUTO_CONTAINER
 from plugins.op import Gemm
 
 
 def choose_containers(graph: gs.Graph, target: Target) -> int:
-    """FloatGemm → FloatGemm with attribute `container`: the target's best one in which the layer is exact.
+    """FloatGemm → FloatGemm with attribute `container`: the one asked for, else the target's best.
 
-    Raises `InputError` naming the layer when the target has none, or when the multipliers it was folded to are not
-    exact in the one chosen.
+    Raises `InputError` naming the layer when it is exact in none, or not in the one asked for, or when the multipliers
+    it was folded to are not exact in the one chosen.
     """
     changed = 0
     for node in graph.nodes:
         gemm = variant_of(node, Gemm)
         if gemm is None:
             continue
-        scheme = LayerScheme(gemm.weight_format, gemm.group_size, scales_of(gemm), gemm.activation_format)
+        asked = node.attrs["container"] or AUTO_CONTAINER
+        scheme = LayerScheme(gemm.weight_format, gemm.group_size, scales_of(gemm), gemm.activation_format, asked)
         container = choose_container(node.attrs["layer"], scheme, gemm.count, target)
         _check_multipliers(node, gemm, scheme, container, target)
         changed += node.attrs["container"] != container
@@ -36,6 +38,8 @@ def choose_containers(graph: gs.Graph, target: Target) -> int:
 
 def scales_of(gemm: Gemm) -> Scales:
     """What a recipe calls the layer's weight scales."""
+    if gemm.scaling is not None:
+        return "nvfp4" if gemm.scaling.name == "nvfp4" else "mx"
     if gemm.has_multipliers:
         return "foldable"
     return "group" if gemm.has_group_scales else "channel"

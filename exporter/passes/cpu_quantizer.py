@@ -46,23 +46,10 @@ def _append_row_quantizer(body: Body, shape: Sequence[int | str] | None, fmt: Fo
 
     The reshapes around it move nothing.
     """
-    whole = body.op("Shape", "x") if shape is None or _unknown(shape) > 1 else body.ints(*_with_one_unknown(shape))
     width = shape[-1] if shape is not None else None
-    row_shape = body.ints(-1, width) if isinstance(width, int) else _row_shape(body)
-    rows = body.op("Reshape", "x", row_shape)
+    known = body.ints(-1, width) if isinstance(width, int) else None
+    rows = body.op("Reshape", "x", known or body.op("Concat", body.ints(-1), body.op("Shape", "x", start=-1), axis=0))
     row_scales = body.op("Reshape", "scales", body.ints(-1))
     zeros = body.op("Expand", zero_point(body, fmt), body.op("Shape", row_scales))
     numbers = body.op("QuantizeLinear", rows, row_scales, zeros, axis=0)
-    body.op("Reshape", numbers, whole, output="values")
-
-
-def _row_shape(body: Body) -> str:
-    return body.op("Concat", body.ints(-1), body.op("Shape", "x", start=-1), axis=0)
-
-
-def _unknown(shape: Sequence[int | str]) -> int:
-    return sum(not isinstance(size, int) for size in shape)
-
-
-def _with_one_unknown(shape: Sequence[int | str]) -> list[int]:
-    return [size if isinstance(size, int) else -1 for size in shape]
+    body.op("Reshape", numbers, body.op("Shape", "x"), output="values")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnx
@@ -12,6 +11,8 @@ from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from exporter.errors import InputError
+from exporter.passes.history import IMPORTED, PassResult, read_pass_history, write_pass_history
+from exporter.passes.inference import infer, skeleton
 from exporter.passes.layer_table import (
     LayerEntry,
     layer_table,
@@ -19,8 +20,11 @@ from exporter.passes.layer_table import (
     with_encodings,
     write_layer_table,
 )
+from exporter.passes.order import check_order
+from exporter.passes.surgery import CONTRIB_DOMAIN
+from exporter.passes.tiling import untiled
 from exporter.targets import Target
-from plugins.op import attach_functions
+from plugins.op import attach_functions, is_ours
 
 Pass: TypeAlias = Callable[[gs.Graph, Target], int]
 Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
@@ -28,27 +32,17 @@ Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
 OPSETS = (21, 22, 23)
 """Versions of the standard operators that blocked DequantizeLinear, ONNX Runtime and TensorRT's parser share."""
 
-# Larger initializers enter shape inference and the checker by type alone: both would serialize the whole model.
-_LARGEST_INFERRED_ELEMENTS = 1024
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """One pass that ran: its name, how many places it changed, and how many nodes the graph has after it."""
-
-    name: str
-    changed: int
-    nodes: int
-
 
 def run_passes(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None = None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
     """Run `passes` in order; `model` itself is not changed.
 
-    The result has the function bodies that its nodes need, fresh shapes, and the table of its layers in its metadata.
-    `keep(name, index, model)` gets the graph after every pass, complete in the same way. Raises `InputError` for an
-    operator version out of `OPSETS`, and whatever a pass raises.
+    The result has the function bodies that its nodes need, fresh shapes, and in its metadata the table of its layers
+    and the history of its passes, to which a run that changed something is added. `keep(name, index, model)` gets the
+    graph after every pass, complete in the same way. Raises `InputError` for an operator version out of `OPSETS`,
+    `PassOrderError` for a pass whose needs (`exporter.passes.order`) have not run, on this graph or to make it, and
+    whatever a pass raises.
     """
     _check_opset(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
@@ -58,22 +52,40 @@ def run_passes(
 def _run(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
-    graph = gs.import_onnx(model)
-    graph.functions.clear()
-    _constants_to_initializers(graph)
-    _annotate(graph, model)
+    graph = _annotated_graph(model)
     table = layer_table(graph) or read_layer_table(model)
-    results = []
+    before = read_pass_history(model) or (PassResult(IMPORTED, 0, len(graph.nodes)),)
+    results: list[PassResult] = []
+    done = [result.name for result in before]
     for index, run in enumerate(passes, start=1):
+        if any(is_ours(node) for node in graph.nodes):
+            check_order(run.__name__, done)
+        done.append(run.__name__)
         changed = run(graph, target)
         graph.cleanup()
         table = layer_table(graph) or table
         results.append(PassResult(run.__name__, changed, len(graph.nodes)))
         if keep is not None:
-            keep(run.__name__, index, _export(graph, model, table, target))
-    exported = _export(graph, model, table, target)
-    onnx.checker.check_model(_skeleton(exported), full_check=True)
+            keep(run.__name__, index, _export(graph, model, table, target, (*before, *results)))
+    # A run that changed nothing leaves no trace, so that passes on their own result give the same model.
+    history = (*before, *results) if any(result.changed for result in results) else before
+    exported = _export(graph, model, table, target, history)
+    onnx.checker.check_model(skeleton(exported), full_check=True)
     return exported, results
+
+
+def import_graph(model: onnx.ModelProto) -> gs.Graph:
+    """The graph as the passes see it: constants are initializers, dead nodes are gone, types and shapes are known."""
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        return _annotated_graph(model)
+
+
+def _annotated_graph(model: onnx.ModelProto) -> gs.Graph:
+    graph = gs.import_onnx(model)
+    graph.functions.clear()
+    _constants_to_initializers(graph)
+    _annotate(graph, model)
+    return graph
 
 
 def _check_opset(model: onnx.ModelProto) -> None:
@@ -92,54 +104,39 @@ def _constants_to_initializers(graph: gs.Graph) -> None:
 
 def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
     """Give the graph's tensors the types and shapes that inference finds."""
-    known = {info.name: info.type.tensor_type for info in _infer(model)}
+    known = {info.name: info.type.tensor_type for info in infer(model)}
     for name, tensor in graph.tensors().items():
-        if name in known and isinstance(tensor, gs.Variable):
+        # Sequences and the like have no element type.
+        if name in known and isinstance(tensor, gs.Variable) and known[name].elem_type:
             kind = known[name]
             tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
             if kind.HasField("shape"):
                 tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
 
 
-def _export(graph: gs.Graph, source: onnx.ModelProto, table: Sequence[LayerEntry], target: Target) -> onnx.ModelProto:
+def _export(
+    graph: gs.Graph,
+    source: onnx.ModelProto,
+    table: Sequence[LayerEntry],
+    target: Target,
+    history: Sequence[PassResult],
+) -> onnx.ModelProto:
     model: onnx.ModelProto = gs.export_onnx(graph)
     model.ir_version = source.ir_version
     attach_functions(model)
+    _import_domain_of_contrib(model)
     model.metadata_props.extend(source.metadata_props)
+    inferred = infer(untiled(model))
+    types = {info.name: info.type.tensor_type.elem_type for info in inferred}
+    outside = {name for node in model.graph.node for name in node.output}
     del model.graph.value_info[:]
-    model.graph.value_info.extend(_infer(model))
-    types = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
+    model.graph.value_info.extend(info for info in inferred if info.name in outside)
     write_layer_table(model, with_encodings(table, types), target.name)
+    write_pass_history(model, history)
     return model
 
 
-def _infer(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Types and shapes of the tensors between the nodes; those behind an operator that is wrong are left out."""
-    inferred = onnx.shape_inference.infer_shapes(_skeleton(model))
-    return list(inferred.graph.value_info)
-
-
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large initializers as inputs, so that it stays small and under protobuf's 2 GB."""
-    small = [tensor for tensor in model.graph.initializer if _elements(tensor) <= _LARGEST_INFERRED_ELEMENTS]
-    large = [
-        helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-        for tensor in model.graph.initializer
-        if _elements(tensor) > _LARGEST_INFERRED_ELEMENTS
-    ]
-    graph = helper.make_graph(
-        list(model.graph.node), model.graph.name, [*model.graph.input, *large], list(model.graph.output), small
-    )
-    return helper.make_model(
-        graph,
-        opset_imports=list(model.opset_import),
-        functions=list(model.functions),
-        ir_version=model.ir_version,
-    )
-
-
-def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
+def _import_domain_of_contrib(model: onnx.ModelProto) -> None:
+    used = any(node.domain == CONTRIB_DOMAIN for node in model.graph.node)
+    if used and all(entry.domain != CONTRIB_DOMAIN for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))

@@ -1,11 +1,20 @@
-"""Passes that turn a lowered graph into one that ONNX Runtime runs, where its own types are beyond ONNX Runtime."""
+"""Passes that turn a lowered graph into one that ONNX Runtime runs, where its own types are beyond ONNX Runtime.
+
+The gate compares the result in the lowered graph's place: the same numbers by the definitions of TensorRT's operators,
+in float32, rounded where the engine stores them. What a GPU's own kernels round differently it cannot show.
+"""
 
 from __future__ import annotations
 
 from exporter.passes.driver import Pass
+from exporter.passes.emulate_blocks import emulate_blocks
+from exporter.passes.emulate_compute import round_to_compute_type
 from exporter.targets import Target
 
-EMULATION_PASSES: tuple[Pass, ...] = ()
+EMULATED = "emulated"
+"""First part of the file name of a graph that stands in for a lowered one."""
+
+EMULATION_PASSES: tuple[Pass, ...] = (emulate_blocks, round_to_compute_type)
 
 
 def emulation_passes(target: Target) -> tuple[Pass, ...]:

@@ -17,8 +17,10 @@ ENCODINGS = ("float32", "uint8", "int8", "fp8")
 def unit_of(fmt: Format, container: str) -> float:
     """The power of two by which a number of the container is multiplied to get the format's value.
 
-    Raises ValueError where the container does not hold the format.
+    The types of block scaling hold values. Raises ValueError where the container does not hold the format.
     """
+    if container not in CONTAINERS:
+        return 1.0
     into = activation_factor(fmt, CONTAINERS[container])
     if into is None:
         raise ValueError(f"{fmt.name} values do not fit {container}")

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from exporter.passes.surgery import array_of, variant_of
 from exporter.targets import Target
-from plugins.containers import CONTAINERS, INT8, multipliers
+from plugins.containers import CONTAINERS, INT8, Container, multipliers
 from plugins.formats import get_format
 from plugins.op import Gemm
 
@@ -20,13 +20,13 @@ def fold_scales(graph: gs.Graph, target: Target) -> int:
     """FloatGemm with scales [N, G] → FloatGemm with scales [N, 1] and integer multipliers [N, G], when that is exact.
 
     The proof is bitwise: channel scale times multiplier, in float32, is the group scale for every group, and every
-    multiplier leaves the weight format exact in one of the target's containers. One group a row is a channel
-    already: it becomes group size 0. Everything else stays as it is.
+    multiplier leaves the weight format exact in the container asked for, or in one of the target's. One group a row
+    is a channel already: it becomes group size 0. Block scaling and everything else stays as it is.
     """
     changed = 0
     for node in graph.nodes:
         gemm = variant_of(node, Gemm)
-        if gemm is None or not gemm.has_group_scales:
+        if gemm is None or not gemm.has_group_scales or gemm.scaling is not None:
             continue
         scales_at = gemm.input_names.index("weight_scales")
         scales = array_of(node.inputs[scales_at])
@@ -36,7 +36,7 @@ def fold_scales(graph: gs.Graph, target: Target) -> int:
             _become(node, replace(gemm, group_size=0))
             changed += 1
             continue
-        factors = _fold_for(scales, gemm.weight_format, target)
+        factors = _fold_for(scales, gemm.weight_format, _containers(node, target))
         if factors is None:
             continue
         layer = node.attrs["layer"]
@@ -48,11 +48,16 @@ def fold_scales(graph: gs.Graph, target: Target) -> int:
     return changed
 
 
+def _containers(node: gs.Node, target: Target) -> list[Container]:
+    """The one that the node asks for, else the target's, best first."""
+    asked = node.attrs["container"]
+    return [CONTAINERS[name] for name in ((asked,) if asked else target.containers) if name in CONTAINERS] or [INT8]
+
+
 def _fold_for(
-    scales: npt.NDArray[np.float32], weight_format: str, target: Target
+    scales: npt.NDArray[np.float32], weight_format: str, containers: Sequence[Container]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]] | None:
-    known = [CONTAINERS[name] for name in target.containers if name in CONTAINERS] or [INT8]
-    for container in known:
+    for container in containers:
         factors = fold_rows(scales, multipliers(get_format(weight_format), container))
         if factors is not None:
             return factors

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.passes.surgery import array_of, digest, give_name, only_consumer, producer, variant_of
+from exporter.passes.surgery import array_of, digest, give_name, online_quantizer, only_consumer, producer, variant_of
 from exporter.targets import Target
-from plugins.op import DOMAIN, DequantizeValues, DequantizeWeight, Gemm, OnlineQuantize
+from plugins.block_scales import BlockScaling
+from plugins.domain import AUTO_CONTAINER
+from plugins.op import DOMAIN, DequantizeValues, DequantizeWeight, Gemm, QuantizeBlocks
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class _Linear:
 def fuse_linear(graph: gs.Graph, target: Target) -> int:
     """[FloatQuantizeOnline → FloatDequantize_values →] MatMul(·, Transpose(FloatDequantize_w)) [→ Add] → FloatGemm.
 
-    Also with Gemm (transB, or after a Transpose) for MatMul and Add. The quantizer stays, FloatGemm takes its values
-    and scales. Not when the dequantized weight has another reader or is an output, or when the Gemm scales or
-    transposes otherwise; when the product itself is needed elsewhere, the Add stays outside. Names the tensors by
-    which a layer is found again: "<layer>.input", ".values", ".token_scales" (the first layer that reads them) and
-    ".output".
+    Also with FloatQuantizeBlocks, when the weight has the same groups, and with Gemm (transB, or after a Transpose) for
+    MatMul and Add. The quantizer stays, FloatGemm takes its values and scales. Not when the dequantized weight has
+    another reader or is an output, or when the Gemm scales or transposes otherwise; when the product itself is needed
+    elsewhere, the Add stays outside. Names the tensors by which a layer is found again: "<layer>.input", ".values",
+    ".token_scales" (the first layer that reads them) and ".output".
     """
     fused = 0
     for node in list(graph.nodes):
@@ -93,7 +95,7 @@ def _as_bias(tensor: gs.Tensor, features: int) -> gs.Constant | None:
 
 def _fuse(graph: gs.Graph, dequantize: gs.Node, weight: DequantizeWeight, linear: _Linear) -> None:
     layer = dequantize.attrs["layer"]
-    activation_format, operands = _activations(graph, linear.x, layer)
+    activation_format, operands, scaling = _activations(graph, linear.x, layer, weight)
     gemm = Gemm(
         weight_format=weight.format,
         activation_format=activation_format,
@@ -102,29 +104,38 @@ def _fuse(graph: gs.Graph, dequantize: gs.Node, weight: DequantizeWeight, linear
         has_multipliers=False,
         packed=weight.packed,
         has_bias=linear.bias is not None,
+        scaling=scaling,
     )
     inputs = [*operands, *dequantize.inputs, *([] if linear.bias is None else [linear.bias])]
     index = next(i for i, node in enumerate(graph.nodes) if node is linear.last)
     linear.first.outputs.clear()
     linear.last.outputs.clear()
-    fused = gs.Node(gemm.op_type, layer, gemm.attributes(layer=layer), inputs, [linear.y], domain=DOMAIN)
+    asked = dequantize.attrs["container"]
+    attributes = gemm.attributes(layer=layer, container="" if asked == AUTO_CONTAINER else asked)
+    fused = gs.Node(gemm.op_type, layer, attributes, inputs, [linear.y], domain=DOMAIN)
     graph.nodes[index] = fused
     linear.last.inputs.clear()
     give_name(graph, linear.y, f"{layer}.output")
 
 
-def _activations(graph: gs.Graph, x: gs.Tensor, layer: str) -> tuple[str, list[gs.Tensor]]:
-    """The activation format and the tensors that stand for x: (values, scales) of its quantizer, or x itself."""
+def _activations(
+    graph: gs.Graph, x: gs.Tensor, layer: str, weight: DequantizeWeight
+) -> tuple[str, list[gs.Tensor], BlockScaling | None]:
+    """The activation format, the tensors that stand for x ((values, scales) of its quantizer, or x itself), and the
+    block scaling of both operands.
+    """
     quantize = _quantizer(x)
-    variant = None if quantize is None else variant_of(quantize, OnlineQuantize)
-    if quantize is None or variant is None:
+    variant = online_quantizer(quantize)
+    scaling = variant.scaling if isinstance(variant, QuantizeBlocks) else None
+    fits = scaling is None or (scaling.value_format, scaling.group_size) == (weight.format, weight.group_size)
+    if quantize is None or variant is None or not fits:
         give_name(graph, x, f"{layer}.input")
-        return "none", [x]
+        return "none", [x], None
     first = quantize.attrs["layer"]
     give_name(graph, quantize.inputs[0], f"{first}.input")
     give_name(graph, quantize.outputs[0], f"{first}.values")
     give_name(graph, quantize.outputs[1], f"{first}.token_scales")
-    return variant.format, list(quantize.outputs)
+    return variant.format, list(quantize.outputs), scaling
 
 
 def _quantizer(x: gs.Tensor) -> gs.Node | None:

@@ -17,9 +17,9 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes.choose import scales_of
 from exporter.passes.encodings import decode
-from exporter.passes.surgery import producer, variant_of
+from exporter.passes.surgery import online_quantizer, producer, variant_of
 from plugins.formats import get_format
-from plugins.op import Gemm, OnlineQuantize
+from plugins.op import Gemm
 
 LAYERS_KEY = "fp4export.layers"
 TARGET_KEY = "fp4export.target"
@@ -40,8 +40,8 @@ class LayerEntry:
 
     `input`, `values`, `token_scales` and `output` are names of tensors in the graph that holds the table: what the
     layer reads, its quantized activations and their scales ("" for a weight-only layer), and its result with the
-    bias. `encoding` says how `values` stands for values of `activation_format`. `scales` is "channel", "foldable" or
-    "group", and `container` is "" where none has been chosen yet.
+    bias. `encoding` says how `values` stands for values of `activation_format`. `scales` is what recipes call them,
+    and `container` is "" where none has been chosen yet.
     """
 
     layer: str
@@ -72,7 +72,7 @@ def layer_table(graph: gs.Graph) -> tuple[LayerEntry, ...]:
             continue
         values = node.inputs[0]
         quantize = producer(values) if gemm.quantizes_activations else None
-        online = quantize is not None and variant_of(quantize, OnlineQuantize) is not None
+        online = online_quantizer(quantize) is not None
         entries.append(
             LayerEntry(
                 layer=node.attrs["layer"],

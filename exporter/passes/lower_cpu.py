@@ -13,17 +13,20 @@ from exporter.passes.cpu_weights import append_float_weight, append_integer_weig
 from exporter.passes.lowering import Activation, Layer, Quantizer, append_epilogue, lower
 from exporter.passes.surgery import Splicer
 from exporter.targets import Target
+from plugins.block_quantize.function_body import append_per_block, append_quantize_blocks
+from plugins.block_scales import BlockScaling
 from plugins.body import Body
 from plugins.float_quantize.function_body import append_online
 from plugins.formats import get_format
 
 
 def lower_to_cpu(graph: gs.Graph, target: Target) -> int:
-    """FloatQuantizeOnline, FloatGemm → standard operators, by the layer's container.
+    """FloatQuantizeOnline, FloatQuantizeBlocks, FloatGemm → standard operators, by the layer's container.
 
     int8: x → uint8 numerators → MatMulInteger with int8 weights → ·weight scale ·token scale + bias, the sum exact.
-    fp32: x → grid values → MatMul with float weights → ·token scale + bias; a weight-only layer multiplies x itself.
-    Where FP32 sums are exact, weights stay unscaled until after the sum.
+    fp32: x → grid values → MatMul with float weights → ·token scale + bias; a weight-only layer multiplies x itself,
+    and block scaling multiplies the values with their scales first. Where FP32 sums are exact, weights stay unscaled
+    until after the sum.
     Weights of 4 bits stay 4 bits in the file and are expanded when the runtime loads it. "<layer>.values" becomes the
     uint8 tensor, with the format's largest numerator as zero point.
     """
@@ -38,6 +41,8 @@ def lower_to_cpu_in_bytes(graph: gs.Graph, target: Target) -> int:
 def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Activation]:
     body = Body(f"{quantizer.layer}.quantize.{quantizer.container}.")
     tensors = {"x": quantizer.x, "values": quantizer.values, "scales": quantizer.scales}
+    if quantizer.scaling is not None:
+        return _quantize_blocks(quantizer, quantizer.scaling, splicer)
     if quantizer.container != "int8":
         append_online(body, "x", "values", "scales", quantizer.format)
         return splicer.nodes(body, tensors), Activation(quantizer.values, quantizer.scales)
@@ -46,13 +51,28 @@ def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Ac
     return splicer.nodes(body, tensors), Activation(quantizer.values, quantizer.scales, tensors[one])
 
 
+def _quantize_blocks(quantizer: Quantizer, scaling: BlockScaling, splicer: Splicer) -> tuple[list[gs.Node], Activation]:
+    """x → values and scales per block → their product, which is what is multiplied."""
+    body = Body(f"{quantizer.layer}.quantize.{quantizer.container}.")
+    tensors = {"x": quantizer.x, "values": quantizer.values, "scales": quantizer.scales}
+    if quantizer.tensor_scale is not None:
+        tensors["tensor_scale"] = quantizer.tensor_scale
+    static = None if quantizer.tensor_scale is None else "tensor_scale"
+    append_quantize_blocks(body, "x", static, "values", "scales", scaling)
+    product = append_per_block(body, "values", "scales", scaling.group_size)
+    tensors[product] = gs.Variable(product)
+    return splicer.nodes(body, tensors), Activation(tensors[product], None)
+
+
 def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer, *, in_bytes: bool) -> list[gs.Node]:
     body = Body(f"{layer.name}.")
     tensors = {"x": layer.x, "y": layer.y}
     factors = []
     if activation is not None:
-        tensors |= {"x": activation.numbers, "token_scales": activation.scales}
-        factors = ["token_scales"]
+        tensors["x"] = activation.numbers
+        if activation.scales is not None:
+            tensors["token_scales"] = activation.scales
+            factors = ["token_scales"]
     if layer.bias is not None:
         tensors["bias"] = layer.bias
     if layer.container == "int8" and activation is not None and activation.one is not None:
@@ -63,7 +83,7 @@ def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer, *, 
         sums = body.op("MatMulInteger", "x", weight, zero_point(body, get_format(layer.gemm.activation_format)))
         product = body.op("Cast", sums, to=TensorProto.FLOAT)
         factors = [body.op("Mul", "one", "row_scales"), *factors]
-    elif layer.product.exact:
+    elif layer.product is not None and layer.product.exact:
         tensors["row_scales"] = gs.Constant(f"{layer.name}.row_scales", layer.weight_scales[:, 0])
         product = body.op("MatMul", "x", append_unscaled_weight(body, layer, tensors, splicer))
         factors = ["row_scales", *factors]

@@ -11,6 +11,7 @@ from onnx import TensorProto
 
 from exporter.errors import InputError
 from exporter.passes.encodings import unit_of
+from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
 from exporter.passes.lowering import Activation, Layer, Quantizer, lower
 from exporter.passes.surgery import Splicer, low_bit_constant
 from exporter.targets import Target
@@ -21,17 +22,23 @@ from plugins.formats import FloatFormat, Format
 
 
 def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
-    """FloatQuantizeOnline, FloatGemm → Q/DQ around a MatMul, by the layer's container (int8, fp8 or int4).
+    """FloatQuantizeOnline, FloatQuantizeBlocks, FloatGemm → Q/DQ around a MatMul, by the layer's container.
 
     Activations: x / token scale, rounded by ordinary operators where the container's own rounding is not the
     format's, then QuantizeLinear and DequantizeLinear with scale 1, which lose nothing. Weights: INT8, FP8 or INT4
     constants [K, N] and one DequantizeLinear, per channel or (INT4) per block. The product is multiplied by the
-    token's scale. "<layer>.values" becomes the INT8 or FP8 tensor.
+    token's scale. "<layer>.values" becomes the INT8 or FP8 tensor. For fp4 and mxfp8 see `lower_blocks`; a graph with
+    them becomes one of operator version 23, the first that has FP4.
     """
-    return lower(graph, _quantize, _multiply)
+    lowered = lower(graph, _quantize, _multiply)
+    if any(node.op in EXTENSIONS for node in graph.nodes):
+        graph.opset, graph.import_domains = BLOCKS_OPSET, None
+    return lowered
 
 
 def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Activation]:
+    if quantizer.scaling is not None:
+        return quantize_blocks(quantizer, quantizer.scaling, splicer)
     fmt, container = quantizer.format, quantizer.container
     body = Body(f"{quantizer.layer}.quantize.{container}.")
     unit = unit_of(fmt, container)
@@ -79,21 +86,12 @@ def _zero(container: str) -> gs.Constant:
 
 def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer) -> list[gs.Node]:
     body = Body(f"{layer.name}.")
-    weight, scales = _weight(layer)
-    tensors = {
-        "x": layer.x if activation is None else activation.numbers,
-        "y": layer.y,
-        "stored": weight,
-        "row_scales": gs.Constant(f"{layer.name}.row_scales", scales),
-    }
-    decoded = (
-        body.op("DequantizeLinear", "stored", "row_scales", axis=0, block_size=layer.gemm.group_size)
-        if layer.container == "int4"
-        else body.op("DequantizeLinear", "stored", "row_scales", axis=1)
-    )
+    tensors = {"x": layer.x if activation is None else activation.numbers, "y": layer.y}
+    decoded, constants = _decoded_weight(body, layer)
+    tensors |= constants
     product = body.op("MatMul", "x", decoded)
     steps: list[tuple[str, str]] = []
-    if activation is not None:
+    if activation is not None and activation.scales is not None:
         tensors["token_scales"] = activation.scales
         steps.append(("Mul", "token_scales"))
     if layer.bias is not None:
@@ -106,10 +104,22 @@ def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer) -> 
     return splicer.nodes(body, tensors)
 
 
-def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
-    """The constant [K, N] and its scales: [N], or [K/G, N] for INT4's blocks."""
+def _decoded_weight(body: Body, layer: Layer) -> tuple[str, dict[str, gs.Constant]]:
+    """The name of the weight [K, N] as the product takes it, and the constants behind it."""
     if not (layer.weight_scales > 0).all():
         raise InputError(f"{layer.name}: some of its weight scales are not positive, which TensorRT does not take")
+    if layer.gemm.scaling is not None:
+        return append_block_weight(body, layer, layer.gemm.scaling)
+    weight, scales = _weight(layer)
+    constants = {"stored": weight, "row_scales": gs.Constant(f"{layer.name}.row_scales", scales)}
+    if layer.container == "int4":
+        size = layer.gemm.group_size
+        return body.op("DequantizeLinear", "stored", "row_scales", axis=0, block_size=size), constants
+    return body.op("DequantizeLinear", "stored", "row_scales", axis=1), constants
+
+
+def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
+    """The constant [K, N] and its scales: [N], or [K/G, N] for INT4's blocks."""
     name = f"{layer.name}.{layer.container}"
     scales = layer.weight_scales * np.float32(layer.format.step)
     numbers = layer.numerators().T
@@ -117,7 +127,8 @@ def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
         return low_bit_constant(name, _exactly(numbers, np.dtype(np.int8)), TensorProto.INT4), _contiguous(scales.T)
     if layer.container == "int8":
         return gs.Constant(name, _exactly(numbers, np.dtype(np.int8))), _contiguous(scales[:, 0])
-    into = layer.product.weight_factor or 1.0
+    product = layer.product
+    into = (product.weight_factor if product else None) or 1.0
     bits = _exactly(numbers * (into * layer.format.step), FP8.dtype).view(np.uint8)
     scales = layer.weight_scales[:, 0] / np.float32(into)
     return low_bit_constant(name, bits, TensorProto.FLOAT8E4M3FN), _contiguous(scales)

@@ -10,32 +10,35 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from exporter.passes.surgery import Splicer, array_of, is_output, variant_of
+from exporter.passes.surgery import Splicer, array_of, is_output, online_quantizer, variant_of
+from plugins.block_scales import BlockScaling
 from plugins.body import Body
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS
 from plugins.formats import Format, get_format
-from plugins.op import Gemm, OnlineQuantize
+from plugins.op import Gemm, QuantizeBlocks
 from plugins.packing import unpack
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation as a matrix product takes it: numbers of a container, and a scale per token for the result.
+    """An activation as a matrix product takes it: numbers of a container, and a scale per token for the result, None
+    where the numbers have their scales in them.
 
     `one` is a scalar that is 1 at run time where the lowering makes one, else None.
     """
 
     numbers: gs.Tensor
-    scales: gs.Tensor
+    scales: gs.Tensor | None
     one: gs.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One FloatQuantizeOnline node and the tensors that the nodes in its place must write.
+    """One FloatQuantizeOnline or FloatQuantizeBlocks node and the tensors that the nodes in its place must write.
 
-    `layer` is the first layer that reads it; `container` is the one to quantize into.
+    `layer` is the first layer that reads it; `container` is the one to quantize into; `scaling` and the static
+    `tensor_scale` are None where there are none.
     """
 
     layer: str
@@ -44,6 +47,8 @@ class Quantizer:
     x: gs.Tensor
     values: gs.Tensor
     scales: gs.Tensor
+    scaling: BlockScaling | None
+    tensor_scale: gs.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,10 @@ class Layer:
         return get_format(self.gemm.weight_format)
 
     @property
-    def product(self) -> ContainerProduct:
-        """What the layer's product in its container is, with the multipliers that it has."""
+    def product(self) -> ContainerProduct | None:
+        """What the layer's product in its container is, with the multipliers that it has; None for block scaling."""
+        if self.gemm.scaling is not None:
+            return None
         quantized = self.gemm.quantizes_activations
         found = (1,) if self.multipliers is None else tuple(int(entry) for entry in np.unique(self.multipliers))
         return ContainerProduct(
@@ -111,7 +118,7 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
     for node in list(graph.nodes):
         new: list[gs.Node] = []
         layer = layer_of(node)
-        if variant_of(node, OnlineQuantize) is not None and _read_by_gemms(graph, node):
+        if online_quantizer(node) is not None and _read_by_gemms(graph, node):
             values = node.outputs[0]
             for quantizer in _quantizers(node):
                 made, activation = quantize(quantizer, splicer)
@@ -131,10 +138,12 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
 
 def _quantizers(node: gs.Node) -> list[Quantizer]:
     """One per container, integers first: the first writes the node's own tensors, which it is freed of."""
-    variant = variant_of(node, OnlineQuantize)
+    variant = online_quantizer(node)
     if variant is None:
         raise ValueError(f"{node.op} is no online quantizer")
-    x, (values, scales), layer = node.inputs[0], tuple(node.outputs), node.attrs["layer"]
+    x, *static = node.inputs
+    (values, scales), layer = tuple(node.outputs), node.attrs["layer"]
+    scaling = variant.scaling if isinstance(variant, QuantizeBlocks) else None
     containers = sorted(
         {reader.attrs["container"] for reader in values.outputs}, key=lambda name: (name != "int8", name)
     )
@@ -145,7 +154,18 @@ def _quantizers(node: gs.Node) -> list[Quantizer]:
         if index:
             values = gs.Variable(f"{layer}.values.{container}")
             scales = gs.Variable(f"{layer}.token_scales.{container}")
-        quantizers.append(Quantizer(layer, get_format(variant.format), container, x, values, scales))
+        quantizers.append(
+            Quantizer(
+                layer=layer,
+                format=get_format(variant.format),
+                container=container,
+                x=x,
+                values=values,
+                scales=scales,
+                scaling=scaling,
+                tensor_scale=static[0] if static else None,
+            )
+        )
     return quantizers
 
 

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from exporter.errors import InputError
+from exporter.passes.inference import element_types
+from exporter.passes.surgery import CONTRIB_DOMAIN
+from exporter.passes.tensorrt_parsers import PARSERS, Parser
 from exporter.targets import Target
 from plugins.op import is_ours
 
-# fmt: off
-_TENSORRT_OPERATORS = frozenset({
-    "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Attention",
-    "AveragePool", "BatchNormalization", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Concat", "Constant",
-    "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Cosh", "CumSum", "DepthToSpace", "DequantizeLinear",
-    "Div", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten", "Floor", "Gather",
-    "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool",
-    "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization", "HardSigmoid", "HardSwish", "Hardmax",
-    "Identity", "If", "InstanceNormalization", "IsInf", "IsNaN", "LRN", "LayerNormalization", "LeakyRelu",
-    "Less", "LessOrEqual", "Log", "LogSoftmax", "Loop", "LpNormalization", "LpPool", "MatMul", "Max", "MaxPool",
-    "Mean", "MeanVarianceNormalization", "Min", "Mish", "Mod", "Mul", "Neg", "NonZero", "Not", "OneHot", "Or",
-    "PRelu", "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal", "ReduceL1", "ReduceL2",
-    "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum",
-    "ReduceSumSquare", "Relu", "Reshape", "Resize", "Round", "ScatterElements", "ScatterND", "Selu", "Shape",
-    "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Size", "Slice", "Softmax", "Softplus", "Softsign",
-    "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Tile",
-    "TopK", "Transpose", "Trilu", "Unsqueeze", "Where", "Xor",
-})
-# fmt: on
-"""Standard operators that the ONNX parser of TensorRT 10.9 and later, and TensorRT-RTX, take."""
+_STANDARD = (None, "", "ai.onnx")
+
+_CONTRIB_OPERATORS = frozenset({"MultiHeadAttention"})
+"""ONNX Runtime's own operators that a pass here makes."""
 
 
 def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
     """Changes nothing (0). Raises `InputError` naming the first layer or node that the target cannot run.
 
-    That is a node of the project's own operators that no pass has lowered, or an operator outside the target's list.
+    That is a node of the project's own operators that no pass has lowered, or for ONNX Runtime a node outside the
+    standard, or for TensorRT an operator or an element type that one of the parsers the target must do with lacks.
     """
     for node in graph.nodes:
         if is_ours(node):
@@ -43,15 +34,37 @@ def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
                 f"{layer}: target {target.name} cannot run {node.op}: no pass fused it into a linear layer or "
                 "lowered it; keep the layer in high precision with a rule `weight: none`"
             )
-        if not _known(node, graph.opset, target):
-            domain = f"{node.domain}::" if node.domain else ""
-            raise InputError(f"node {node.name!r}: target {target.name} cannot run operator {domain}{node.op}")
+        if target.engine == "onnxruntime" and not _is_onnxruntimes(node, graph.opset):
+            raise InputError(f"node {node.name!r}: target {target.name} cannot run operator {_operator(node)}")
+    types = element_types(graph) if target.parsers else {}
+    for parser in (PARSERS[name] for name in target.parsers):
+        for node in graph.nodes:
+            _check_node(node, types, parser, target)
     return 0
 
 
-def _known(node: gs.Node, opset: int, target: Target) -> bool:
-    if node.domain not in (None, "", "ai.onnx"):
-        return False
-    if target.engine == "onnxruntime":
-        return bool(onnx.defs.has(node.op, opset, ""))
-    return node.op in _TENSORRT_OPERATORS
+def _check_node(node: gs.Node, types: Mapping[str, int], parser: Parser, target: Target) -> None:
+    standard = node.domain in _STANDARD and node.op in parser.operators
+    if not standard and node.op not in parser.extensions:
+        raise InputError(
+            f"node {node.name!r}: target {target.name} cannot run operator {_operator(node)}: "
+            f"the ONNX parser of TensorRT {parser.name} does not take it"
+        )
+    for tensor in (*node.inputs, *node.outputs):
+        kind = types.get(tensor.name)
+        if kind is not None and not parser.takes(kind, node.op):
+            raise InputError(
+                f"node {node.name!r}: target {target.name} cannot run {_operator(node)} with {tensor.name!r} of type "
+                f"{TensorProto.DataType.Name(kind)}: the ONNX parser of TensorRT {parser.name} does not take it there"
+            )
+
+
+def _operator(node: gs.Node) -> str:
+    return f"{node.domain}::{node.op}" if node.domain else str(node.op)
+
+
+def _is_onnxruntimes(node: gs.Node, opset: int) -> bool:
+    """True for an operator that every build of ONNX Runtime has."""
+    if node.domain == CONTRIB_DOMAIN:
+        return node.op in _CONTRIB_OPERATORS
+    return node.domain in _STANDARD and bool(onnx.defs.has(node.op, opset, ""))

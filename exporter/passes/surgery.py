@@ -15,7 +15,10 @@ from onnx import helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from plugins.body import Body
-from plugins.op import is_ours
+from plugins.op import OnlineQuantize, QuantizeBlocks, is_ours
+
+CONTRIB_DOMAIN = "com.microsoft"
+"""The domain of ONNX Runtime's own operators, which every build of it has."""
 
 # The names that the passes and the boundary markers give, which nothing renames afterwards.
 _GIVEN = re.compile(r"blocks\.\w+|.+\.(input|output|values|token_scales)")
@@ -30,6 +33,13 @@ class _Kind(Protocol[V_co]):
 def variant_of(node: gs.Node, kind: _Kind[V_co]) -> V_co | None:
     """The node's variant of the operator `kind` (a class of `plugins.op.VARIANTS`), None if it is another operator."""
     return kind.parse(node.op) if is_ours(node) else None
+
+
+def online_quantizer(node: gs.Node | None) -> OnlineQuantize | QuantizeBlocks | None:
+    """The node's variant if it quantizes activations online, per token or in blocks."""
+    if node is None:
+        return None
+    return variant_of(node, OnlineQuantize) or variant_of(node, QuantizeBlocks)
 
 
 def array_of(tensor: gs.Tensor) -> npt.NDArray[Any] | None:
@@ -66,13 +76,23 @@ def replace_uses(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         graph.outputs = [new if output is old else output for output in graph.outputs]
 
 
+def can_take_over(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> bool:
+    """Whether `replace_uses` may be called: only a computed tensor that is no output yet can become an output."""
+    return not is_output(graph, old) or (bool(new.inputs) and not is_output(graph, new))
+
+
 def give_name(graph: gs.Graph, tensor: gs.Tensor, name: str) -> bool:
     """Name a computed tensor, unless it is a graph input or output or has been given a name before; True if named."""
-    taken = _GIVEN.fullmatch(tensor.name) or is_output(graph, tensor) or not tensor.inputs
+    taken = has_given_name(tensor.name) or is_output(graph, tensor) or not tensor.inputs
     if taken:
         return False
     tensor.name = name
     return True
+
+
+def has_given_name(name: str) -> bool:
+    """True for a name by which a layer's or a block's tensor is found again."""
+    return _GIVEN.fullmatch(name) is not None
 
 
 def digest(array: npt.NDArray[Any]) -> str:
@@ -110,13 +130,17 @@ class Splicer:
             inputs = [known[name] if name in known else self._constants[name] for name in proto.input]
             outputs = [known.setdefault(name, gs.Variable(name)) for name in proto.output]
             attributes = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
-            nodes.append(gs.Node(proto.op_type, outputs[0].name, attributes, inputs, outputs))
+            domain = proto.domain or None
+            nodes.append(gs.Node(proto.op_type, outputs[0].name, attributes, inputs, outputs, domain=domain))
         return nodes
 
 
 def low_bit_constant(name: str, array: npt.NDArray[Any], onnx_type: int) -> gs.Constant:
-    """An initializer of a type that numpy lacks: FLOAT8E4M3FN (`array` holds its bytes), INT4 or UINT4."""
-    if onnx_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+    """An initializer of a type that numpy lacks.
+
+    FLOAT8E4M3FN (`array` holds its bytes), INT4 (int8 values), UINT4 or FLOAT4E2M1 (codes).
+    """
+    if onnx_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1):
         nibbles = np.pad(array.astype(np.uint8).ravel() & 0xF, (0, array.size % 2))
         raw = (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
     else:

@@ -7,28 +7,36 @@ from dataclasses import dataclass
 
 import onnx
 
+from plugins.block_quantize.function_body import append_per_block
 from plugins.body import Body
-from plugins.domain import BODY_OPSET, AttributeValue, plugin_attributes
+from plugins.domain import AUTO_CONTAINER, BODY_OPSET, AttributeValue, plugin_attributes
 from plugins.float_dequantize import function_body
 from plugins.formats import get_format
 from plugins.weight import check_weight
 
+_VALUES = re.compile(r"FloatDequantize_values(?:_g(?P<group>[1-9]\d*))?")
 _WEIGHT = re.compile(r"FloatDequantize_(?P<format>[a-z]\w+?)_g(?P<group>\d+)_k(?P<count>\d+)(?P<packed>_packed)?")
 
 
 @dataclass(frozen=True)
 class DequantizeValues:
-    """FloatDequantize_values: values f32 [..., K], scales f32 [..., 1] → x_hat f32 [..., K]."""
+    """FloatDequantize_values[_g<G>]: values f32 [..., K], scales f32 [..., 1] or [..., K/G] → x_hat f32 [..., K].
+
+    `group_size` 0 is a whole token.
+    """
+
+    group_size: int = 0
 
     @property
     def op_type(self) -> str:
         """Node type."""
-        return "FloatDequantize_values"
+        return "FloatDequantize_values" + (f"_g{self.group_size}" if self.group_size else "")
 
     @classmethod
     def parse(cls, op_type: str) -> DequantizeValues | None:
         """The variant of that name, None if it is another operator's."""
-        return cls() if op_type == cls().op_type else None
+        match = _VALUES.fullmatch(op_type)
+        return None if match is None else cls(int(match["group"] or 0))
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -47,7 +55,10 @@ class DequantizeValues:
     def function(self, opset: int = BODY_OPSET) -> onnx.FunctionProto:
         """The operator in standard operators."""
         body = Body()
-        body.op("Mul", "values", "scales", output="x_hat")
+        if self.group_size:
+            append_per_block(body, "values", "scales", self.group_size, output="x_hat")
+        else:
+            body.op("Mul", "values", "scales", output="x_hat")
         names = tuple(self.attributes(layer=""))
         return body.function(
             self.op_type, self.input_names, self.output_names, names, opset, "Grid values times their scales."
@@ -92,14 +103,15 @@ class DequantizeWeight:
         """Outputs in order."""
         return ("w",)
 
-    def attributes(self, layer: str) -> dict[str, AttributeValue]:
-        """All attributes of a node that serves `layer` (a module path)."""
+    def attributes(self, layer: str, container: str = AUTO_CONTAINER) -> dict[str, AttributeValue]:
+        """All attributes of a node that serves `layer` (a module path); `container` is the one asked for."""
         return {
             "layer": layer,
             "format": self.format,
             "group_size": self.group_size,
             "count": self.count,
             "packed": int(self.packed),
+            "container": container,
             **plugin_attributes(),
         }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from plugins.block_quantize.reference import expand_scales
 from plugins.formats import Codes, Format, Values
 from plugins.weight import GroupError
 
 
 def dequantize_values(values: Values, scales: Values) -> Values:
-    """values · scales, float32 [...]."""
-    return np.multiply(values, scales, dtype=np.float32)
+    """values [..., K] · scales [..., 1] or [..., K/G], float32 [..., K]."""
+    return np.multiply(values, expand_scales(scales, values.shape[-1]), dtype=np.float32)
 
 
 def dequantize_codes(codes: Codes, scales: Values, fmt: Format, group_size: int) -> Values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from plugins.float_dequantize.reference import per_group
+from plugins.float_dequantize.reference import dequantize_values, per_group
 from plugins.formats import Codes, Format, Values
 
 
@@ -24,7 +24,8 @@ def gemm(
 
     With channel scales [N, 1], and with group multipliers int32 [N, K/G] if given:
     y = (values @ (decode(codes)·multipliers)ᵀ)·x_scales·weight_scalesᵀ + bias.
-    With group scales [N, K/G]: y = (values @ (decode(codes)·weight_scales)ᵀ)·x_scales + bias.
+    With group scales [N, K/G]: y = (values @ (decode(codes)·weight_scales)ᵀ)·x_scales + bias. With x_scales [..., K/G]
+    they multiply the values before the product.
     Raises GroupError for scales or multipliers of another shape.
     """
     weight = fmt.decode(codes)
@@ -33,6 +34,8 @@ def gemm(
         weight = per_group(weight, multipliers.astype(np.float32), group_size)
     if not scales_per_channel:
         weight = per_group(weight, weight_scales, group_size)
+    if x_scales is not None and x_scales.shape[-1] > 1:
+        values, x_scales = dequantize_values(values, x_scales), None
     y: Values = np.matmul(values, weight.T, dtype=np.float32)
     if x_scales is not None:
         y = y * x_scales

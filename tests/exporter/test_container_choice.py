@@ -1,5 +1,7 @@
 """Containers: which one a layer gets on which target, and refusals that say what works."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ INT4_ONLY = LayerScheme("e1m2", 64, "group", "none")
     ("scheme", "target", "container"),
     [
         (W4A6, "cpu", "int8"),
-        (W4A6, "rtx-sm75", "int8"),
+        (W4A6, "rtx-sm80", "int8"),
         (W4A6, "rtx-sm120", "int8"),
         (W4A6, "orin", "int8"),
         (W4A8, "cpu", "fp32"),
@@ -33,7 +35,18 @@ INT4_ONLY = LayerScheme("e1m2", 64, "group", "none")
         (LayerScheme("e3m0", 0, "channel", "e2m3"), "rtx-sm86", "int8"),
         (LayerScheme("e2m1", 0, "channel", "e3m2"), "rtx-sm89", "fp8"),
         (LayerScheme("int8", 0, "channel", "int8"), "cpu", "int8"),
-        (LayerScheme("int4", 128, "foldable", "int6"), "rtx-sm75", "int8"),
+        (LayerScheme("int4", 128, "foldable", "int6"), "rtx-sm80", "int8"),
+        (PRESETS["w4a8_int"], "cpu", "int8"),
+        (PRESETS["nvfp4"], "cpu", "fp32"),
+        (PRESETS["nvfp4"], "rtx-sm120", "fp4"),
+        (PRESETS["nvfp4"], "thor", "fp4"),
+        (PRESETS["mxfp8"], "cpu", "fp32"),
+        (PRESETS["mxfp8"], "rtx-sm121", "mxfp8"),
+        (PRESETS["mxfp8"], "b200", "mxfp8"),
+        (PRESETS["w4a8_int"], "rtx-sm80", "int8"),
+        (replace(W4A6, container="fp8"), "rtx-sm89", "fp8"),
+        (replace(W4A6, container="int8"), "rtx-sm89", "int8"),
+        (replace(W4A6, container="int8"), "cpu", "int8"),
     ],
 )
 def test_the_container(scheme: LayerScheme, target: str, container: str) -> None:
@@ -46,9 +59,22 @@ def test_the_container(scheme: LayerScheme, target: str, container: str) -> None
         (W4A8, "rtx-sm86", "e4m3 values do not fit int8", "rtx-sm89"),
         (W8A8, "orin", "e4m3 values do not fit int8", "h100"),
         (GROUPED, "rtx-sm89", "use `scales: foldable`", "cpu"),
-        (INT4_ONLY, "rtx-sm75", "group scales need e1m2 or int4 weights and an INT4 engine", "rtx-sm80"),
+        (W4A6, "rtx-sm75", "TensorRT-RTX builds no product with an FP32 result for its GPU", "rtx-sm80"),
+        (replace(INT4_ONLY, weight_format="e2m1"), "rtx-sm80", "group scales need e1m2 or int4 weights", "cpu"),
         (LayerScheme("e2m1", 0, "channel", "e3m4"), "rtx-sm120", "e3m4 values do not fit int8 or fp8", "cpu"),
-        (LayerScheme("int8", 0, "channel", "e4m3"), "rtx-sm89", "do not fit the same one of int8 or fp8", "cpu"),
+        (
+            replace(W4A6, container="fp8"),
+            "rtx-sm86",
+            r"in fp8: it is exact there in int8; use",
+            "h100",
+        ),
+        (replace(W4A6, container="fp8"), "cpu", r"exact there in int8 or fp32", "rtx-sm89"),
+        (replace(W4A8, container="int8"), "rtx-sm89", r"in int8: it is exact there in fp8", "none"),
+        (replace(W4A16, container="fp8"), "rtx-sm89", r"in fp8: it is exact there in int8", "none"),
+        (PRESETS["nvfp4"], "rtx-sm89", "multiplies no blocks with scales of their own; `preset: w4a6`", "rtx-sm120"),
+        (PRESETS["mxfp8"], "h100", "multiplies no blocks with scales of their own", "b200"),
+        (replace(PRESETS["nvfp4"], container="int8"), "b200", "exact there in fp4; use `container: auto`", "none"),
+        (LayerScheme("int8", 0, "channel", "e4m3"), "rtx-sm89", "do not fit the same one of int8, fp8", "cpu"),
     ],
 )
 def test_a_refusal_names_the_layer_the_reason_and_targets_that_work(

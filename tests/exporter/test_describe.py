@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from exporter.describe import Description, describe, print_description
+from exporter.describe import Description, describe, exactness, print_description
 from exporter.errors import InputError
 from exporter.recipe import load_recipe
 
@@ -103,3 +103,13 @@ def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Pat
     file.write_text(json.dumps({**PIXART, "_class_name": "UNet2DModel"}))
     with pytest.raises(InputError, match=r"config\.json: _class_name is 'UNet2DModel'.*supported: pixart"):
         described("pixart_alpha_w4a6", config_only, tmp_path / "out.onnx")
+
+
+def test_block_scaling_states_no_exactness(config_only: Path) -> None:
+    description = described(
+        "pixart_alpha_w4a6", config_only, config_only.parent / "out.plan", "preset=nvfp4", target="rtx-sm120"
+    )
+    row = next(line for line in printed(description).splitlines() if "transformer_blocks.0.attn1.to_q" in line)
+    assert row.count("–") == 2
+    # The recipe's rule keeps one layer of each block in E3M0 with channel scales, of which exactness is stated.
+    assert [line.split(",")[0] for line in exactness(description.plan)] == ["int8: e3m0 weights"]

@@ -49,6 +49,7 @@ def metrics() -> Metrics:
         layers=(
             LayerContainer.of(LAYER),
             LayerContainer.of(replace(LAYER, activation_format="none", container="fp32")),
+            LayerContainer.of(replace(LAYER, activation_format="e2m1", group_size=16, scales="nvfp4", container="fp4")),
         ),
     )
 
@@ -73,7 +74,15 @@ def test_written_and_read(metrics: Metrics, tmp_path: Path) -> None:
     assert document["seconds"] == {"load": 0.123, "calibrate": 100.0}
     assert {"python", "torch", "onnx", "onnxruntime"} <= document["versions"].keys()
     assert metrics.size.ratio == 0.2
-    integers, floats = document["layers"]
+    integers, floats, blocks = document["layers"]
+    assert blocks == {
+        "layer": "blocks.0.to_q",
+        "container": "fp4",
+        "exact": None,
+        "accumulator_bound": None,
+        "accumulator_limit": None,
+        "reason": None,
+    }
     assert integers == {
         "layer": "blocks.0.to_q",
         "container": "int8",

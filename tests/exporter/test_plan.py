@@ -140,6 +140,32 @@ def test_multipliers_fit_the_container() -> None:
     assert planned(preset="w8a8").layers[0].multipliers == (1,)
 
 
+def test_the_container_asked_for_decides_the_multipliers() -> None:
+    layer = planned(preset="w4a6", container="fp8", target="rtx-sm89").layers[0]
+    assert (layer.container, layer.asked_container) == ("fp8", "fp8")
+    assert layer.multipliers == planned(preset="w4a8", target="rtx-sm89").layers[0].multipliers
+    rules = [{"match": "*.to_q", "container": "fp8"}]
+    layers = planned(preset="w4a6", layers=rules, target="rtx-sm89").layers
+    assert [layer.container for layer in layers] == ["fp8", "int8"] * 2
+    with pytest.raises(InputError, match=r"preset w4a6: blocks\.0\.attn\.to_q: target rtx-sm86 cannot run .* in fp8"):
+        planned(preset="w4a6", container="fp8", target="rtx-sm86")
+
+
+def test_block_scaling_needs_its_own_formats_and_groups() -> None:
+    with pytest.raises(InputError, match=r"layers\[0\]: blocks\.0\.attn\.to_q: `scales: nvfp4` is for e2m1 weights"):
+        planned(preset="nvfp4", layers=[{"match": "*.to_q", "activation": "e2m3"}])
+    odd = ModelShapes({"blocks.0.to_q": LinearShape(24, 24, True)}, {})
+    with pytest.raises(InputError, match=r"preset nvfp4: blocks\.0\.to_q: group 16 does not divide its 24"):
+        planned(odd, preset="nvfp4")
+
+
+def test_block_scales_are_a_byte_each_in_an_engine() -> None:
+    one = ModelShapes({"blocks.0.to_q": LinearShape(256, 256, True)}, {})
+    assert planned(one, preset="nvfp4", target="b200").expected_bytes == 256 * 128 + 256 * 16 + 256 * 4
+    assert planned(one, preset="mxfp8", target="b200").expected_bytes == 256 * 256 + 256 * 8 + 256 * 4
+    assert planned(one, preset="nvfp4").expected_bytes == 256 * 128 + 256 * 16 * 4 + 256 * 4
+
+
 def test_a_plan_has_no_torch() -> None:
     import subprocess
     import sys

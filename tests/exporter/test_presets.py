@@ -5,15 +5,19 @@ from typing import Any
 import pytest
 
 from exporter import recipe
-from exporter.presets import PRESETS, LayerScheme, resolve_rule
+from exporter.presets import PRESETS, LayerScheme, preset_scheme, resolve_rule
 from exporter.recipe import LayerRule
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, FORMATS, WEIGHT_FORMATS
 
 
 def test_every_preset_of_the_recipe_exists_and_does_what_its_name_says() -> None:
     assert set(PRESETS) == set(recipe.PRESETS)
     for name, scheme in PRESETS.items():
-        weight_bits, activation_bits = name.removeprefix("w").split("a")
+        if scheme.scales in BLOCK_SCALINGS:
+            continue
+        weight_bits, activation_bits = name.removeprefix("w").removesuffix("_int").split("a")
+        assert name.endswith("_int") == scheme.activation_format.startswith("int")
         assert scheme.weight_format in WEIGHT_FORMATS
         assert FORMATS[scheme.weight_format].bits == int(weight_bits)
         if scheme.activation_format == "none":
@@ -37,7 +41,35 @@ def test_every_preset_of_the_recipe_exists_and_does_what_its_name_says() -> None
         ({"activation": "none"}, "w4a8", LayerScheme("e2m1", 128, "foldable", "none")),
         ({"weight": "int8", "scales": "channel"}, None, LayerScheme("int8", 0, "channel", "none")),
         ({"weight": "none"}, "w4a6", None),
+        ({}, "nvfp4", LayerScheme("e2m1", 16, "nvfp4", "e2m1")),
+        ({"scales": "nvfp4"}, "w4a6", LayerScheme("e2m1", 16, "nvfp4", "e2m1")),
+        ({"scales": "mx"}, None, LayerScheme("e4m3", 32, "mx", "e4m3")),
+        ({"scales": "foldable"}, "nvfp4", LayerScheme("e2m1", 128, "foldable", "e2m1")),
+        ({"group": 64}, "nvfp4", LayerScheme("e2m1", 64, "foldable", "e2m1")),
+        ({"scales": "channel", "activation": "e4m3"}, "nvfp4", LayerScheme("e2m1", 0, "channel", "e4m3")),
+        ({"weight": "none"}, "nvfp4", None),
+        ({}, "w4a8_int", LayerScheme("e2m1", 128, "foldable", "int8")),
+        ({"container": "fp8"}, "w4a6", LayerScheme("e2m1", 128, "foldable", "e2m3", "fp8")),
     ],
 )
 def test_a_rule_s_gaps_come_from_the_preset(rule: dict[str, Any], preset: Any, scheme: LayerScheme | None) -> None:
     assert resolve_rule(LayerRule(match="*", **rule), preset) == scheme
+
+
+def test_a_rule_s_container_comes_before_the_recipe_s() -> None:
+    def container(rule: LayerRule) -> str:
+        scheme = resolve_rule(rule, "w4a6", "fp8")
+        assert scheme is not None
+        return scheme.container
+
+    assert container(LayerRule(match="*")) == "fp8"
+    assert container(LayerRule(match="*", container="auto")) == "auto"
+    assert preset_scheme("w4a6", "fp8") == LayerScheme("e2m1", 128, "foldable", "e2m3", "fp8")
+    assert preset_scheme(None, "fp8") is None
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_presets_of_block_scaling_are_what_their_scaling_says(name: str) -> None:
+    scheme = PRESETS[name]  # type: ignore[index]
+    scaling = BLOCK_SCALINGS[scheme.scales]
+    assert scheme == LayerScheme(scaling.value_format, scaling.group_size, scaling.name, scaling.value_format)

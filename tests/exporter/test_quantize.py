@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.scales import choose_scales
 from exporter.errors import InputError
 from exporter.plan import LayerPlan, Plan
@@ -27,7 +28,9 @@ from exporter.quantize import (
     round_to_nearest,
     save_quantized,
 )
-from plugins.float_dequantize.reference import dequantize_codes
+from plugins.block_quantize.reference import quantize_blocks
+from plugins.block_scales import BLOCK_SCALINGS
+from plugins.float_dequantize.reference import dequantize_codes, dequantize_values
 from plugins.float_quantize.reference import quantize_online
 from plugins.formats import WEIGHT_FORMATS, get_format
 
@@ -219,3 +222,48 @@ def test_truncated_and_missing_files_are_refused(model: nn.Module, tmp_path: Pat
     for broken in (path, tmp_path / "absent.safetensors"):
         with pytest.raises(InputError, match="cannot be read as quantized weights"):
             load_quantized(broken, PLAN)
+
+
+BLOCK_LAYER = LayerPlan("0", 24, 64, True, "e2m1", "e2m1", 16, "nvfp4", "fp4")
+BLOCK_PLAN = Plan(layers=(BLOCK_LAYER,), high_precision=(), fp32_bytes=0, expected_bytes=0)
+
+
+def _in_blocks(model: nn.Module) -> CalibrationResult:
+    weight = model.get_submodule("0").weight.detach()
+    scales = choose_block_scales(weight, BLOCK_SCALINGS["nvfp4"], "mse")
+    static = static_scale(3.0, BLOCK_SCALINGS["nvfp4"])
+    return CalibrationResult({"0": round_to_nearest(weight, scales, get_format("e2m1"), static)})
+
+
+def test_a_linear_in_blocks_multiplies_the_reference_operands(model: nn.Module) -> None:
+    result = _in_blocks(model)
+    linear = quantize_model(model, BLOCK_PLAN, result.weights).get_submodule("0")
+    assert isinstance(linear, QuantLinear)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    static = result.weights["0"].input_scale
+    assert static is not None
+    values, scales = quantize_blocks(x.numpy(), BLOCK_SCALINGS["nvfp4"], np.float32(static))
+    x_hat = torch.from_numpy(dequantize_values(values, scales))
+    assert torch.equal(linear(x), nn.functional.linear(x_hat, linear.weight, linear.bias))
+
+
+def test_the_static_scale_of_an_input_is_saved_and_needed(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    result = _in_blocks(model)
+    save_quantized(path, result, BLOCK_PLAN)
+    loaded = load_quantized(path, BLOCK_PLAN).weights["0"]
+    saved = result.weights["0"]
+    assert loaded.input_scale is not None
+    assert saved.input_scale is not None
+    assert torch.equal(loaded.input_scale, saved.input_scale)
+    assert torch.equal(loaded.codes, saved.codes)
+    for wrong, message in (
+        (None, "tensors missing or unexpected: 0.input_scale"),
+        (torch.tensor(0.0), "0.input_scale: must be one finite and positive number"),
+        (torch.ones(1), "0.input_scale: must be one"),
+        (torch.tensor(float("nan")), "0.input_scale: must be one"),
+    ):
+        save_quantized(path, result, BLOCK_PLAN)
+        _rewrite(path, "0.input_scale", wrong)
+        with pytest.raises(InputError, match=message):
+            load_quantized(path, BLOCK_PLAN)

@@ -177,3 +177,9 @@ def test_file_size(count: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (143.2, "2 min 23 s")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_block_scaling_shows_dashes_for_exactness(report: Report) -> None:
+    blocks = replace(report.layers[0], scales="nvfp4", container="fp4", product=None)
+    page = render_report(replace(report, layers=(blocks,)))
+    assert page.count("–</td>") == 2

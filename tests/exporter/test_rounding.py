@@ -7,7 +7,19 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from exporter.rounding import element_step, fake_quantize_online, power_of_two_below, quantize_online, round_to_format
+from exporter.rounding import (
+    InputQuantizer,
+    dequantize,
+    element_step,
+    power_of_two_above,
+    power_of_two_below,
+    quantize_blocks,
+    quantize_online,
+    round_to_format,
+)
+from plugins.block_quantize.reference import quantize_blocks as reference_blocks
+from plugins.block_scales import BLOCK_SCALINGS, tensor_scale_of
+from plugins.float_dequantize.reference import dequantize_values
 from plugins.float_quantize.reference import quantize_online as reference_quantize_online
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, FloatFormat, Format, get_format
 
@@ -102,8 +114,40 @@ def test_fake_quantization_passes_gradients_straight_through() -> None:
     x = torch.linspace(-3, 3, 32).requires_grad_()
     fmt = get_format("e2m3")
     values, scales = quantize_online(x.detach(), fmt)
-    quantized = fake_quantize_online(x, fmt)
+    quantized = InputQuantizer(fmt).fake_quantize(x)
     quantized.square().sum().backward()
     assert torch.equal(quantized.detach(), values * scales)
     assert x.grad is not None
     assert torch.equal(x.grad, 2 * quantized.detach())
+
+
+@pytest.mark.parametrize("name", BLOCK_SCALINGS)
+@pytest.mark.parametrize("share", [1.0, 0.05, 1000.0])
+def test_blocks_are_bitwise_the_reference(name: str, share: float) -> None:
+    scaling = BLOCK_SCALINGS[name]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, 96, generator=generator) * torch.logspace(-12, 6, 50).unsqueeze(1)
+    x[0, 0] = 0
+    static = torch.tensor(tensor_scale_of(float(x.abs().max()) * share, scaling)) if scaling.has_tensor_scale else None
+    before = x.clone()
+    values, scales = quantize_blocks(x, scaling, static)
+    wanted = reference_blocks(x.numpy(), scaling, None if static is None else np.float32(static))
+    assert np.array_equal(values.numpy().view(np.int32), wanted[0].view(np.int32))
+    assert np.array_equal(scales.numpy().view(np.int32), wanted[1].view(np.int32))
+    assert torch.equal(x, before)
+    quantizer = InputQuantizer(scaling.values, scaling, static)
+    assert torch.equal(quantizer.fake_quantize(x), dequantize(values, scales))
+    assert np.array_equal(dequantize(values, scales).numpy(), dequantize_values(*wanted))
+
+
+def test_powers_of_two_are_found_from_below_and_above() -> None:
+    x = torch.tensor([1.0, 1.5, 2.0, 2.0000002, 3.9999998, 2.0**-100])
+    assert power_of_two_above(x).tolist() == [1.0, 2.0, 2.0, 4.0, 4.0, 2.0**-100]
+    assert power_of_two_below(x).tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0**-100]
+
+
+def test_a_missing_or_needless_static_scale_is_noticed() -> None:
+    with pytest.raises(ValueError, match="nvfp4 needs a scale of the tensor"):
+        quantize_blocks(torch.ones(1, 16), BLOCK_SCALINGS["nvfp4"], None)
+    with pytest.raises(ValueError, match="mx has no scale of the tensor"):
+        quantize_blocks(torch.ones(1, 32), BLOCK_SCALINGS["mx"], torch.tensor(1.0))

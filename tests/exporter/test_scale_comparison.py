@@ -61,6 +61,11 @@ def test_layers_without_groups_are_left_out(model: nn.Module) -> None:
     assert summarize(()) == ()
 
 
+def test_block_scaling_is_left_out(model: nn.Module) -> None:
+    blocks = LayerPlan("0", ROWS, COUNT, True, "e2m1", "e2m1", 16, "nvfp4", "fp32")
+    assert [found.layer for found in compare(model, blocks, layer(name="1"))] == ["1"]
+
+
 def test_formats_that_do_not_fold_have_two_kinds(model: nn.Module) -> None:
     (found,) = compare(model, layer("group", "e3m0"))
     assert [kind.kind for kind in found.kinds] == ["channel", "group"]

@@ -37,6 +37,7 @@ from exporter.validate import (
     validate_output,
 )
 from plugins.formats import get_format
+from tests.exporter.tampering import flip_a_bit_of_one_code, swap_two_codes
 
 ADAPTER = PixArtAdapter()
 TOKENS, WIDTH = 5, 64
@@ -197,23 +198,11 @@ def scale_of_one_channel_off(arrays: dict[str, np.ndarray]) -> str:
 
 
 def one_nibble_flipped(arrays: dict[str, np.ndarray]) -> str:
-    arrays[words_name(arrays)][3, 2] ^= 1 << 12
-    return words_name(arrays)
+    return flip_a_bit_of_one_code(arrays, LAYER)
 
 
 def a_pair_swapped(arrays: dict[str, np.ndarray]) -> str:
-    """The first two different nibbles of a row's first word."""
-    words = arrays[words_name(arrays)]
-    nibbles = [int(words[5, 0]) >> shift & 15 for shift in range(0, 28, 4)]
-    other = next(index for index, nibble in enumerate(nibbles) if nibble & 7 != nibbles[0] & 7)
-    difference = nibbles[0] ^ nibbles[other]
-    words[5, 0] ^= difference | difference << 4 * other
-    return words_name(arrays)
-
-
-def words_name(arrays: dict[str, np.ndarray]) -> str:
-    (name,) = (name for name, array in arrays.items() if name.startswith(LAYER) and array.dtype == np.int32)
-    return name
+    return swap_two_codes(arrays, LAYER)
 
 
 TAMPERINGS = (scale_off_by_one_percent, scale_of_one_channel_off, one_nibble_flipped, a_pair_swapped)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.inputs import CalibrationRun
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.passes.fold import fold_rows
@@ -20,6 +21,7 @@ from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
 from exporter.recipe import MethodSection
+from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
 
 # On scales that suit rounding to nearest, so few iterations of a random model cannot beat it.
@@ -204,3 +206,33 @@ def test_a_block_that_rounds_without_error_is_left_alone(
     plan = replace(plan, layers=tuple(replace(layer, scales="channel") for layer in plan.layers))
     result = calibrate(exact, adapter, plan, captured, prompts, method, 0, NullProgress())
     assert result.blocks[0].error_rtn == result.blocks[0].error_calibrated == 0.0
+
+
+@pytest.mark.parametrize(("scales", "fmt"), [("nvfp4", "e2m1"), ("mx", "e4m3")])
+@pytest.mark.parametrize("method", [RTN, LEARNED.model_copy(update={"iterations": 5, "quantize_activations": True})])
+def test_blocks_are_calibrated_on_scales_that_ship(
+    run: Calibrator, plan_for: Planner, model: nn.Module, method: MethodSection, scales: str, fmt: str
+) -> None:
+    scaling = BLOCK_SCALINGS[scales]
+    plan = plan_for("transformer_blocks.0.attn1", group_size=scaling.group_size, activation=fmt)
+    plan = replace(plan, layers=tuple(replace(layer, weight_format=fmt, scales=scales) for layer in plan.layers))
+    result = run(plan, method)
+    static = {float(w.input_scale) for w in result.weights.values() if w.input_scale is not None}
+    for name, weight in result.weights.items():
+        assert factor_scales(weight.scales.numpy(), scaling) is not None
+        assert (weight.input_scale is not None) == scaling.has_tensor_scale
+        original = model.get_submodule(name).weight
+        assert float((weight.dequantize(get_format(fmt)) - original).abs().max()) < 0.3 * float(original.abs().max())
+    # q, k and v read the same tensor, to_out another one.
+    assert len(static) == (2 if scaling.has_tensor_scale else 0)
+
+
+def test_statistics_of_inputs_are_those_of_all_samples(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts
+) -> None:
+    calibration = CalibrationRun(adapter, captured, prompts)
+    name = "transformer_blocks.1.ff.net.2"
+    inputs = calibration.layer_inputs(model, name).flatten(0, -2)
+    statistics = calibration.input_statistics(model, [name])[name]
+    assert statistics.amax == float(inputs.abs().max())
+    assert torch.allclose(statistics.mean_square, inputs.square().mean(dim=0), rtol=1e-5)

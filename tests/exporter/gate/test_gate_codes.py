@@ -74,3 +74,14 @@ def test_too_many_explained_flips_are_a_failure() -> None:
     result = compare_codes(x, np.ones((100, 1), np.float32), expected, found, E2M3)
     assert result.mismatches == result.explained == 200
     assert "at most 1 may" in result.failure
+
+
+def test_scales_of_blocks_belong_to_their_columns() -> None:
+    scales = np.array([[1.0, 4.0, 0.0]], np.float32)
+    x = np.full((1, 6), 1.0625, np.float32)
+    x[0, 2:] = 4.25
+    given, flipped = np.ones((1, 6), np.float32), np.ones((1, 6), np.float32)
+    flipped[0, 3] = 1.125
+    assert compare_codes(x, scales, given, flipped, E2M3).failure == ""
+    flipped[0, 3], flipped[0, 5] = 1.0, 1.125
+    assert "channel 5" in compare_codes(x, scales, given, flipped, E2M3).failure

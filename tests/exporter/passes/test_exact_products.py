@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from exporter.container_choice import choose_container
-from exporter.passes import WAIST_PASSES, choose_containers, lowering_passes, run_passes
+from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.encodings import unit_of
 from exporter.passes.fold import fold_rows
 from exporter.passes.layer_table import LayerEntry, read_layer_table
@@ -33,20 +34,10 @@ IN_FP8 = [name for name in WEIGHT_FORMATS if fits(get_format(name), FP8)]
 FP8_ACTIVATIONS = [name for name in ACTIVATION_FORMATS if fits(get_format(name), FP8)]
 
 
-def lower(
-    model: onnx.ModelProto, target: Target, container: str | None = None, storage: Storage = "packed"
-) -> tuple[onnx.ModelProto, LayerEntry]:
-    """Lowered in the container that the target chooses, or in another one that holds the layer."""
-
-    def put_into(graph: gs.Graph, _target: Target) -> int:
-        for node in graph.nodes:
-            if "container" in node.attrs:
-                node.attrs["container"] = container
-        return 0
-
-    passes = tuple(put_into if container and entry is choose_containers else entry for entry in WAIST_PASSES)
-    waist, _ = run_passes(model, passes, target)
-    lowered, _ = run_passes(waist, lowering_passes(target, storage), target)
+def lower(model: onnx.ModelProto, target: Target, storage: Storage = "packed") -> tuple[onnx.ModelProto, LayerEntry]:
+    """Lowered in the container that the layer asks for, or else in the one that the target chooses."""
+    waist, _ = run_passes(model, WAIST_PASSES, target)
+    lowered, _ = run_passes(waist, lowering_passes(target, storage=storage), target)
     (entry,) = read_layer_table(lowered)
     return lowered, entry
 
@@ -104,10 +95,11 @@ def layers(draw: st.DrawFn, weights: list[str], activations: list[str], containe
 
 
 def channel_scales(weight: Weight, target: Target) -> Values:
-    """The channel scales [N, 1] that the fold finds for the target."""
+    """The channel scales [N, 1] that the fold finds for the container asked for, or else for the target."""
     if weight.scales.shape[1] == 1:
         return weight.scales
-    for container in (CONTAINERS[name] for name in target.containers if name in CONTAINERS):
+    names = target.containers if weight.container == "auto" else (weight.container,)
+    for container in (CONTAINERS[name] for name in names if name in CONTAINERS):
         factors = fold_rows(weight.scales, multipliers(get_format(weight.format), container))
         if factors is not None:
             return factors[0]
@@ -175,7 +167,8 @@ def test_tensorrt_int8_operands_have_the_integer_sums(case: tuple[Weight, Values
 @settings(deadline=None, max_examples=100)
 def test_tensorrt_fp8_operands_have_the_integer_sums(case: tuple[Weight, Values, str]) -> None:
     weight, x, activation = case
-    lowered, entry = lower(one_linear(weight, activation), SM89, "fp8")
+    weight = replace(weight, container="fp8")
+    lowered, entry = lower(one_linear(weight, activation), SM89)
     assert entry.encoding == "fp8"
     channel = channel_scales(weight, SM89)
     largest = int(np.rint(weight.scales / channel).max())
@@ -193,7 +186,8 @@ def test_tensorrt_fp8_operands_have_the_integer_sums(case: tuple[Weight, Values,
 def test_every_pair_of_codes(weight_format: str, target: Target, container: str) -> None:
     """16 weight codes × 64 activation codes (E2M3), exactly: as operands, as sums and as what the graph returns."""
     weight, x = all_pairs(weight_format, "e2m3")
-    lowered, entry = lower(one_linear(weight, "e2m3"), target, container)
+    lowered, entry = lower(one_linear(replace(weight, container=container), "e2m3"), target)
+    assert entry.container == container
     y, raw = run(lowered, x, entry.values)
     values = get_format("e2m3").values.astype(np.float64)
     pairs = np.multiply.outer(values, get_format(weight_format).values.astype(np.float64))

@@ -39,7 +39,7 @@ IN_INT8 = [name for name in ACTIVATION_FORMATS if get_format(name).max_numerator
 
 def _lower(model: onnx.ModelProto, storage: Storage = "packed") -> tuple[onnx.ModelProto, tuple[LayerEntry, ...]]:
     waist, _ = run_passes(model, WAIST_PASSES, CPU)
-    lowered, _ = run_passes(waist, lowering_passes(CPU, storage), CPU)
+    lowered, _ = run_passes(waist, lowering_passes(CPU, storage=storage), CPU)
     onnx.checker.check_model(lowered, full_check=True)
     return lowered, read_layer_table(lowered)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -65,6 +67,25 @@ def test_layer(target: str, weight_format: str, kind: str, activation_format: st
     for values in (x, hard_tokens(activation_format)):
         expected, _ = quantize_online(values, get_format(activation_format))
         assert np.array_equal(entry.decode_values(run(lowered, values, entry.values)[1]), expected)
+
+
+@pytest.mark.parametrize("activation_format", ["e2m3", "e4m3"])
+def test_w4a6_in_fp8_is_quantized_by_one_operator(activation_format: str) -> None:
+    weight = replace(make_weight("fc", container="fp8"), container="fp8")
+    lowered, (entry,) = _lower(one_linear(weight, activation_format), "rtx-sm89")
+    assert (entry.container, entry.encoding) == ("fp8", "fp8")
+    assert op_types(lowered)[:6] == ["Abs", "ReduceMax", "Max", "Div", "Div", "QuantizeLinear"]
+    expected, _ = quantize_online(hard_tokens(activation_format), get_format(activation_format))
+    y, values = run(lowered, hard_tokens(activation_format), entry.values)
+    assert np.array_equal(entry.decode_values(values), expected)
+    assert snr_db(reference(hard_tokens(activation_format), weight, activation_format)[1], y) > 110
+
+
+def test_multipliers_of_another_container_are_refused() -> None:
+    weight = replace(make_weight("blocks.0.fc", seed=3), container="fp8")
+    assert 7 in np.rint(weight.scales / weight.scales.min(axis=1, keepdims=True))
+    with pytest.raises(InputError, match=r"blocks\.0\.fc.*group"):
+        _lower(one_linear(weight), "rtx-sm89")
 
 
 def test_weights_are_constants_of_the_container() -> None:

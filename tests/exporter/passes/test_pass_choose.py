@@ -8,6 +8,7 @@ import pytest
 from exporter.errors import InputError
 from exporter.passes import choose_containers, fold_scales, fuse_linear, run_passes
 from exporter.passes.layer_table import read_layer_table
+from exporter.passes.order import PassOrderError
 from exporter.targets import TARGETS
 from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
@@ -73,6 +74,7 @@ def test_running_twice_changes_nothing_more() -> None:
     assert run_passes(model, (choose_containers,), TARGETS["cpu"])[1][0].changed == 0
 
 
-def test_unfused_layers_get_none() -> None:
+def test_unfused_layers_are_refused_instead_of_skipped() -> None:
     model: onnx.ModelProto = one_linear(make_weight("fc"))
-    assert run_passes(model, (choose_containers,), TARGETS["cpu"])[1][0].changed == 0
+    with pytest.raises(PassOrderError, match="choose_containers needs fuse_linear"):
+        run_passes(model, (choose_containers,), TARGETS["cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from onnx import TensorProto
 
 from exporter.errors import InputError
 from exporter.passes import WAIST_PASSES, lowering_passes, refuse_unsupported, run_passes
@@ -47,6 +48,44 @@ def test_operator_of_another_domain_is_named() -> None:
     model.opset_import.add(domain="com.microsoft", version=1)
     with pytest.raises(InputError, match=r"com\.microsoft::Gelu"):
         run_passes(model, (refuse_unsupported,), TARGETS["cpu"])
+
+
+def test_operator_that_only_later_parsers_take_is_named_with_the_release() -> None:
+    waist = WaistGraph()
+    model = waist.model(waist.node("Mish", "x", output="y"))
+    run_passes(model, (refuse_unsupported,), TARGETS["b200"])
+    message = r"node 'y_node': target orin cannot run operator Mish: the ONNX parser of TensorRT 10\.3"
+    with pytest.raises(InputError, match=message):
+        run_passes(model, (refuse_unsupported,), TARGETS["orin"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            TensorProto.DOUBLE,
+            r"node 'wide_node': target h100 cannot run Cast with 'wide' of type DOUBLE.* 10\.3",
+        ),
+        (TensorProto.INT8, r"Cast with 'wide' of type INT8"),
+        (TensorProto.FLOAT8E4M3FN, r"Cast with 'wide' of type FLOAT8E4M3FN"),
+    ],
+)
+def test_type_that_the_parser_does_not_take_there_is_named(kind: int, message: str) -> None:
+    waist = WaistGraph()
+    wide = waist.node("Cast", "x", output="wide", to=kind)
+    model = waist.model(waist.node("Cast", wide, output="y", to=TensorProto.FLOAT))
+    run_passes(model, (refuse_unsupported,), TARGETS["cpu"])
+    with pytest.raises(InputError, match=message):
+        run_passes(model, (refuse_unsupported,), TARGETS["h100"])
+
+
+@pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.INT64, TensorProto.BOOL])
+def test_type_that_every_parser_takes_passes(kind: int) -> None:
+    waist = WaistGraph()
+    model = waist.model(
+        waist.node("Cast", waist.node("Cast", "x", output="other", to=kind), output="y", to=TensorProto.FLOAT)
+    )
+    run_passes(model, (refuse_unsupported,), TARGETS["orin"])
 
 
 def test_plain_graph_passes() -> None:

@@ -10,11 +10,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.runtime import OnnxSession
+from plugins.block_scales import BlockScaling
 from plugins.containers import CONTAINERS, multipliers
 from plugins.float_gemm.reference import gemm
 from plugins.float_quantize.reference import quantize_online
 from plugins.formats import Values, get_format
-from plugins.op import DOMAIN, Boundary, DequantizeValues, DequantizeWeight, OnlineQuantize, attach_functions
+from plugins.op import (
+    DOMAIN,
+    Boundary,
+    DequantizeValues,
+    DequantizeWeight,
+    OnlineQuantize,
+    QuantizeBlocks,
+    attach_functions,
+)
 
 TOKENS = 5
 X_SHAPE = ("batch", TOKENS)
@@ -30,6 +39,7 @@ class Weight:
     codes: np.ndarray
     scales: np.ndarray
     bias: np.ndarray | None
+    container: str = "auto"
 
     @property
     def count(self) -> int:
@@ -112,11 +122,25 @@ class WaistGraph:
         attributes = dequantize.attributes(layer=layer)
         return self.node(dequantize.op_type, values, scales, output=f"{layer}/x_hat", domain=DOMAIN, **attributes)
 
+    def quantized_in_blocks(self, x: str, layer: str, scaling: BlockScaling, input_scale: float | None) -> str:
+        quantize, dequantize = QuantizeBlocks(scaling), DequantizeValues(scaling.group_size)
+        values, scales = f"{layer}/values", f"{layer}/scales"
+        static = [] if input_scale is None else [self.constant(f"{layer}.input_scale", np.float32(input_scale))]
+        attributes = quantize.attributes(layer=layer)
+        self.node(quantize.op_type, x, *static, output=f"{values},{scales}", domain=DOMAIN, **attributes)
+        attributes = dequantize.attributes(layer=layer)
+        return self.node(dequantize.op_type, values, scales, output=f"{layer}/x_hat", domain=DOMAIN, **attributes)
+
+    def linear_in_blocks(self, x: str, weight: Weight, scaling: BlockScaling, input_scale: float | None) -> str:
+        """The chain of a 3-D linear with block scaling; returns the name of its result."""
+        x_hat = self.quantized_in_blocks(x, weight.layer, scaling, input_scale)
+        return self.linear(x_hat, weight, "none")
+
     def weight(self, weight: Weight) -> str:
         variant = DequantizeWeight(weight.format, weight.group_size, weight.count, packed=False)
         codes = self.constant(f"{weight.layer}.codes", weight.codes)
         scales = self.constant(f"{weight.layer}.scales", weight.scales)
-        attributes = variant.attributes(layer=weight.layer)
+        attributes = variant.attributes(layer=weight.layer, container=weight.container)
         return self.node(variant.op_type, codes, scales, output=f"{weight.layer}/w", domain=DOMAIN, **attributes)
 
     def linear(self, x: str, weight: Weight, activation_format: str = "e2m3") -> str:

@@ -81,6 +81,7 @@ def test_attributes_are_all_explicit() -> None:
         "group_size": 128,
         "count": 1152,
         "packed": 1,
+        "container": "auto",
         "plugin_namespace": "fp4export",
         "plugin_version": "1",
     }

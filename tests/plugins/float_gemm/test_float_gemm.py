@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from plugins.block_quantize.reference import quantize_blocks
+from plugins.block_scales import BLOCK_SCALINGS
 from plugins.containers import INT8, multipliers
 from plugins.float_gemm.reference import gemm
 from plugins.float_quantize.reference import quantize_online
@@ -27,6 +29,9 @@ VARIANTS = [
     for (weight, activation), (group, has_multipliers), packed, has_bias in itertools.product(
         PAIRS, GROUPING, [False, True], [False, True]
     )
+] + [
+    Gemm(entry.value_format, entry.value_format, entry.group_size, 96, False, packed, True, entry)
+    for entry, packed in itertools.product(BLOCK_SCALINGS.values(), [False, True])
 ]
 
 
@@ -70,7 +75,12 @@ def make_case(variant: Gemm, *, unit_scales: bool = False) -> Case:
         inputs["multipliers"] = generator.choice(allowed, (ROWS, groups)).astype(np.int32)
         weight = weight * np.repeat(inputs["multipliers"], variant.group_size, axis=1)
     x_hat = x.astype(np.float64)
-    if variant.quantizes_activations:
+    if variant.scaling is not None:
+        tensor_scale = np.float32(np.abs(x).max() / 1000) if variant.scaling.has_tensor_scale else None
+        values, x_scales = quantize_blocks(x, variant.scaling, tensor_scale)
+        inputs |= {"values": values, "x_scales": x_scales}
+        x_hat = values.astype(np.float64) * np.repeat(x_scales.astype(np.float64), variant.group_size, axis=-1)
+    elif variant.quantizes_activations:
         values, x_scales = quantize_online(x, get_format(variant.activation_format))
         x_scales = np.ones_like(x_scales) if unit_scales else x_scales
         inputs |= {"values": values, "x_scales": x_scales}
@@ -175,6 +185,7 @@ def test_attributes_are_all_explicit() -> None:
         "group_size": 128,
         "count": 1152,
         "packed": 1,
+        "scale_format": "",
         "container": "int8",
         "plugin_namespace": "fp4export",
         "plugin_version": "1",

@@ -1,0 +1,29 @@
+"""A tiled graph against the same graph without its tiles, which is the one that is compared with the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from exporter.gate.records import Reference
+from exporter.gate.runs import run_graph
+from exporter.gate.subgraphs import save_cut
+from exporter.gate.table import SNR_CEILING_DB, GateRow, Stage
+from exporter.gate.whole import OUTPUT
+
+
+def compare_tiles(path: Path, plain: onnx.ModelProto, reference: Reference, stage: Stage, copy: Path) -> GateRow:
+    """Run the tiled file and `plain`, which is written to `copy`, on the captured inputs: equal bit for bit, or failed.
+
+    Raises:
+        FidelityError: one of them cannot be run.
+    """
+    feeds = [dict(model.inputs) for model in reference.models]
+    tiled = run_graph(path, feeds, optimized=True)
+    whole = run_graph(save_cut(plain, copy), feeds, optimized=True)
+    equal = all(np.array_equal(one[OUTPUT], other[OUTPUT]) for one, other in zip(tiled, whole, strict=True))
+    snr = SNR_CEILING_DB if equal else -SNR_CEILING_DB
+    detail = "" if equal else "the tiled graph computes other bits than the same graph without its tiles"
+    return GateRow(stage, "tiles", OUTPUT, snr, SNR_CEILING_DB, passed=equal, detail=detail)

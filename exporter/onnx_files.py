@@ -1,0 +1,103 @@
+"""ONNX files of any size: one file where protobuf's 2 GiB allow it, else with the weights in a file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from exporter.errors import InputError
+from exporter.files import atomic_path, sha256_of
+
+LARGEST_FILE_BYTES = 1_500_000_000
+"""Beyond this the weights go to a file of their own: a protobuf ends at 2 GiB."""
+
+_SMALLEST_EXTERNAL = 1024
+_LOCATION = "location"
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of a model too large for one file are: NAME.onnx.data."""
+    return path.with_name(f"{path.name}.data")
+
+
+def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES) -> None:
+    """Write `model`, which stays as it is, to `path`, whole or not at all.
+
+    Weights of more than `largest` bytes go to `data_path`; otherwise an older file of that name is removed. Raises
+    `InputError` where nothing can be written.
+    """
+    data = data_path(path)
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= largest:
+        with atomic_path(path) as temporary:
+            onnx.save(model, temporary)
+        data.unlink(missing_ok=True)
+        return
+    with atomic_path(path) as temporary, atomic_path(data) as weights:
+        onnx.save(_with_external(model, _write(model.graph.initializer, weights, data.name)), temporary)
+
+
+def _write(tensors: Iterable[TensorProto], file: Path, location: str) -> list[TensorProto]:
+    """Write the large tensors' bytes one after the other; all tensors, those pointing into `location`."""
+    written = []
+    with file.open("wb") as stream:
+        for tensor in tensors:
+            if len(tensor.raw_data) < _SMALLEST_EXTERNAL:
+                written.append(tensor)
+                continue
+            external = TensorProto(
+                name=tensor.name,
+                data_type=tensor.data_type,
+                dims=tensor.dims,
+                data_location=TensorProto.EXTERNAL,
+            )
+            for key, value in ((_LOCATION, location), ("offset", stream.tell()), ("length", len(tensor.raw_data))):
+                external.external_data.add(key=key, value=str(value))
+            stream.write(tensor.raw_data)
+            written.append(external)
+    return written
+
+
+def _with_external(model: onnx.ModelProto, initializers: list[TensorProto]) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        list(model.graph.node),
+        model.graph.name,
+        list(model.graph.input),
+        list(model.graph.output),
+        initializers,
+        value_info=list(model.graph.value_info),
+    )
+    result = helper.make_model(
+        graph,
+        functions=list(model.functions),
+        opset_imports=list(model.opset_import),
+        ir_version=model.ir_version,
+    )
+    result.metadata_props.extend(model.metadata_props)
+    return result
+
+
+def checksum_of(path: Path) -> str:
+    """SHA-256 of a file, and of its `data_path` where it has one."""
+    data = data_path(path)
+    own = sha256_of(path)
+    return hashlib.sha256(f"{own}{sha256_of(data)}".encode()).hexdigest() if data.is_file() else own
+
+
+def total_bytes(path: Path) -> int:
+    """Size of an ONNX file and of the files that its weights are in. Raises `InputError` where one is missing."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+        files = {
+            path.parent / entry.value
+            for tensor in model.graph.initializer
+            if tensor.data_location == TensorProto.EXTERNAL
+            for entry in tensor.external_data
+            if entry.key == _LOCATION
+        }
+        return sum(file.stat().st_size for file in (path, *files))
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}; {path} needs it") from error

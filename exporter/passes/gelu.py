@@ -1,0 +1,49 @@
+"""Gelu in the operators that every parser takes."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_graphsurgeon as gs
+
+from exporter.passes.surgery import Splicer
+from exporter.passes.tensorrt_parsers import PARSERS
+from exporter.targets import Target
+from plugins.body import Body
+
+# The tanh approximation is tanh(√(2/π)·(x + 0.044715·x³)), as the operator's definition has it.
+_CUBIC = 0.044715
+
+
+def spell_out_gelu(graph: gs.Graph, target: Target) -> int:
+    """Gelu(x) → x·½·(1 + erf(x/√2)), or with tanh if approximated, when a parser of the target does not take Gelu."""
+    if all("Gelu" in PARSERS[name].operators for name in target.parsers):
+        return 0
+    splicer = Splicer()
+    nodes: list[gs.Node] = []
+    changed = 0
+    for node in list(graph.nodes):
+        if node.op != "Gelu" or node.domain not in (None, "", "ai.onnx"):
+            nodes.append(node)
+            continue
+        tensors = {"x": node.inputs[0], "y": node.outputs[0]}
+        approximated = node.attrs.get("approximate", "none") == "tanh"
+        node.inputs.clear()
+        node.outputs.clear()
+        nodes += splicer.nodes(_body(f"{node.name}.", approximated), tensors)
+        changed += 1
+    graph.nodes = nodes
+    return changed
+
+
+def _body(prefix: str, approximated: bool) -> Body:
+    body = Body(prefix)
+    if approximated:
+        cube = body.op("Mul", body.op("Mul", "x", "x"), "x")
+        inner = body.op("Add", "x", body.op("Mul", cube, body.float(_CUBIC)))
+        curve = body.op("Tanh", body.op("Mul", inner, body.float(math.sqrt(2 / math.pi))))
+    else:
+        curve = body.op("Erf", body.op("Mul", "x", body.float(math.sqrt(0.5))))
+    half = body.op("Mul", "x", body.float(0.5))
+    body.op("Mul", half, body.op("Add", curve, body.float(1.0)), output="y")
+    return body

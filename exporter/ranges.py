@@ -1,0 +1,114 @@
+"""How large the numbers are that FP16 would have to hold: found on the calibration inputs, in FP32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from exporter.calibration.capture import CalibrationSet
+from exporter.compute import COMPUTE_TYPES
+from exporter.errors import InputError
+from exporter.files import write_text_atomically
+from exporter.job import Job
+from exporter.passes.compute_type import AMAX_PREFIX, probe_amax
+from exporter.passes.driver import run_passes
+from exporter.passes.surgery import has_given_name
+from exporter.runtime import OnnxSession, read_model
+from exporter.source import Source
+from exporter.stages import calibration_key
+from exporter.targets import Target
+from exporter.workdir import key_of
+
+# Inputs that calibration has not seen may be larger.
+HEADROOM = 2.0
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Amax:
+    """The largest magnitude of one tensor, and the tensor's place in the graph, in words."""
+
+    tensor: str
+    place: str
+    value: float
+
+
+def largest_amax(job: Job, source: Source, captured: CalibrationSet, exported: Path) -> Amax:
+    """The largest number that FP16 would store, over all captured inputs; measurements are sealed in the work folder.
+
+    Raises `InputError` naming the first tensor that comes within `HEADROOM` of FP16's largest number.
+    """
+
+    def make(path: Path) -> None:
+        with job.progress.task("measuring ranges", len(captured)) as task:
+
+            def feeds() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+                for start in range(0, len(captured), _BATCH):
+                    rows = torch.arange(start, min(start + _BATCH, len(captured)))
+                    inputs = captured.inputs(rows, source.prompts)
+                    yield source.adapter.with_conditions(source.model, inputs).as_numpy()
+                    task.advance(len(rows))
+
+            found = measure_amax(exported, job.target, feeds())
+        write_text_atomically(path, json.dumps([asdict(one) for one in found], indent=1) + "\n")
+
+    key = key_of(stage="ranges", calibrated=calibration_key(job, source), target=job.target.name)
+    path, _ = job.work.obtain("ranges.json", key, make)
+    found = [Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    largest = check_amax(job.recipe.name, found)
+    job.progress.note(f"fp16 holds the calibration inputs' numbers: at most {largest.value:.4g}, at {largest.place}")
+    return largest
+
+
+def measure_amax(exported: Path, target: Target, feeds: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[Amax, ...]:
+    """The largest magnitude of every tensor that FP16 would store, in the graph's order, over all `feeds`.
+
+    NaN where one is. The graph itself reduces its tensors, so none of them is held.
+    """
+    model = read_model(exported)
+    probed, _ = run_passes(model, (probe_amax,), target)
+    session = OnnxSession(probed)
+    highest = np.zeros(len(session.outputs), np.float32)
+    for feed in feeds:
+        known = {spec.name: feed[spec.name] for spec in session.inputs}
+        highest = np.maximum(highest, np.stack(list(session.run(known).values())))
+    names = [spec.name.removeprefix(AMAX_PREFIX) for spec in session.outputs]
+    producers = {name: node for node in model.graph.node for name in node.output}
+    return tuple(Amax(name, _place(name, producers), float(amax)) for name, amax in zip(names, highest, strict=True))
+
+
+def check_amax(recipe: str, found: Iterable[Amax]) -> Amax:
+    """The largest of them. Raises `InputError` naming the first that FP16 does not hold with `HEADROOM` to spare."""
+    largest = COMPUTE_TYPES["fp16"].largest
+    every = list(found)
+    for one in every:
+        if not one.value <= largest / HEADROOM:
+            raise InputError(
+                f"{recipe}: compute: fp16: {one.place} reaches {one.value:.4g} on the calibration inputs, which leaves "
+                f"no factor of {HEADROOM:g} to FP16's largest number {largest:g}; use `compute: bf16` (or fp32)"
+            )
+    return max(every, key=lambda one: one.value)
+
+
+def _place(name: str, producers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor's own name if it is a layer's or a block's, else its operator and the nearest such name before it."""
+    if has_given_name(name) or name not in producers:
+        return name
+    front, seen = [name], {name}
+    while front:
+        before = [source for one in front if one in producers for source in producers[one].input]
+        named = next((source for source in before if has_given_name(source)), None)
+        if named is not None:
+            return f"{producers[name].op_type} {name!r} after {named}"
+        front = [source for source in dict.fromkeys(before) if source not in seen]
+        seen.update(front)
+    return f"{producers[name].op_type} {name!r} before the blocks"

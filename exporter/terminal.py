@@ -1,0 +1,39 @@
+"""What the commands share: options, consoles, progress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from exporter.progress import Progress
+
+# Tables keep their columns when the output is piped to a file or a pager.
+_PIPED_WIDTH = 160
+
+QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+OUTPUT = click.option(
+    "-o", "--output", required=True, metavar="OUT", help="The engine: NAME.onnx, NAME.plan or NAME.engine."
+)
+WORK_DIR = click.option(
+    "--work-dir", metavar="DIR", help="Where finished stages are kept (default: NAME.work beside OUT)."
+)
+
+
+def open_console(*, stderr: bool) -> Console:
+    """The terminal, or a pipe with room for tables."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_PIPED_WIDTH)
+
+
+def open_progress(*, quiet: bool) -> Progress:
+    """Progress on the error stream, or none."""
+    from exporter.progress import NullProgress, RichProgress
+
+    return NullProgress() if quiet else RichProgress(open_console(stderr=True))

@@ -1,0 +1,68 @@
+"""ONNX files in one piece and in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from exporter.errors import InputError
+from exporter.files import sha256_of
+from exporter.onnx_files import checksum_of, data_path, save_onnx, total_bytes
+from tests.exporter.onnx_input.models import matmul_and_add
+
+
+def test_a_small_model_is_one_file(tmp_path: Path) -> None:
+    model = matmul_and_add()
+    path = tmp_path / "m.onnx"
+    save_onnx(model, path)
+    assert onnx.load(path) == model
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    assert total_bytes(path) == path.stat().st_size
+
+
+def test_a_large_model_s_weights_go_beside_it_and_come_back(tmp_path: Path) -> None:
+    model = matmul_and_add()
+    model.metadata_props.add(key="author", value="someone")
+    before = model.SerializeToString(deterministic=True)
+    path = tmp_path / "m.onnx"
+    save_onnx(model, path, largest=100)
+    assert model.SerializeToString(deterministic=True) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    onnx.checker.check_model(str(path), full_check=True)
+    loaded = onnx.load(path)
+    for tensor, other in zip(model.graph.initializer, loaded.graph.initializer, strict=True):
+        assert np.array_equal(onnx.numpy_helper.to_array(tensor), onnx.numpy_helper.to_array(other))
+    assert loaded.graph.node == model.graph.node
+    assert loaded.metadata_props == model.metadata_props
+    assert total_bytes(path) == path.stat().st_size + data_path(path).stat().st_size
+
+
+def test_an_older_data_file_goes_when_the_model_fits_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    save_onnx(matmul_and_add(), path, largest=100)
+    save_onnx(matmul_and_add(), path)
+    assert not data_path(path).exists()
+
+
+def test_a_checksum_covers_the_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    save_onnx(matmul_and_add(), path)
+    assert checksum_of(path) == sha256_of(path)
+    save_onnx(matmul_and_add(), path, largest=100)
+    before = checksum_of(path)
+    content = bytearray(data_path(path).read_bytes())
+    content[5] ^= 1
+    data_path(path).write_bytes(content)
+    assert checksum_of(path) != before
+
+
+def test_missing_folders_and_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the folder does not exist"):
+        save_onnx(matmul_and_add(), tmp_path / "absent" / "m.onnx")
+    save_onnx(matmul_and_add(), tmp_path / "m.onnx", largest=100)
+    data_path(tmp_path / "m.onnx").unlink()
+    with pytest.raises(InputError, match=r"m\.onnx\.data: cannot be read"):
+        total_bytes(tmp_path / "m.onnx")
