@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from exporter.describe import Description, describe, print_description
+from exporter.describe import Description, describe, exactness, print_description
 from exporter.errors import InputError
 from exporter.recipe import load_recipe
 
@@ -107,13 +107,9 @@ def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Pat
 
 def test_block_scaling_states_no_exactness(config_only: Path) -> None:
     description = described(
-        "pixart_alpha_w4a6",
-        config_only,
-        config_only.parent / "out.plan",
-        "preset=nvfp4",
-        "layers=[]",
-        target="rtx-sm120",
+        "pixart_alpha_w4a6", config_only, config_only.parent / "out.plan", "preset=nvfp4", target="rtx-sm120"
     )
     row = next(line for line in printed(description).splitlines() if "transformer_blocks.0.attn1.to_q" in line)
     assert row.count("–") == 2
-    assert "exact:" not in printed(description)
+    # The recipe's rule keeps one layer of each block in E3M0 with channel scales, of which exactness is stated.
+    assert [line.split(",")[0] for line in exactness(description.plan)] == ["int8: e3m0 weights"]
