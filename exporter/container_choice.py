@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
+
 from exporter.errors import InputError
 from exporter.presets import LayerScheme
 from exporter.recipe import HIGH_PRECISION
@@ -75,6 +77,18 @@ def accumulator_text(product: ContainerProduct | None) -> str:
     """How much of the accumulator the longest sum may use, in bits: ``22.8 of 31``; a dash where none is stated."""
     bits = None if product is None else product.accumulator_bits
     return f"{bits[0]:.1f} of {bits[1]:.0f}" if bits else "–"
+
+
+def needs_vnni(product: ContainerProduct | None) -> bool:
+    """True for INT8 products whose pairs exceed 16 bits, in which x86 CPUs without VNNI add them, saturating.
+
+    Activations are bytes with the largest numerator as zero point, so that they reach twice that; weights may be
+    anything that INT8 holds.
+    """
+    if product is None or product.container != INT8 or product.activation_format is None:
+        return False
+    weight = product.weight_format.max_numerator * max(product.multipliers)
+    return 2 * 2 * product.activation_format.max_numerator * weight > np.iinfo(np.int16).max
 
 
 def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | None:

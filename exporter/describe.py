@@ -41,11 +41,13 @@ def describe(recipe: Recipe, output: str | Path) -> Description:
     adapter = get_adapter(recipe.model.family)
     adapter.latent_shape(model, recipe.model.resolution)
     plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, choice.target)
-    return Description(path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing)))
+    return Description(
+        path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing, plan.vnni_note(choice.target)))
+    )
 
 
-def _warnings(recipe: Recipe, output: Path, weights_missing: str | None) -> list[str]:
-    warnings = [weights_missing] if weights_missing else []
+def _warnings(recipe: Recipe, output: Path, *known: str | None) -> list[str]:
+    warnings = [warning for warning in known if warning]
     if not output.parent.is_dir():
         warnings.append(f"the folder {output.parent} does not exist: mkdir -p {output.parent}")
     for key, given in (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from exporter.compute import COMPUTE_TYPES, Compute
-from exporter.container_choice import choose_container, container_product, scale_multipliers
+from exporter.container_choice import choose_container, container_product, needs_vnni, scale_multipliers
 from exporter.errors import InputError, did_you_mean
 from exporter.presets import LayerScheme, preset_scheme, resolve_rule
 from exporter.recipe import LayerRule, Recipe, Scales
@@ -130,6 +130,16 @@ class Plan:
     fp32_bytes: int
     expected_bytes: int
     compute: Compute = "fp32"
+
+    def vnni_note(self, target: Target) -> str:
+        """What an exact result on a CPU asks of it; "" where any will do."""
+        layers = [layer for layer in self.layers if needs_vnni(layer.product)]
+        if target.engine != "onnxruntime" or not layers:
+            return ""
+        return (
+            f"{len(layers)} layers multiply with {layers[0].activation_format} activations, which is exact on x86 CPUs "
+            "with VNNI only (others add pairs of products in 16 bits and saturate); e2m3 activations are exact on all"
+        )
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of the layer with this module path. Raises `KeyError`."""

@@ -133,8 +133,11 @@ def _check_containers(source: Source, exported: Path) -> None:
             )
 
 
-def lowered_graph(job: Job, _source: Source, exported: Path) -> Path:
+def lowered_graph(job: Job, source: Source, exported: Path) -> Path:
     """The graph that the target's engine is made of."""
+    note = source.plan.vnni_note(job.target)
+    if note:
+        job.progress.note(f"warning: {note}")
     passes = lowering_passes(job.target, job.recipe.compute, job.recipe.storage)
     return _rewritten(job, exported, passes, f"lowered.{job.target.name}")
 

@@ -12,7 +12,7 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes.encodings import unit_of
 from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
-from exporter.passes.lowering import Activation, Layer, Quantizer, lower
+from exporter.passes.lowering import Activation, Layer, Quantizer, append_epilogue, lower
 from exporter.passes.surgery import Splicer, low_bit_constant
 from exporter.targets import Target
 from plugins.body import Body
@@ -90,17 +90,13 @@ def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer) -> 
     decoded, constants = _decoded_weight(body, layer)
     tensors |= constants
     product = body.op("MatMul", "x", decoded)
-    steps: list[tuple[str, str]] = []
+    factors = []
     if activation is not None and activation.scales is not None:
         tensors["token_scales"] = activation.scales
-        steps.append(("Mul", "token_scales"))
+        factors = ["token_scales"]
     if layer.bias is not None:
         tensors["bias"] = layer.bias
-        steps.append(("Add", "bias"))
-    for index, (op_type, operand) in enumerate(steps, start=1):
-        product = body.op(op_type, product, operand, output="y" if index == len(steps) else None)
-    if not steps:
-        body.op("Identity", product, output="y")
+    append_epilogue(body, product, factors, has_bias=layer.bias is not None)
     return splicer.nodes(body, tensors)
 
 

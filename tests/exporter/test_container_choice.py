@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exporter.container_choice import choose_container, scale_multipliers
+from exporter.container_choice import choose_container, container_product, needs_vnni, scale_multipliers
 from exporter.errors import InputError
 from exporter.presets import PRESETS, LayerScheme
 from exporter.targets import TARGETS
-from plugins.containers import CONTAINERS
+from plugins.containers import CONTAINERS, FP8, INT8, Container
 from plugins.formats import get_format
 
 W4A6, W4A8, W8A8, W4A16 = (PRESETS[name] for name in ("w4a6", "w4a8", "w8a8", "w4a16"))
@@ -115,3 +115,17 @@ def test_folded_weights_are_exact_in_the_container(name: str, container: str) ->
 def test_other_scales_have_no_multipliers() -> None:
     assert scale_multipliers(GROUPED, "fp32") == (1,)
     assert scale_multipliers(LayerScheme("e3m0", 128, "foldable", "e2m3"), "int8") == (1,)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "container", "needed"),
+    [
+        (LayerScheme("e2m1", 128, "foldable", "int8"), INT8, True),
+        (LayerScheme("e2m1", 0, "channel", "int8"), INT8, False),
+        (LayerScheme("e2m1", 128, "foldable", "e2m3"), INT8, False),
+        (LayerScheme("e2m1", 128, "foldable", "e4m3"), FP8, False),
+        (LayerScheme("e2m1", 128, "foldable", "none"), INT8, False),
+    ],
+)
+def test_pairs_of_products_past_16_bits_need_vnni(scheme: LayerScheme, container: Container, needed: bool) -> None:
+    assert needs_vnni(container_product(scheme, 1152, container)) == needed

@@ -113,3 +113,9 @@ def test_block_scaling_states_no_exactness(config_only: Path) -> None:
     assert row.count("–") == 2
     # The recipe's rule keeps one layer of each block in E3M0 with channel scales, of which exactness is stated.
     assert [line.split(",")[0] for line in exactness(description.plan)] == ["int8: e3m0 weights"]
+
+
+def test_a_cpu_without_vnni_is_warned_of(config_only: Path, tmp_path: Path) -> None:
+    asked = ("pixart_alpha_w4a6", config_only, tmp_path / "out.onnx")
+    assert "VNNI" in printed(described(*asked, "preset=w4a8_int", "layers=[]"))
+    assert "VNNI" not in printed(described(*asked, "layers=[]"))
