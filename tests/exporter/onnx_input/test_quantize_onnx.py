@@ -295,3 +295,19 @@ def test_a_lowered_file_and_the_model_itself_are_refused(result: OnnxResult, dit
         quantize_onnx(dit, dit, W4A6)
     with pytest.raises(InputError, match="is not quantized; say which weight format"):
         quantize_onnx(dit, tmp_path / "out.onnx")
+
+
+def test_no_other_name_of_the_model_or_its_weights_is_written_to(tmp_path: Path) -> None:
+    made = HandMade()
+    save_onnx(made.model(_matmul(made)), tmp_path / "out.onnx", largest=0)
+    source = (tmp_path / "out.onnx").rename(tmp_path / "model.onnx")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link.onnx").symlink_to(source)
+    (tmp_path / "hard.onnx").hardlink_to(source)
+    before = {path: path.read_bytes() for path in (source, data_path(tmp_path / "out.onnx"))}
+    for other in ("d/../model.onnx", "link.onnx", "hard.onnx"):
+        with pytest.raises(InputError, match="is the model itself"):
+            quantize_onnx(source, tmp_path / other, LOSSLESS)
+    with pytest.raises(InputError, match=r"out\.onnx: would write out\.onnx\.data, which .*model\.onnx is made of"):
+        quantize_onnx(source, tmp_path / "out.onnx", LOSSLESS)
+    assert {path: path.read_bytes() for path in before} == before
