@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -166,9 +166,10 @@ def _validated(
     with progress.task("comparing with the model", 2) as task:
         run = loaded.probed(feeds, work.path)
         task.advance()
+        rows = loaded.compare_rewritten(run, feeds, work.path)
         result, snr_db = compare_graphs(modules, run.layers, graphs, run.outputs, feeds, folder, target)
         task.advance()
-    return conclude(result, folder, progress), snr_db
+    return conclude(replace(result, rows=(*rows, *result.rows)), folder, progress), snr_db
 
 
 def _write(lowered: Path, output: Path, target: Target, progress: Progress) -> None:

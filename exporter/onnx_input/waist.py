@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from exporter.errors import InputError
+from exporter.gate.table import GateRow
 from exporter.onnx_input.probe import ProbedRun, ProbePoint, run_probed
 from exporter.onnx_input.selection import Selection
 from exporter.passes import WAIST_PASSES, Pass, run_passes
@@ -61,6 +62,10 @@ class WaistModel:
             for entry in read_layer_table(self.model)
         ]
         return run_probed(self.model, points, feeds, folder, str(self.path))
+
+    def compare_rewritten(self, run: ProbedRun, feeds: Mapping[str, npt.NDArray[Any]], folder: Path) -> list[GateRow]:
+        """Nothing: the graph holds no unquantized model."""
+        return []
 
 
 def _plan(layer: Layer) -> LayerPlan:

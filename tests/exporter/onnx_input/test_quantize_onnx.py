@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto
 
 from exporter.errors import EnvironmentLacksError, InputError
+from exporter.gate.reference import EXACT_DB
 from exporter.onnx_files import data_path, save_onnx
 from exporter.onnx_input.job import OnnxResult, quantize_onnx
 from exporter.onnx_input.selection import FormatOptions
@@ -166,6 +167,8 @@ def test_the_gate_compares_every_layer_in_both_graphs(result: OnnxResult) -> Non
     assert fidelity is not None
     linears = Counter(row.stage for row in fidelity.rows if row.kind == "linear")
     assert linears == {"exported": 10, "lowered": 10}
+    first = fidelity.rows[0]
+    assert (first.kind, first.name, first.threshold_db) == ("end_to_end", "not quantized", EXACT_DB)
     assert fidelity.code_mismatch_fraction == 0
     assert fidelity.worst_snr_db("linear") > 100
     assert json.loads((result.work_dir / "gate.cpu" / "result.json").read_text())["passed"] is True
@@ -211,7 +214,7 @@ def test_weights_alone_of_a_half_precision_model(tmp_path: Path) -> None:
     source = export_dit(tmp_path / "dit.onnx", dtype=torch.float16)
     result = quantize_onnx(source, tmp_path / "out.onnx", FormatOptions("e1m2", activation="none", group=16))
     assert result.fidelity is not None
-    (end,) = (row for row in result.fidelity.rows if row.kind == "end_to_end")
+    end = result.fidelity.rows[-1]
     # One step of the inputs in FP16 is about 66 dB; FP32 linears between FP16 tensors agree far better.
     assert end.threshold_db < 80
     assert end.snr_db > 90
