@@ -16,11 +16,13 @@ from onnx import TensorProto
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.gate.reference import EXACT_DB
 from exporter.onnx_files import data_path, save_onnx
-from exporter.onnx_input.job import OnnxResult, quantize_onnx
+from exporter.onnx_input.job import OnnxResult, load_source, quantize_onnx
 from exporter.onnx_input.selection import FormatOptions
+from exporter.passes import lowering_passes, run_passes
 from exporter.passes.history import read_pass_history
 from exporter.passes.layer_table import read_layer_table
 from exporter.runtime import OnnxSession
+from exporter.targets import TARGETS
 from tests.exporter.onnx_input.models import TOKENS, WIDTH, HandMade, export_dit, export_pixart, save
 from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
@@ -248,6 +250,20 @@ def test_an_exported_graph_is_lowered_for_another_target(result: OnnxResult, tmp
     assert again.snr_db > 100
     with pytest.raises(InputError, match="quantized by fp4export already; leave --format out"):
         quantize_onnx(exported, tmp_path / "again.onnx", W4A6)
+
+
+@pytest.mark.parametrize(("activation", "container"), [("e4m3", "fp8"), ("none", "int8")])
+def test_another_target_chooses_its_own_containers(activation: str, container: str, tmp_path: Path) -> None:
+    made = HandMade()
+    options = FormatOptions("e2m1", activation, scales="channel")
+    result = quantized(made.model(_matmul(made)), tmp_path, options)
+    assert [layer.container for layer in result.selection.layers] == ["fp32"]
+    exported = result.work_dir / "exported.cpu.onnx"
+    target = TARGETS["rtx-sm89"]
+    loaded = load_source(exported, None, target)
+    assert [layer.container for layer in loaded.selection.layers] == [container]
+    run_passes(loaded.model, lowering_passes(target), target)
+    assert load_source(exported, None, TARGETS["cpu"]).selection.layers[0].container == "fp32"
 
 
 def test_a_graph_as_it_was_traced_is_fused_and_lowered(tmp_path: Path) -> None:
