@@ -152,9 +152,19 @@ def _shaken(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def outputs_snr_db(expected: Arrays, found: Arrays) -> float:
-    """SNR in dB of the floating-point outputs, the worst of them; NaN where one is not finite."""
+    """SNR in dB of the floating-point outputs, the worst of them; NaN where one is not finite.
+
+    Raises `InputError` where none is floating point.
+    """
+    floating = {name: array.astype(np.float64) for name, array in expected.items() if array.dtype.kind == "f"}
+    if not floating:
+        given = ", ".join(f"{name} ({array.dtype})" for name, array in expected.items())
+        raise InputError(
+            f"the model's outputs are {given}: none is floating point, so none can be compared; "
+            "add a floating-point output, or use --no-validate"
+        )
     values = [
         power_ratio_db(float(np.sum(exact**2)), float(np.sum((exact - found[name].astype(np.float64)) ** 2)))
-        for name, exact in ((name, array.astype(np.float64)) for name, array in expected.items())
+        for name, exact in floating.items()
     ]
     return float(np.min(values))

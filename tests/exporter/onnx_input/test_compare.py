@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from exporter.errors import FidelityError
+from exporter.errors import FidelityError, InputError
 from exporter.gate.table import GateResult
 from exporter.onnx_files import save_onnx
 from exporter.onnx_input.compare import Graphs, check_reading, compare_graphs, compare_rewritten, outputs_snr_db
@@ -125,3 +125,10 @@ def test_the_snr_of_several_outputs_is_the_worst_one_s() -> None:
     one = np.ones(4, np.float32)
     found = outputs_snr_db({"a": one, "b": one}, {"a": one, "b": one * np.float32(0.9)})
     assert found == pytest.approx(20, abs=1e-3)
+
+
+def test_outputs_that_are_no_floats_are_left_out() -> None:
+    one, ids = np.ones(4, np.float32), np.arange(4)
+    assert outputs_snr_db({"a": one, "ids": ids}, {"a": one * np.float32(0.9), "ids": ids + 1}) == pytest.approx(20)
+    with pytest.raises(InputError, match=r"outputs are ids \(int64\): none is floating point.*--no-validate"):
+        outputs_snr_db({"ids": ids}, {"ids": ids})
