@@ -281,6 +281,18 @@ def test_a_scalar_timestep(tmp_path: Path) -> None:
     assert quantized(model, tmp_path, W4A6).fidelity is not None
 
 
+@pytest.mark.parametrize("operator", ["FastGelu", "NoSuchGelu"])
+def test_onnx_runtime_s_own_operators_run_where_it_has_them(operator: str, tmp_path: Path) -> None:
+    made = HandMade()
+    hidden = made.node("MatMul", "x", made.on_grid("fc.weight", WIDTH, 32), output="h")
+    model = made.model(made.node(operator, hidden, output="y", domain="com.microsoft"), extra_domain="com.microsoft")
+    if operator == "FastGelu":
+        assert (quantized(model, tmp_path).snr_db or 0) > 100
+    else:
+        with pytest.raises(InputError, match="NoSuchGelu"):
+            quantized(model, tmp_path)
+
+
 def test_an_engine_is_built_without_a_gpu(dit: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     result = quantize_onnx(dit, tmp_path / "out.plan", W4A6, target="rtx-sm86")
