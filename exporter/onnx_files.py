@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
 
 from exporter.errors import InputError
@@ -27,17 +28,50 @@ def data_path(path: Path) -> Path:
 def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES) -> None:
     """Write `model`, which stays as it is, to `path`, whole or not at all.
 
-    Weights of more than `largest` bytes go to `data_path`; otherwise an older file of that name is removed. Raises
-    `InputError` where nothing can be written.
+    Weights of more than `largest` bytes go to `data_path`; otherwise a file of that name is removed if the model that
+    was in `path` before had its weights there. Raises `InputError` where nothing can be written.
     """
     data = data_path(path)
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= largest:
+        outdated = _has_weights_in(path, data)
         with atomic_path(path) as temporary:
             onnx.save(model, temporary)
-        data.unlink(missing_ok=True)
+        if outdated:
+            data.unlink(missing_ok=True)
         return
     with atomic_path(path) as temporary, atomic_path(data) as weights:
         onnx.save(_with_external(model, _write(model.graph.initializer, weights, data.name)), temporary)
+
+
+def _has_weights_in(path: Path, data: Path) -> bool:
+    """True for an ONNX file in `path` that points to `data`."""
+    if not (path.is_file() and data.is_file()):
+        return False
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return False
+    return any(file.exists() and file.samefile(data) for file in external_files(model, path))
+
+
+def external_files(model: onnx.ModelProto, path: Path) -> frozenset[Path]:
+    """The files that the weights of `model`, read from `path` without them, are in."""
+    return frozenset(
+        path.parent / entry.value
+        for tensor in _tensors(model.graph)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == _LOCATION
+    )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            yield attribute.t
+        elif attribute.type == onnx.AttributeProto.GRAPH:
+            yield from _tensors(attribute.g)
 
 
 def _write(tensors: Iterable[TensorProto], file: Path, location: str) -> list[TensorProto]:
@@ -91,13 +125,6 @@ def total_bytes(path: Path) -> int:
     """Size of an ONNX file and of the files that its weights are in. Raises `InputError` where one is missing."""
     try:
         model = onnx.load(path, load_external_data=False)
-        files = {
-            path.parent / entry.value
-            for tensor in model.graph.initializer
-            if tensor.data_location == TensorProto.EXTERNAL
-            for entry in tensor.external_data
-            if entry.key == _LOCATION
-        }
-        return sum(file.stat().st_size for file in (path, *files))
+        return sum(file.stat().st_size for file in (path, *external_files(model, path)))
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}; {path} needs it") from error

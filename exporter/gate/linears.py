@@ -16,8 +16,9 @@ from exporter.gate.codes import CodeComparison, compare_codes, encode_values
 from exporter.gate.records import LinearRecord
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.snr import power_ratio_db
-from exporter.gate.subgraphs import GivenTensor, cut, given_name, save_cut
+from exporter.gate.subgraphs import GivenTensor, cut, given_name
 from exporter.gate.table import GateRow, Stage, bounded_db
+from exporter.onnx_files import save_onnx
 from exporter.passes.layer_table import LayerEntry
 from plugins.formats import get_format
 
@@ -54,7 +55,8 @@ def compare_linears(
     wanted = dict.fromkeys(name for entry in layers for name in (entry.values, entry.output) if name)
     given = {entry.input: feeds[given_name(entry.input)] for entry in layers}
     graph = cut(model, [GivenTensor.like(name, array) for name, array in given.items()], list(wanted))
-    outputs = run_graph(save_cut(graph, path), [feeds], optimized=optimized)
+    save_onnx(graph, path)
+    outputs = run_graph(path, [feeds], optimized=optimized)
     (found,) = outputs
     codes: dict[str, CodeComparison] = {}
     counted: dict[str, CodeComparison] = {}

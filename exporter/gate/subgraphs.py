@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from exporter.files import atomic_path
-
 # A tensor that is computed and also given is read under this name by its consumers.
 GIVEN_SUFFIX = ".given"
-# Beyond this the weights go to a file of their own: a protobuf ends at 2 GiB.
-_LARGEST_SINGLE_FILE = 1_500_000_000
 
 
 class CutError(ValueError):
@@ -100,14 +95,3 @@ def _input(tensor: GivenTensor) -> onnx.ValueInfoProto:
     name = given_name(tensor.name)
     shape = [f"{name}.{axis}" for axis in range(tensor.rank)]
     return helper.make_tensor_value_info(name, tensor.element_type, shape)
-
-
-def save_cut(model: onnx.ModelProto, path: Path) -> Path:
-    """Write a cut graph to `path`, its weights beside it ("NAME.data") where one file would be too large."""
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < _LARGEST_SINGLE_FILE:
-        with atomic_path(path) as temporary:
-            onnx.save(model, temporary)
-        return path
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
-    onnx.save(model, path, save_as_external_data=True, location=path.name + ".data")
-    return path

@@ -9,9 +9,9 @@ import onnx
 
 from exporter.gate.records import Reference
 from exporter.gate.runs import run_graph
-from exporter.gate.subgraphs import save_cut
 from exporter.gate.table import SNR_CEILING_DB, GateRow, Stage
 from exporter.gate.whole import OUTPUT
+from exporter.onnx_files import save_onnx
 
 
 def compare_tiles(path: Path, plain: onnx.ModelProto, reference: Reference, stage: Stage, copy: Path) -> GateRow:
@@ -22,7 +22,8 @@ def compare_tiles(path: Path, plain: onnx.ModelProto, reference: Reference, stag
     """
     feeds = [dict(model.inputs) for model in reference.models]
     tiled = run_graph(path, feeds, optimized=True)
-    whole = run_graph(save_cut(plain, copy), feeds, optimized=True)
+    save_onnx(plain, copy)
+    whole = run_graph(copy, feeds, optimized=True)
     equal = all(np.array_equal(one[OUTPUT], other[OUTPUT]) for one, other in zip(tiled, whole, strict=True))
     snr = SNR_CEILING_DB if equal else -SNR_CEILING_DB
     detail = "" if equal else "the tiled graph computes other bits than the same graph without its tiles"

@@ -10,8 +10,9 @@ import onnx
 
 from exporter.gate.records import Reference
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.subgraphs import GivenTensor, cut, given_name, save_cut, tensor_names
+from exporter.gate.subgraphs import GivenTensor, cut, given_name, tensor_names
 from exporter.gate.table import GateRow, Kind, Stage, bounded_db
+from exporter.onnx_files import save_onnx
 
 OUTPUT = "sample"
 
@@ -33,7 +34,8 @@ def compare_blocks(
     graph = cut(model, given, names)
     inputs = {value.name for value in graph.graph.input}
     feeds = [{name: array for name, array in feed.items() if name in inputs} for feed in model_feeds(reference)]
-    outputs = run_graph(save_cut(graph, path), feeds, optimized=optimized)
+    save_onnx(graph, path)
+    outputs = run_graph(path, feeds, optimized=optimized)
     expected = [{name: model.boundaries[name] for name in names} for model in reference.models]
     snr = compare_snr(expected, outputs)
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from exporter.errors import FidelityError
+from exporter.errors import FidelityError, InputError
 from exporter.gate.linears import compare_linears
 from exporter.gate.records import LinearRecord
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, SENSITIVITY_MARGIN_DB
@@ -22,12 +23,14 @@ from exporter.gate.runs import run_graph
 from exporter.gate.snr import power_ratio_db, snr_db
 from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage, bounded_db
+from exporter.onnx_files import save_onnx
 from exporter.onnx_input.linears import FoundLinear
 from exporter.onnx_input.probe import Probed
+from exporter.passes.driver import Pass, run_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.quantize import QuantLinear
-from exporter.runtime import read_model
+from exporter.runtime import OnnxSession, read_model
 from exporter.targets import Target
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -58,6 +61,34 @@ def check_reading(linear: FoundLinear, probed: Probed) -> None:
         )
 
 
+def compare_rewritten(
+    model: onnx.ModelProto, passes: Sequence[Pass], original: Arrays, feeds: Arrays, folder: Path, target: Target
+) -> GateRow:
+    """The foreign `model` after `passes` alone, nothing quantized, against its own outputs `original` on `feeds`.
+
+    They must agree to EXACT_DB, or as well as the model does with itself on inputs changed as little as rounding does.
+    Needs room for the model in `folder` meanwhile. Raises `FidelityError` where the rewritten graph does not run.
+    """
+    rewritten, _ = run_passes(model, passes, target)
+    found = outputs_snr_db(original, _outputs(rewritten, feeds, folder))
+    sensitivity = outputs_snr_db(original, _outputs(model, _all_shaken(feeds), folder))
+    found, needed = bounded_db(found), bounded_db(min(EXACT_DB, sensitivity - SENSITIVITY_MARGIN_DB))
+    passed = found >= needed
+    reason = f"the passes alone change the outputs: SNR {found:.1f} dB, at least {needed:.1f} dB needed"
+    detail = "" if passed else reason
+    return GateRow("exported", "end_to_end", "not quantized", found, needed, passed=passed, detail=detail)
+
+
+def _outputs(model: onnx.ModelProto, feeds: Arrays, folder: Path) -> Arrays:
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        path = Path(room) / "not_quantized.onnx"
+        save_onnx(model, path)
+        try:
+            return OnnxSession(path).run(feeds)
+        except InputError as error:
+            raise FidelityError(f"the passes' result, not quantized: {str(error).removeprefix(f'{path}: ')}") from error
+
+
 def compare_graphs(
     modules: Mapping[str, QuantLinear],
     probed: Mapping[str, Probed],
@@ -83,8 +114,7 @@ def compare_graphs(
         *_linear_rows(graphs.exported, "exported", records, folder, optimized=True),
         *_linear_rows(graphs.lowered, "lowered", records, folder, optimized=optimized),
     ]
-    shaken = {name: _shaken(array) for name, array in feeds.items()}
-    exported, moved = run_graph(graphs.exported, [dict(feeds), shaken], optimized=True)
+    exported, moved = run_graph(graphs.exported, [dict(feeds), _all_shaken(feeds)], optimized=True)
     (lowered,) = run_graph(graphs.lowered, [dict(feeds)], optimized=optimized)
     quantization_db = outputs_snr_db(original, lowered)
     limits = [EXACT_DB, outputs_snr_db(exported, moved) - SENSITIVITY_MARGIN_DB]
@@ -107,6 +137,10 @@ def _linear_rows(
         raise FidelityError(f"{path}: {error}") from error
 
 
+def _all_shaken(feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+    return {name: _shaken(array) for name, array in feeds.items()}
+
+
 def _shaken(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Floats with noise as small as rounding in their own type."""
     if array.dtype == np.float16:
@@ -118,9 +152,19 @@ def _shaken(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def outputs_snr_db(expected: Arrays, found: Arrays) -> float:
-    """SNR in dB of the floating-point outputs, the worst of them; NaN where one is not finite."""
+    """SNR in dB of the floating-point outputs, the worst of them; NaN where one is not finite.
+
+    Raises `InputError` where none is floating point.
+    """
+    floating = {name: array.astype(np.float64) for name, array in expected.items() if array.dtype.kind == "f"}
+    if not floating:
+        given = ", ".join(f"{name} ({array.dtype})" for name, array in expected.items())
+        raise InputError(
+            f"the model's outputs are {given}: none is floating point, so none can be compared; "
+            "add a floating-point output, or use --no-validate"
+        )
     values = [
         power_ratio_db(float(np.sum(exact**2)), float(np.sum((exact - found[name].astype(np.float64)) ** 2)))
-        for name, exact in ((name, array.astype(np.float64)) for name, array in expected.items())
+        for name, exact in floating.items()
     ]
     return float(np.min(values))

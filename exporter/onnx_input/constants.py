@@ -12,18 +12,11 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from exporter.passes.surgery import producer
+from exporter.passes.surgery import element_type, producer
 
 FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _TRANSPARENT = ("Cast", "Identity", "Transpose")
 DEQUANTIZE = "DequantizeLinear"
-
-
-def element_type(tensor: gs.Tensor) -> int:
-    """The ONNX type of a tensor whose type is known, as every constant's is."""
-    # An ONNX number already where numpy has no such type.
-    found = tensor.dtype
-    return found if isinstance(found, int) else int(helper.np_dtype_to_tensor_dtype(np.dtype(found)))
 
 
 @dataclass(frozen=True)

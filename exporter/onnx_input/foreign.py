@@ -14,7 +14,8 @@ import torch
 
 from exporter.calibration.nearest import nearest_weight
 from exporter.errors import InputError
-from exporter.onnx_input.compare import check_reading
+from exporter.gate.table import GateRow
+from exporter.onnx_input.compare import check_reading, compare_rewritten
 from exporter.onnx_input.insert import StoredWeight, quantizer_insertion
 from exporter.onnx_input.linears import FoundLinear, find_linears
 from exporter.onnx_input.model import prepared
@@ -36,6 +37,7 @@ class ForeignModel:
     model: onnx.ModelProto
     linears: Mapping[str, FoundLinear]
     selection: Selection
+    target: Target
 
     @classmethod
     def of(cls, path: Path, model: onnx.ModelProto, options: FormatOptions, target: Target) -> ForeignModel:
@@ -43,7 +45,7 @@ class ForeignModel:
         ready = prepared(model, str(path), target)
         linears = find_linears(import_graph(ready))
         selection = select_layers(linears, options, target, str(path))
-        return cls(path, ready, {linear.name: linear for linear in linears}, selection)
+        return cls(path, ready, {linear.name: linear for linear in linears}, selection, target)
 
     def waist_passes(self, modules: Mapping[str, QuantLinear]) -> tuple[Pass, ...]:
         """The passes that make the waist of the model, the layers' weights being those of `modules`."""
@@ -90,6 +92,10 @@ class ForeignModel:
         for layer in self.selection.layers:
             check_reading(self.linears[layer.name], run.layers[layer.name])
         return run
+
+    def compare_rewritten(self, run: ProbedRun, feeds: Mapping[str, npt.NDArray[Any]], folder: Path) -> list[GateRow]:
+        """The waist's passes, nothing quantized, against the model as it was given."""
+        return [compare_rewritten(self.model, WAIST_PASSES, run.outputs, feeds, folder, self.target)]
 
     def _point(self, linear: FoundLinear) -> ProbePoint:
         return ProbePoint(

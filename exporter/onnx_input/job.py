@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -11,7 +11,7 @@ from exporter.build import build_engine
 from exporter.errors import InputError
 from exporter.gate.table import GateResult
 from exporter.job import open_work
-from exporter.onnx_files import save_onnx, total_bytes
+from exporter.onnx_files import data_path, external_files, save_onnx, total_bytes
 from exporter.onnx_input.compare import Graphs, compare_graphs
 from exporter.onnx_input.foreign import ForeignModel
 from exporter.onnx_input.model import GraphState, read_source, state_of
@@ -23,6 +23,7 @@ from exporter.passes import lowering_passes, run_passes
 from exporter.passes.emulate import emulation_passes
 from exporter.progress import NullProgress, Progress
 from exporter.quantize import QuantLinear
+from exporter.runtime import read_model
 from exporter.targets import AUTO, Target, resolve_target
 from exporter.validate import conclude
 from exporter.workdir import WorkDir
@@ -83,8 +84,7 @@ def quantize_onnx(
     lowered. The output is written after the comparison has passed. Raises the errors of `exporter.errors`.
     """
     source, output, progress = Path(source), Path(output), progress or NullProgress()
-    if output.absolute() == source.absolute():
-        raise InputError(f"{output}: is the model itself; give the output another name")
+    _check_output(source, output)
     loaded = load_source(source, options, resolve_target(target, output).target)
     choice, work = open_work(target, output, work_dir, fresh=False, progress=progress)
     source_bytes = total_bytes(source)
@@ -99,6 +99,23 @@ def quantize_onnx(
     Origin.of(output, runnable, None).save(output)
     size = total_bytes(output) if choice.target.engine == "onnxruntime" else output.stat().st_size
     return OnnxResult(source, output, work.path, loaded.selection, source_bytes, size, fidelity, snr_db)
+
+
+def _check_output(source: Path, output: Path) -> None:
+    """Raise `InputError` where writing `output` would destroy the model or its weights."""
+    light = read_model(source, external_data=False)
+    if _same(output, source):
+        raise InputError(f"{output}: is the model itself; give the output another name")
+    for written in (output, data_path(output)):
+        if any(_same(written, file) for file in (source, *external_files(light, source))):
+            raise InputError(
+                f"{output}: would write {written.name}, which {source} is made of; give the output another name"
+            )
+
+
+def _same(one: Path, other: Path) -> bool:
+    # Files that do not exist yet have names alone.
+    return one.samefile(other) if one.exists() and other.exists() else one.resolve() == other.resolve()
 
 
 def _note_kept(selection: Selection, progress: Progress) -> None:
@@ -154,9 +171,10 @@ def _validated(
     with progress.task("comparing with the model", 2) as task:
         run = loaded.probed(feeds, work.path)
         task.advance()
+        rows = loaded.compare_rewritten(run, feeds, work.path)
         result, snr_db = compare_graphs(modules, run.layers, graphs, run.outputs, feeds, folder, target)
         task.advance()
-    return conclude(result, folder, progress), snr_db
+    return conclude(replace(result, rows=(*rows, *result.rows)), folder, progress), snr_db
 
 
 def _write(lowered: Path, output: Path, target: Target, progress: Progress) -> None:

@@ -14,11 +14,10 @@ from exporter.onnx_input.constants import (
     DEQUANTIZE,
     FLOAT_TYPES,
     ReadConstant,
-    element_type,
     read_constant,
     type_name,
 )
-from exporter.passes.surgery import only_consumer
+from exporter.passes.surgery import element_type, only_consumer
 
 _PRODUCTS = ("MatMul", "Gemm")
 _WEIGHT, _BIAS = ".weight", ".bias"

@@ -13,12 +13,13 @@ import onnx
 import torch
 
 from exporter.errors import InputError
+from exporter.gate.table import GateRow
 from exporter.onnx_input.probe import ProbedRun, ProbePoint, run_probed
 from exporter.onnx_input.selection import Selection
 from exporter.passes import WAIST_PASSES, Pass, run_passes
-from exporter.passes.choose import scales_of
+from exporter.passes.choose import forget_containers, scales_of
 from exporter.passes.driver import import_graph
-from exporter.passes.layer_table import read_layer_table
+from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.lowering import Layer, layer_of
 from exporter.passes.surgery import array_of
 from exporter.plan import LayerPlan
@@ -38,8 +39,13 @@ class WaistModel:
 
     @classmethod
     def of(cls, path: Path, model: onnx.ModelProto, target: Target) -> WaistModel:
-        """Run the waist's passes, which change nothing that they did before. Raises `InputError`."""
-        waist, _ = run_passes(model, WAIST_PASSES, target)
+        """Run the waist's passes, which change nothing that they did before but for the containers of another target.
+
+        Raises `InputError`.
+        """
+        made_for = next((entry.value for entry in model.metadata_props if entry.key == TARGET_KEY), target.name)
+        again = (forget_containers,) if made_for != target.name else ()
+        waist, _ = run_passes(model, (*again, *WAIST_PASSES), target)
         found = [layer for layer in map(layer_of, import_graph(waist).nodes) if layer is not None]
         if not found:
             raise InputError(f"{path}: has fp4export's operators, but no quantized linear layer to lower")
@@ -61,6 +67,10 @@ class WaistModel:
             for entry in read_layer_table(self.model)
         ]
         return run_probed(self.model, points, feeds, folder, str(self.path))
+
+    def compare_rewritten(self, run: ProbedRun, feeds: Mapping[str, npt.NDArray[Any]], folder: Path) -> list[GateRow]:
+        """Nothing: the graph holds no unquantized model."""
+        return []
 
 
 def _plan(layer: Layer) -> LayerPlan:

@@ -36,6 +36,19 @@ def choose_containers(graph: gs.Graph, target: Target) -> int:
     return changed
 
 
+def forget_containers(graph: gs.Graph, target: Target) -> int:
+    """FloatGemm with attribute `container` → FloatGemm without, so that the next choice is the target's own.
+
+    For a graph whose containers were chosen for another target, where they cannot be told from ones asked for.
+    """
+    changed = 0
+    for node in graph.nodes:
+        if variant_of(node, Gemm) is not None and node.attrs["container"]:
+            node.attrs["container"] = ""
+            changed += 1
+    return changed
+
+
 def scales_of(gemm: Gemm) -> Scales:
     """What a recipe calls the layer's weight scales."""
     if gemm.scaling is not None:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from exporter.compute import COMPUTE_TYPES, ComputeType, wider_than
 from exporter.errors import InputError
 from exporter.passes.half_products import probe_products
-from exporter.passes.surgery import array_of, is_output, low_bit_constant
+from exporter.passes.surgery import array_of, element_type, is_output, low_bit_constant
 from exporter.targets import Target
 from plugins.op import is_ours
 
@@ -73,13 +73,6 @@ def stored_tensors(graph: gs.Graph, compute: ComputeType) -> list[gs.Variable]:
         for tensor in tensors
         if _is_float(tensor) and any(id(node) in chosen for node in (*tensor.inputs, *tensor.outputs))
     ]
-
-
-def element_type(tensor: gs.Tensor) -> int:
-    """The tensor's ONNX element type, UNDEFINED where inference did not find one."""
-    if tensor.dtype is None or isinstance(tensor.dtype, int):
-        return tensor.dtype or TensorProto.UNDEFINED
-    return int(helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
 
 
 def _is_float(tensor: gs.Tensor) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from exporter.passes.compute_type import element_type
+from exporter.passes.surgery import element_type
 from exporter.targets import Target
 
 _LOW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -12,15 +12,15 @@ from exporter.targets import Target
 def fold_modulation_offsets(graph: gs.Graph, target: Target) -> int:
     """Add(Split(Add(table, t))[i], c) → Split(Add(table', t))[i], table' having c added to its i-th part.
 
-    When table is a constant with no other reader, c a constant of one element, and every reader of that part adds it.
-    Equal up to FP32 rounding.
+    When table is a constant with no other reader that has the parts itself, c a constant of one element, and every
+    reader of that part adds it. Equal up to FP32 rounding.
     """
     changed = 0
     for split in [node for node in graph.nodes if node.op == "Split" and len(node.inputs) == 1]:
         add = producer(split.inputs[0])
         table = None if add is None or add.op != "Add" else _table(add)
-        axis = split.attrs.get("axis", 0)
-        if add is None or table is None or table.values.shape[axis] != len(split.outputs):
+        axis = _axis_from_end(split)
+        if table is None or axis is None or -axis > table.values.ndim or table.values.shape[axis] != len(split.outputs):
             continue
         values = np.array(table.values)
         for index, part in enumerate(split.outputs):
@@ -36,6 +36,14 @@ def fold_modulation_offsets(graph: gs.Graph, target: Target) -> int:
                 changed += 1
         table.values = values
     return changed
+
+
+def _axis_from_end(split: gs.Node) -> int | None:
+    """The axis, counted from the last as -1, where the table's broadcast axes meet the sum's; None if not known."""
+    axis, shape = int(split.attrs.get("axis", 0)), split.inputs[0].shape
+    if axis < 0:
+        return axis
+    return None if shape is None else axis - len(shape)
 
 
 def _table(add: gs.Node) -> gs.Constant | None:

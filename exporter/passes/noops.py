@@ -8,8 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.passes.compute_type import element_type
-from exporter.passes.surgery import array_of, can_take_over, has_given_name, replace_uses
+from exporter.passes.surgery import array_of, can_take_over, element_type, has_given_name, replace_uses
 from exporter.targets import Target
 
 

@@ -17,19 +17,17 @@ from plugins.op import is_ours
 
 _STANDARD = (None, "", "ai.onnx")
 
+
 # Convolutions with FP32 results are built everywhere.
 _PRODUCTS = frozenset({"Einsum", "Gemm", "MatMul"})
-
-_CONTRIB_OPERATORS = frozenset({"MultiHeadAttention"})
-"""ONNX Runtime's own operators that a pass here makes."""
 
 
 def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
     """Changes nothing (0). Raises `InputError` naming the first layer or node that the target cannot run.
 
     That is a node of the project's own operators that no pass has lowered, or for ONNX Runtime a node outside the
-    standard, or for TensorRT an operator or an element type that one of the parsers the target must do with lacks, or
-    a matrix product with an FP32 result where its builder has none.
+    standard and the runtime's own domain, or for TensorRT an operator or an element type that one of the parsers the
+    target must do with lacks, or a matrix product with an FP32 result where its builder has none.
     """
     for node in graph.nodes:
         if is_ours(node):
@@ -39,7 +37,7 @@ def refuse_unsupported(graph: gs.Graph, target: Target) -> int:
                 "lowered it; keep the layer in high precision with a rule `weight: none`"
             )
         if target.engine == "onnxruntime" and not _is_onnxruntimes(node, graph.opset):
-            raise InputError(f"node {node.name!r}: target {target.name} cannot run operator {_operator(node)}")
+            raise InputError(f"{_named(node)}: target {target.name} cannot run operator {_operator(node)}")
     types = element_types(graph) if target.parsers else {}
     for parser in (PARSERS[name] for name in target.parsers):
         for node in graph.nodes:
@@ -62,16 +60,20 @@ def _check_node(node: gs.Node, types: Mapping[str, int], parser: Parser, target:
     standard = node.domain in _STANDARD and node.op in parser.operators
     if not standard and node.op not in parser.extensions:
         raise InputError(
-            f"node {node.name!r}: target {target.name} cannot run operator {_operator(node)}: "
+            f"{_named(node)}: target {target.name} cannot run operator {_operator(node)}: "
             f"the ONNX parser of TensorRT {parser.name} does not take it"
         )
     for tensor in (*node.inputs, *node.outputs):
         kind = types.get(tensor.name)
         if kind is not None and not parser.takes(kind, node.op):
             raise InputError(
-                f"node {node.name!r}: target {target.name} cannot run {_operator(node)} with {tensor.name!r} of type "
+                f"{_named(node)}: target {target.name} cannot run {_operator(node)} with {tensor.name!r} of type "
                 f"{TensorProto.DataType.Name(kind)}: the ONNX parser of TensorRT {parser.name} does not take it there"
             )
+
+
+def _named(node: gs.Node) -> str:
+    return f"node {node.name!r}" if node.name else f"the node that makes {node.outputs[0].name!r}"
 
 
 def _operator(node: gs.Node) -> str:
@@ -79,7 +81,5 @@ def _operator(node: gs.Node) -> str:
 
 
 def _is_onnxruntimes(node: gs.Node, opset: int) -> bool:
-    """True for an operator that every build of ONNX Runtime has."""
-    if node.domain == CONTRIB_DOMAIN:
-        return node.op in _CONTRIB_OPERATORS
-    return node.domain in _STANDARD and bool(onnx.defs.has(node.op, opset, ""))
+    """True for the standard's operators and ONNX Runtime's own, of which it names those that it lacks when it loads."""
+    return node.domain == CONTRIB_DOMAIN or (node.domain in _STANDARD and bool(onnx.defs.has(node.op, opset, "")))

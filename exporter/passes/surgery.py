@@ -47,6 +47,14 @@ def array_of(tensor: gs.Tensor) -> npt.NDArray[Any] | None:
     return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
 
 
+def element_type(tensor: gs.Tensor) -> int:
+    """The tensor's ONNX element type, UNDEFINED where inference did not find one."""
+    # An ONNX number already where numpy has no such type.
+    if tensor.dtype is None or isinstance(tensor.dtype, int):
+        return tensor.dtype or onnx.TensorProto.UNDEFINED
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+
+
 def producer(tensor: gs.Tensor) -> gs.Node | None:
     """The node that computes the tensor, None for constants and graph inputs."""
     return tensor.inputs[0] if tensor.inputs else None

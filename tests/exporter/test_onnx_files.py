@@ -47,6 +47,24 @@ def test_an_older_data_file_goes_when_the_model_fits_one_file(tmp_path: Path) ->
     assert not data_path(path).exists()
 
 
+def test_a_data_file_that_another_model_points_to_stays(tmp_path: Path) -> None:
+    save_onnx(matmul_and_add(), tmp_path / "m.onnx", largest=100)
+    (tmp_path / "m.onnx").rename(tmp_path / "other.onnx")
+    save_onnx(matmul_and_add(), tmp_path / "m.onnx")
+    save_onnx(matmul_and_add(), tmp_path / "m.onnx")
+    assert onnx.load(tmp_path / "other.onnx").graph.initializer[0].raw_data
+
+
+@pytest.mark.parametrize("before", [b"no model", b""])
+def test_what_is_no_model_is_replaced_and_a_data_file_beside_it_stays(before: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(before)
+    data_path(path).write_bytes(b"something")
+    save_onnx(matmul_and_add(), path)
+    assert onnx.load(path) == matmul_and_add()
+    assert data_path(path).read_bytes() == b"something"
+
+
 def test_a_checksum_covers_the_data_file(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     save_onnx(matmul_and_add(), path)

@@ -6,20 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
-from exporter.errors import FidelityError
+from exporter.errors import FidelityError, InputError
 from exporter.gate.table import GateResult
 from exporter.onnx_files import save_onnx
-from exporter.onnx_input.compare import Graphs, check_reading, compare_graphs, outputs_snr_db
+from exporter.onnx_input.compare import Graphs, check_reading, compare_graphs, compare_rewritten, outputs_snr_db
 from exporter.onnx_input.foreign import ForeignModel
 from exporter.onnx_input.model import read_source
 from exporter.onnx_input.random_inputs import random_inputs
 from exporter.onnx_input.selection import FormatOptions
-from exporter.passes import lowering_passes, run_passes
+from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.progress import NullProgress
 from exporter.quantize import QuantLinear
-from exporter.targets import TARGETS
+from exporter.targets import TARGETS, Target
 from exporter.validate import conclude
 from tests.exporter.onnx_input.models import WIDTH, HandMade, save
 
@@ -97,7 +98,37 @@ def test_a_misread_layer_is_named(prepared: Prepared) -> None:
         check_reading(replace(linear, transposes_weight=False), probed)
 
 
+def _scale_last_product(graph: gs.Graph, target: Target) -> int:
+    """A rewrite that is wrong by one part in a hundred: y → 1.01·y."""
+    (y,) = graph.outputs
+    product = gs.Variable("product", y.dtype, y.shape)
+    y.inputs[0].outputs = [product]
+    factor = gs.Constant("factor", np.full(1, 1.01, np.float32))
+    graph.nodes.append(gs.Node("Mul", "mul", {}, [product, factor], [y]))
+    return 1
+
+
+def test_a_wrong_rewrite_is_found_before_anything_is_quantized(prepared: Prepared) -> None:
+    feeds = random_inputs(prepared.loaded.model, "model.onnx")
+    original = prepared.loaded.probed(feeds, prepared.folder).outputs
+    rows = [
+        compare_rewritten(prepared.loaded.model, passes, original, feeds, prepared.folder, CPU)
+        for passes in (WAIST_PASSES, (*WAIST_PASSES, _scale_last_product))
+    ]
+    assert [row.passed for row in rows] == [True, False]
+    message = r"end to end not quantized .*the passes alone change the outputs: SNR 40\.0 dB, at least \d+"
+    with pytest.raises(FidelityError, match=message):
+        conclude(GateResult((rows[1],)), prepared.folder, NullProgress())
+
+
 def test_the_snr_of_several_outputs_is_the_worst_one_s() -> None:
     one = np.ones(4, np.float32)
     found = outputs_snr_db({"a": one, "b": one}, {"a": one, "b": one * np.float32(0.9)})
     assert found == pytest.approx(20, abs=1e-3)
+
+
+def test_outputs_that_are_no_floats_are_left_out() -> None:
+    one, ids = np.ones(4, np.float32), np.arange(4)
+    assert outputs_snr_db({"a": one, "ids": ids}, {"a": one * np.float32(0.9), "ids": ids + 1}) == pytest.approx(20)
+    with pytest.raises(InputError, match=r"outputs are ids \(int64\): none is floating point.*--no-validate"):
+        outputs_snr_db({"ids": ids}, {"ids": ids})

@@ -103,3 +103,31 @@ def test_the_offset_moves_into_the_table() -> None:
 )
 def test_other_offsets_stay(model: onnx.ModelProto) -> None:
     assert run_passes(model, (fold_modulation_offsets,), CPU)[1][0].changed == 0
+
+
+def _broadcast_modulation(*table_shape: int, axis: int = 1) -> onnx.ModelProto:
+    """As above, of x [batch, 2, 2] and a table with axes of its own."""
+    waist = WaistGraph(count=2)
+    table = waist.constant("table", np.random.default_rng(0).standard_normal(table_shape).astype(np.float32))
+    waist.node("Split", waist.node("Add", "x", table, output="sum"), output="shift,scale", axis=axis, num_outputs=2)
+    plus = waist.node("Add", "scale", waist.constant("one", np.float32(1)), output="plus")
+    return waist.model(waist.node("Mul", "shift", plus, output="y"), x_shape=("batch", 2))
+
+
+@pytest.mark.parametrize(
+    ("table_shape", "axis"), [((2, 2), 1), ((2, 2), -2), ((2, 2), 2), ((2,), 2), ((2,), -1), ((2, 1), 1)]
+)
+def test_a_table_of_fewer_axes_gets_the_offset_on_the_axis_that_is_split(
+    table_shape: tuple[int, ...], axis: int
+) -> None:
+    before = _broadcast_modulation(*table_shape, axis=axis)
+    after, (result,) = run_passes(before, (fold_modulation_offsets,), CPU)
+    assert result.changed == 1
+    x = np.random.default_rng(1).standard_normal((3, 2, 2)).astype(np.float32)
+    assert snr_db(run(before, x)[0], run(after, x)[0]) > 130
+
+
+@pytest.mark.parametrize(("table_shape", "axis"), [((), 1), ((), -1), ((2,), 1), ((2,), -2), ((1, 2), 1), ((2, 1), 2)])
+def test_a_constant_that_does_not_have_the_parts_stays(table_shape: tuple[int, ...], axis: int) -> None:
+    model = _broadcast_modulation(*table_shape, axis=axis)
+    assert run_passes(model, (fold_modulation_offsets,), CPU)[1][0].changed == 0

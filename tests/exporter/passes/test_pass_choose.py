@@ -7,6 +7,7 @@ import pytest
 
 from exporter.errors import InputError
 from exporter.passes import choose_containers, fold_scales, fuse_linear, run_passes
+from exporter.passes.choose import forget_containers
 from exporter.passes.layer_table import read_layer_table
 from exporter.passes.order import PassOrderError
 from exporter.targets import TARGETS
@@ -78,3 +79,14 @@ def test_unfused_layers_are_refused_instead_of_skipped() -> None:
     model: onnx.ModelProto = one_linear(make_weight("fc"))
     with pytest.raises(PassOrderError, match="choose_containers needs fuse_linear"):
         run_passes(model, (choose_containers,), TARGETS["cpu"])
+
+
+def test_containers_of_another_target_are_forgotten() -> None:
+    weight = make_weight("blocks.3.fc", "e2m1", 0, "channel")
+    chosen, _ = run_passes(one_linear(weight, "e4m3"), PASSES, TARGETS["cpu"])
+    with pytest.raises(InputError, match="in fp32"):
+        run_passes(chosen, (choose_containers,), TARGETS["rtx-sm89"])
+    again, (forgotten, _) = run_passes(chosen, (forget_containers, choose_containers), TARGETS["rtx-sm89"])
+    assert forgotten.changed == 1
+    assert read_layer_table(again)[0].container == "fp8"
+    assert run_passes(one_linear(weight, "e4m3"), (forget_containers,), TARGETS["cpu"])[1][0].changed == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto
 
@@ -10,7 +11,7 @@ from exporter.errors import InputError
 from exporter.passes import WAIST_PASSES, lowering_passes, refuse_unsupported, run_passes
 from exporter.passes.compute_type import compute_in_fp16
 from exporter.targets import TARGETS
-from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, one_linear, op_types
+from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, one_linear, op_types, run, tokens
 
 
 @pytest.mark.parametrize("target", ["cpu", "rtx-sm86"])
@@ -44,12 +45,30 @@ def test_operator_that_tensorrt_does_not_parse_is_named() -> None:
         run_passes(model, (refuse_unsupported,), TARGETS["rtx-sm89"])
 
 
-def test_operator_of_another_domain_is_named() -> None:
+def _other_domain(domain: str) -> onnx.ModelProto:
     waist = WaistGraph()
-    model = waist.model(waist.node("Gelu", "x", output="y", domain="com.microsoft"))
-    model.opset_import.add(domain="com.microsoft", version=1)
-    with pytest.raises(InputError, match=r"com\.microsoft::Gelu"):
+    model = waist.model(waist.node("Gelu", "x", output="y", domain=domain))
+    model.opset_import.add(domain=domain, version=1)
+    return model
+
+
+def test_operator_of_another_domain_is_named() -> None:
+    with pytest.raises(InputError, match=r"node 'y_node': target cpu cannot run operator somebody\.s::Gelu"):
+        run_passes(_other_domain("somebody.s"), (refuse_unsupported,), TARGETS["cpu"])
+
+
+def test_a_node_without_a_name_is_named_by_what_it_makes() -> None:
+    model = _other_domain("somebody.s")
+    model.graph.node[0].name = ""
+    with pytest.raises(InputError, match=r"^the node that makes 'y': target cpu"):
         run_passes(model, (refuse_unsupported,), TARGETS["cpu"])
+
+
+def test_onnx_runtime_s_own_operators_are_left_to_it() -> None:
+    model, _ = run_passes(_other_domain("com.microsoft"), (refuse_unsupported,), TARGETS["cpu"])
+    assert run(model, tokens())[0].shape == tokens().shape
+    with pytest.raises(InputError, match=r"com\.microsoft::Gelu"):
+        run_passes(model, (refuse_unsupported,), TARGETS["rtx-sm89"])
 
 
 def test_operator_that_only_later_parsers_take_is_named_with_the_release() -> None:
