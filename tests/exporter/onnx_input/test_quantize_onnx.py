@@ -16,13 +16,11 @@ from onnx import TensorProto
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.gate.reference import EXACT_DB
 from exporter.onnx_files import data_path, save_onnx
-from exporter.onnx_input.job import OnnxResult, load_source, quantize_onnx
+from exporter.onnx_input.job import OnnxResult, quantize_onnx
 from exporter.onnx_input.selection import FormatOptions
-from exporter.passes import lowering_passes, run_passes
 from exporter.passes.history import read_pass_history
 from exporter.passes.layer_table import read_layer_table
 from exporter.runtime import OnnxSession
-from exporter.targets import TARGETS
 from tests.exporter.onnx_input.models import TOKENS, WIDTH, HandMade, export_dit, export_pixart, save
 from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
@@ -252,20 +250,6 @@ def test_an_exported_graph_is_lowered_for_another_target(result: OnnxResult, tmp
         quantize_onnx(exported, tmp_path / "again.onnx", W4A6)
 
 
-@pytest.mark.parametrize(("activation", "container"), [("e4m3", "fp8"), ("none", "int8")])
-def test_another_target_chooses_its_own_containers(activation: str, container: str, tmp_path: Path) -> None:
-    made = HandMade()
-    options = FormatOptions("e2m1", activation, scales="channel")
-    result = quantized(made.model(_matmul(made)), tmp_path, options)
-    assert [layer.container for layer in result.selection.layers] == ["fp32"]
-    exported = result.work_dir / "exported.cpu.onnx"
-    target = TARGETS["rtx-sm89"]
-    loaded = load_source(exported, None, target)
-    assert [layer.container for layer in loaded.selection.layers] == [container]
-    run_passes(loaded.model, lowering_passes(target), target)
-    assert load_source(exported, None, TARGETS["cpu"]).selection.layers[0].container == "fp32"
-
-
 def test_a_graph_as_it_was_traced_is_fused_and_lowered(tmp_path: Path) -> None:
     result = quantize_onnx(save(one_linear(make_weight("fc")), tmp_path / "traced.onnx"), tmp_path / "out.onnx")
     assert [layer.name for layer in result.selection.layers] == ["fc"]
@@ -279,18 +263,6 @@ def test_a_scalar_timestep(tmp_path: Path) -> None:
     model = made.model(made.node("Add", y, made.node("Cast", "t", output="f", to=TensorProto.FLOAT), output="y"))
     model.graph.input.append(onnx.helper.make_tensor_value_info("t", TensorProto.INT64, []))
     assert quantized(model, tmp_path, W4A6).fidelity is not None
-
-
-@pytest.mark.parametrize("operator", ["FastGelu", "NoSuchGelu"])
-def test_onnx_runtime_s_own_operators_run_where_it_has_them(operator: str, tmp_path: Path) -> None:
-    made = HandMade()
-    hidden = made.node("MatMul", "x", made.on_grid("fc.weight", WIDTH, 32), output="h")
-    model = made.model(made.node(operator, hidden, output="y", domain="com.microsoft"), extra_domain="com.microsoft")
-    if operator == "FastGelu":
-        assert (quantized(model, tmp_path).snr_db or 0) > 100
-    else:
-        with pytest.raises(InputError, match="NoSuchGelu"):
-            quantized(model, tmp_path)
 
 
 def test_an_engine_is_built_without_a_gpu(dit: Path, tmp_path: Path) -> None:
@@ -326,19 +298,3 @@ def test_a_lowered_file_and_the_model_itself_are_refused(result: OnnxResult, dit
         quantize_onnx(dit, dit, W4A6)
     with pytest.raises(InputError, match="is not quantized; say which weight format"):
         quantize_onnx(dit, tmp_path / "out.onnx")
-
-
-def test_no_other_name_of_the_model_or_its_weights_is_written_to(tmp_path: Path) -> None:
-    made = HandMade()
-    save_onnx(made.model(_matmul(made)), tmp_path / "out.onnx", largest=0)
-    source = (tmp_path / "out.onnx").rename(tmp_path / "model.onnx")
-    (tmp_path / "d").mkdir()
-    (tmp_path / "link.onnx").symlink_to(source)
-    (tmp_path / "hard.onnx").hardlink_to(source)
-    before = {path: path.read_bytes() for path in (source, data_path(tmp_path / "out.onnx"))}
-    for other in ("d/../model.onnx", "link.onnx", "hard.onnx"):
-        with pytest.raises(InputError, match="is the model itself"):
-            quantize_onnx(source, tmp_path / other, LOSSLESS)
-    with pytest.raises(InputError, match=r"out\.onnx: would write out\.onnx\.data, which .*model\.onnx is made of"):
-        quantize_onnx(source, tmp_path / "out.onnx", LOSSLESS)
-    assert {path: path.read_bytes() for path in before} == before
