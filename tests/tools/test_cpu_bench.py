@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,8 @@ def test_the_page_states_ratios_to_fp32() -> None:
     assert "Written by `python -m tools.bench`." in text
     assert f"| {DYNAMIC} | 1.33 s (1.33) | 3.00 | 30.0 dB | 0.333 | 0.30 | 1.00 | 0.5 s |" in text
     assert "| GELU | 0.250 | 0.250 | 0.250 |" in text
+    # A blank line would end a table.
+    assert re.findall(r"\|\n\n\|", text) == []
     assert "take 0.750 s, 43 % of a step" in text
     assert "| W4A6 | 42.0 dB | 29.0 dB | +12.0 dB |" in text
 
