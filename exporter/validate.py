@@ -28,7 +28,7 @@ from exporter.gate.tiles import compare_tiles
 from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, model_feeds
 from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.models.prompts import Prompts
-from exporter.passes.emulate import EMULATED
+from exporter.passes.emulate import relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
@@ -113,7 +113,7 @@ def _note_on_engine(engine: Path, lowered: Path, built_sha256: str) -> str:
     """How the comparison of `lowered` speaks for `engine`. Raises `FidelityError` if it does not."""
     if sha256_of(engine) != built_sha256:
         raise FidelityError(f"{engine}: not the file that was built from {lowered} (SHA-256 differs); export it again")
-    return f"{engine.name} was not run: {lowered}, {_relation(lowered)}, was compared"
+    return f"{engine.name} was not run: {lowered}, {relation_to_engine(lowered)}, was compared"
 
 
 def table_text(result: GateResult) -> str:
@@ -141,7 +141,7 @@ def conclude(result: GateResult, folder: Path, progress: Progress) -> GateResult
 def _notes(lowered: Path, target: Target, reference: Reference) -> tuple[str, ...]:
     notes = []
     if target.engine != "onnxruntime":
-        notes.append(f"{target.name}: {lowered.name}, {_relation(lowered)}, was run in ONNX Runtime here")
+        notes.append(f"{target.name}: {lowered.name}, {relation_to_engine(lowered)}, was run in ONNX Runtime here")
     if reference.end_to_end_threshold < min(EXACT_DB, reference.quantization_db + HEADROOM_DB):
         notes.append(
             f"end to end: noise of {INPUT_NOISE:g} on its inputs moves the torch model itself by as much as "
@@ -165,13 +165,6 @@ def _notes_on_compute(reference: Reference) -> tuple[str, ...]:
         f"{rounding.end_to_end_db:.1f} dB SNR end to end; {eased} of {len(reference.thresholds)} blocks and boundaries "
         f"are held to what it leaves, less {ROUNDING_MARGIN_DB:.0f} dB, and the quantized linears, {inside}",
     )
-
-
-def _relation(compared: Path) -> str:
-    """What the compared graph is to the engine."""
-    if compared.name.startswith(f"{EMULATED}."):
-        return "which has the engine's numbers in types that ONNX Runtime runs"
-    return "which the engine is made of"
 
 
 def _target_of(path: Path) -> Target:

@@ -9,6 +9,7 @@ from exporter.build import check_rtx_engine, read_rtx_header
 from exporter.errors import InputError
 from exporter.onnx_files import checksum_of
 from exporter.origin import Origin, origin_path
+from exporter.passes.emulate import relation_to_engine
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def look_at_engine(path: Path) -> EngineView:
     return EngineView(
         header,
         origin.graph,
-        f"an engine cannot be looked into without its GPU: this is {origin.graph.name}, which it was built from "
-        "(both SHA-256 as recorded)",
+        f"an engine cannot be looked into without its GPU: this is {origin.graph.name}, "
+        f"{relation_to_engine(origin.graph)} (both SHA-256 as recorded); sizes are this graph's",
     )
 
 

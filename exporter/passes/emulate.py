@@ -6,6 +6,8 @@ in float32, rounded where the engine stores them. What a GPU's own kernels round
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from exporter.passes.driver import Pass
 from exporter.passes.emulate_blocks import emulate_blocks
 from exporter.passes.emulate_compute import round_to_compute_type
@@ -20,3 +22,10 @@ EMULATION_PASSES: tuple[Pass, ...] = (emulate_blocks, round_to_compute_type)
 def emulation_passes(target: Target) -> tuple[Pass, ...]:
     """The passes that stand in for the target's types; none where ONNX Runtime is the target itself."""
     return () if target.engine == "onnxruntime" else EMULATION_PASSES
+
+
+def relation_to_engine(compared: Path) -> str:
+    """What a graph that is looked at in an engine's place, by its file's name, is to the engine."""
+    if compared.name.startswith(f"{EMULATED}."):
+        return "which has the engine's numbers in types that ONNX Runtime runs"
+    return "which the engine is made of"
