@@ -130,6 +130,7 @@ def markdown(page: Page) -> str:
         threads=THREADS,
         program=program_identity()[:12],
         goals=_goals(page),
+        activation_gap=abs((_named(page, W4[1]).snr_db or 0) - (_named(page, W4[0]).snr_db or 0)),
         kinds=list(dict.fromkeys(kind for kinds in page.profiles.values() for kind in kinds)),
         totals=totals,
         quantized=quantized,
