@@ -126,7 +126,7 @@ def _export(
     attach_functions(model)
     _import_domain_of_contrib(model)
     model.metadata_props.extend(source.metadata_props)
-    inferred = infer(untiled(model))
+    inferred = infer(untiled(skeleton(model)))
     types = {info.name: info.type.tensor_type.elem_type for info in inferred}
     outside = {name for node in model.graph.node for name in node.output}
     del model.graph.value_info[:]
