@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.passes.surgery import array_of, can_take_over, element_type, has_given_name, replace_uses
+from exporter.passes.surgery import array_of, bypass, element_type
 from exporter.targets import Target
 
 
@@ -22,13 +22,8 @@ def drop_noops(graph: gs.Graph, target: Target) -> int:
     for node in list(graph.nodes):
         if node.domain or node.op not in _CHANGES_NOTHING or len(node.outputs) != 1:
             continue
-        output = node.outputs[0]
         source = _CHANGES_NOTHING[node.op](node)
-        if source is None or has_given_name(output.name) or not can_take_over(graph, output, source):
-            continue
-        node.outputs.clear()
-        replace_uses(graph, output, source)
-        changed += 1
+        changed += source is not None and bypass(graph, node, source)
     return changed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from exporter.passes.surgery import array_of, can_take_over, has_given_name, producer, replace_uses
+from exporter.passes.surgery import array_of, bypass, producer
 from exporter.targets import Target
 
 
@@ -16,12 +16,7 @@ def forward_slices_of_concats(graph: gs.Graph, target: Target) -> int:
     changed = 0
     for node in list(graph.nodes):
         source = _cut_out(node) if node.op == "Slice" else None
-        output = node.outputs[0]
-        if source is None or has_given_name(output.name) or not can_take_over(graph, output, source):
-            continue
-        node.outputs.clear()
-        replace_uses(graph, output, source)
-        changed += 1
+        changed += source is not None and bypass(graph, node, source)
     return changed
 
 

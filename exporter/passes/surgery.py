@@ -89,6 +89,19 @@ def can_take_over(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> bool:
     return not is_output(graph, old) or (bool(new.inputs) and not is_output(graph, new))
 
 
+def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor) -> bool:
+    """Let the readers of the node's one output read `source`, which equals it; True if that was done.
+
+    Not where the output names a layer's or a block's tensor, or `source` cannot take its place as a graph output.
+    """
+    output = node.outputs[0]
+    if has_given_name(output.name) or not can_take_over(graph, output, source):
+        return False
+    node.outputs.clear()
+    replace_uses(graph, output, source)
+    return True
+
+
 def give_name(graph: gs.Graph, tensor: gs.Tensor, name: str) -> bool:
     """Name a computed tensor, unless it is a graph input or output or has been given a name before; True if named."""
     taken = has_given_name(tensor.name) or is_output(graph, tensor) or not tensor.inputs
