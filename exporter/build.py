@@ -20,8 +20,8 @@ import onnx
 from exporter.engine_worker import RESULT_START, EngineJob
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.files import atomic_path
+from exporter.onnx_files import read_model
 from exporter.progress import Progress
-from exporter.runtime import read_model
 from exporter.targets import Target, local_gpu
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]

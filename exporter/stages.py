@@ -16,13 +16,13 @@ from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
+from exporter.onnx_files import read_model
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.emulate import EMULATED, emulation_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.recipe import recipe_to_yaml
-from exporter.runtime import read_model
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs

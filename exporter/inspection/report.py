@@ -15,12 +15,11 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.inspection.engine import look_at_engine
 from exporter.inspection.layers import LayersView, LayerView, plain_layers, table_layers, unfused_layers
-from exporter.onnx_files import total_bytes
+from exporter.onnx_files import read_model, total_bytes
 from exporter.onnx_input.model import GraphState, state_of
 from exporter.passes.history import PassResult, read_pass_history
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
-from exporter.runtime import read_model
 from exporter.targets import SUFFIXES
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)

@@ -11,8 +11,8 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes.inference import element_types
 from exporter.passes.surgery import CONTRIB_DOMAIN
-from exporter.passes.tensorrt_parsers import PARSERS, Parser
 from exporter.targets import Target
+from exporter.tensorrt_parsers import PARSERS, Parser
 from plugins.op import is_ours
 
 _STANDARD = (None, "", "ai.onnx")
