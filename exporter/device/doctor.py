@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from exporter.device.machine import Machine, look_around
-from exporter.device.memory import size
-from exporter.device.preflight import missing_builder
+from exporter.device.requirements import missing_builder
+from exporter.device.sizes import size
 from exporter.device.tensorrt_api import OLDEST_PLUGINS, version_of
 from exporter.targets import TARGETS, Target
 

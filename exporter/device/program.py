@@ -106,8 +106,8 @@ def _arguments() -> argparse.ArgumentParser:
 def _build(options: argparse.Namespace) -> int:
     from exporter.device.build import BuildOptions, build_engine
     from exporter.device.graph import read_lowered
-    from exporter.device.memory import parse_size, size
     from exporter.device.profiles import BatchRange
+    from exporter.device.sizes import parse_size, size
     from exporter.device.terminal import PlainProgress
     from exporter.targets import resolve_target
 
