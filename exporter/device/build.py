@@ -105,7 +105,7 @@ def build_engine(
             onnx=str(lowered),
             engine=str(temporary),
             rtx=rtx,
-            compute_capability=target.compute_capability if rtx else None,
+            compute_capability=target.compute_capability or (0, 0),
             shapes=shapes,
             workspace=options.workspace,
             kernels=str(graph.kernels) if graph.kernels else None,

@@ -18,7 +18,7 @@ MARK = "fp4export:"
 class EngineJob:
     """What to build: an ONNX file into an engine file, with shapes (min, opt, max) of the dynamic inputs.
 
-    `compute_capability` is (major, minor) for TensorRT-RTX, which builds for GPUs that are not there, else None.
+    `compute_capability` is (major, minor) of the GPU, which only TensorRT-RTX need not have.
     `workspace` is the most bytes of scratch memory, None for TensorRT's own limit; `timing_cache` the file that
     measurements are read from and `new_timing_cache` the one that they are written to, None without; `kernels` the
     folder with the plugins' kernels.
@@ -27,7 +27,7 @@ class EngineJob:
     onnx: str
     engine: str
     rtx: bool
-    compute_capability: tuple[int, int] | None
+    compute_capability: tuple[int, int]
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     workspace: int | None = None
     timing_cache: str | None = None
@@ -46,7 +46,7 @@ class EngineJob:
         shapes = {
             name: (tuple(least), tuple(best), tuple(most)) for name, (least, best, most) in facts.pop("shapes").items()
         }
-        return cls(shapes=shapes, compute_capability=capability and (capability[0], capability[1]), **facts)
+        return cls(shapes=shapes, compute_capability=(capability[0], capability[1]), **facts)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def build_engine(trt: Any, job: EngineJob, emit: Emit) -> CacheState:
     config.progress_monitor = monitor
     if job.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
-    if job.compute_capability is not None:
+    if job.rtx:
         config.num_compute_capabilities = 1
         major, minor = job.compute_capability
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{major}{minor}"), 0)
