@@ -108,6 +108,7 @@ def build_engine(
             compute_capability=target.compute_capability or (0, 0),
             shapes=shapes,
             workspace=options.workspace,
+            plugins=graph.plugins,
             kernels=str(graph.kernels) if graph.kernels else None,
         )
         # TensorRT-RTX measures nothing when it builds: its timing cache does nothing.

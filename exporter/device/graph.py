@@ -12,6 +12,7 @@ from exporter.errors import InputError
 from exporter.layer_entries import LayerEntry, read_layer_table, target_of
 from exporter.onnx_files import read_model
 from exporter.targets import TARGETS, Target
+from plugins.kernels.library import kernels_folder
 from plugins.op import UnknownOperatorError, is_ours, parse
 
 
@@ -28,12 +29,7 @@ class LoweredGraph:
     @property
     def kernels(self) -> Path | None:
         """The folder of the plugins' kernels, None for a graph without plugins."""
-        return kernels_path(self.path) if self.plugins else None
-
-
-def kernels_path(graph: Path) -> Path:
-    """Where a graph's kernels are: MODEL.kernels/ beside MODEL.onnx."""
-    return graph.with_suffix(".kernels")
+        return kernels_folder(self.path) if self.plugins else None
 
 
 def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -9,10 +9,11 @@ from onnx import TensorProto
 
 from exporter.device.graph import LoweredGraph, is_plugin, nodes_of
 from exporter.device.requirements import release_of
-from exporter.device.tensorrt_api import OLDEST_PLUGINS
+from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.targets import TARGETS, Target
 from exporter.tensorrt_parsers import PARSERS, Parser, refusal
+from plugins.kernels.library import KernelLibrary, KernelLibraryError, kernels_folder
 from plugins.op import is_ours
 
 _EVERYWHERE = ("fp16", "fp32")
@@ -73,10 +74,12 @@ def check_plugins(graph: LoweredGraph, target: Target, version: tuple[int, int])
             f"{graph.path.name}: has the plugin {graph.plugins[0]}, which needs TensorRT {oldest} or later, not {here}"
             "; export with --set kernels=native for this machine"
         )
-    if target.compute_capability != graph.lowered_for.compute_capability:
-        raise InputError(
-            f"{graph.path.name}: its plugins' kernels are for {graph.lowered_for.name}; export for {target.name}"
-        )
+    try:
+        library = KernelLibrary.load(kernels_folder(graph.path))
+        for op_type in graph.plugins:
+            library.tactics(op_type, target.compute_capability or (0, 0))
+    except KernelLibraryError as error:
+        raise InputError(f"{graph.path.name}: {error}") from error
 
 
 def _has(target: Target, graph: LoweredGraph) -> bool:

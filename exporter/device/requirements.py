@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from exporter.device.machine import package_version
-from exporter.device.tensorrt_api import load_module, module_name, version_of
+from exporter.device.versions import load_module, module_name, version_of
 from exporter.gpu import Gpu, local_gpu
 from exporter.targets import TARGETS, Target
 

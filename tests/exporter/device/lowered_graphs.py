@@ -8,6 +8,8 @@ import onnx
 
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.targets import TARGETS
+from plugins.kernels.library import KernelLibrary, LibraryKernel
+from plugins.kernels.spec import Launch, Pointer
 from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
 
@@ -20,3 +22,22 @@ def write_lowered(folder: Path, target: str, activation_format: str = "e2m3", we
     path = folder / f"lowered.{target}.onnx"
     onnx.save(model, path)
     return path
+
+
+def write_library(folder: Path) -> Path:
+    """A library with one kernel of the operator `Scale_k64` for Orin."""
+    kernel = LibraryKernel(
+        op_type="Scale_k64",
+        tactic=0,
+        capability=(8, 7),
+        entry="scale_k64_sm87_t0",
+        inputs=(Pointer("x", "fp16"),),
+        scalars=("rows",),
+        outputs=(Pointer("y", "fp16"),),
+        launch=Launch(1, 1, 4),
+        shared_bytes=0,
+        ptx_version=85,
+        ptx=".version 8.5",
+    )
+    KernelLibrary((kernel,), "by hand").save(folder)
+    return folder

@@ -14,7 +14,7 @@ from exporter.device.requirements import oldest_version
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.passes import WAIST_PASSES, run_passes
 from exporter.targets import TARGETS
-from tests.exporter.device.lowered_graphs import write_lowered
+from tests.exporter.device.lowered_graphs import write_library, write_lowered
 from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
 
@@ -123,7 +123,7 @@ def test_the_waist_s_operators_are_no_plugins() -> None:
 
 def _with_plugin(path: Path) -> LoweredGraph:
     graph = read_lowered(path)
-    return LoweredGraph(graph.path, graph.model, graph.lowered_for, graph.layers, ("TokenQuantize_x",))
+    return LoweredGraph(graph.path, graph.model, graph.lowered_for, graph.layers, ("Scale_k64",))
 
 
 def test_plugins_need_their_tensorrt(tmp_path: Path) -> None:
@@ -132,5 +132,9 @@ def test_plugins_need_their_tensorrt(tmp_path: Path) -> None:
         check_plugins(graph, TARGETS["orin"], (10, 3))
     with pytest.raises(InputError, match=r"TensorRT-RTX \(target rtx-sm89\) takes no plugins"):
         check_plugins(graph, TARGETS["rtx-sm89"], (1, 7))
-    with pytest.raises(InputError, match="kernels are for orin; export for l4"):
+    with pytest.raises(InputError, match=r"lowered\.orin\.kernels/kernels\.json: not there; copy the folder"):
+        check_plugins(graph, TARGETS["orin"], (11, 4))
+    write_library(tmp_path / "lowered.orin.kernels")
+    check_plugins(graph, TARGETS["orin"], (11, 4))
+    with pytest.raises(InputError, match=r"no kernel of Scale_k64 for compute capability 8\.9 \(there are for: 8\.7\)"):
         check_plugins(graph, TARGETS["l4"], (11, 4))

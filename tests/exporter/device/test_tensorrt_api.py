@@ -6,15 +6,20 @@ test_build.py.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from exporter.device.jobs import EngineJob
-from exporter.device.tensorrt_api import BuildError, build_engine, load_engine, version_of
+from exporter.device.tensorrt_api import BuildError, build_engine, load_engine
+from exporter.device.versions import version_of
+from plugins.kernels.library import KernelLibrary
 from tests.exporter.device.fake_tensorrt import Flags12, fake_tensorrt
+from tests.exporter.device.lowered_graphs import write_library
 
 
 @pytest.fixture
@@ -76,6 +81,24 @@ def test_what_the_parser_and_the_builder_refuse_is_told(job: EngineJob) -> None:
         _build(fake_tensorrt(), replace(job, onnx="refused.onnx"))
     with pytest.raises(BuildError, match="made no engine"):
         _build(fake_tensorrt(engine=None), job)
+
+
+def test_plugins_are_registered_before_the_graph_is_parsed(
+    job: EngineJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt, calls = fake_tensorrt(), []
+
+    def register(op_types: tuple[str, ...], library: KernelLibrary, capability: tuple[int, int]) -> None:
+        assert trt.told.parsed is None
+        calls.append((op_types, library.kernels[0].entry, capability))
+
+    registration = SimpleNamespace(register=register, PluginError=RuntimeError)
+    monkeypatch.setitem(sys.modules, "plugins.tensorrt_plugins.registration", registration)
+    _build(trt, replace(job, plugins=("Scale_k64",), kernels=str(write_library(tmp_path / "m.kernels"))))
+    assert calls == [(("Scale_k64",), "scale_k64_sm87_t0", (8, 7))]
+    assert trt.told.flags == 1 << 1 | 1 << 2
+    with pytest.raises(BuildError, match="copy the folder of kernels along"):
+        _build(trt, replace(job, plugins=("Scale_k64",), kernels=str(tmp_path / "none")))
 
 
 def test_an_engine_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
