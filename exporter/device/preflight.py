@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import onnx
 from onnx import TensorProto
 
-from exporter.device.graph import LoweredGraph, is_plugin, nodes_of
+from exporter.device.graph import LoweredGraph, is_plugin
 from exporter.device.requirements import release_of
 from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, InputError
+from exporter.onnx_files import nodes_of
 from exporter.targets import TARGETS, Target
 from exporter.tensorrt_parsers import PARSERS, Parser, refusal
 from plugins.kernels.library import KernelLibrary, KernelLibraryError, kernels_folder
