@@ -19,7 +19,7 @@ def test_the_reference_is_tanh_gelu() -> None:
     x = np.linspace(-6, 12, 100_001, dtype=np.float32)
     wide = x.astype(np.float64)
     exact = wide / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
-    assert (np.abs(tanh_gelu(x) - exact) <= 3e-6 * np.abs(exact)).all()
+    assert (np.abs(tanh_gelu(x) - exact) <= 5e-6 * np.abs(exact)).all()
     theirs = torch.nn.functional.gelu(torch.from_numpy(x), approximate="tanh").numpy()
     assert np.abs(tanh_gelu(x) - theirs).max() <= 1e-6
 
