@@ -1,7 +1,7 @@
 """The two operations that stand for a division in the quantizers' kernels round as the division does.
 
-A quantizer sees of x / scale, rounded to float32, only on which side of a midpoint of its grid it lies, or whether it is
-one. Midpoints of all grids are whole numbers of halves up to 127, times powers of two, which change nothing here.
+A quantizer sees of x / scale, rounded to float32, only on which side of a midpoint of its grid it lies, or whether it
+is one. Midpoints of all grids are whole numbers of halves up to 127, times powers of two, which change nothing here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HALVES = np.arange(1, 256, 2, dtype=np.float32) / 2
 
 
 def fma(a: Floats, b: Floats, c: Floats) -> Floats:
-    """a·b + c rounded once: the exact sum is a float64 and its error, which only decides where the float64 is a tie."""
+    """a·b + c rounded once: through the exact sum, a float64 and its error, rounded to an odd float64."""
     product = a.astype(np.float64) * b.astype(np.float64)
     wide = c.astype(np.float64)
     total = product + wide
@@ -26,8 +26,6 @@ def fma(a: Floats, b: Floats, c: Floats) -> Floats:
     even = total.view(np.int64) % 2 == 0
     toward = np.where((error > 0) == (total > 0), 1, -1)
     odd = np.where((error != 0) & even, total.view(np.int64) + toward, total.view(np.int64))
-    truncated = (error != 0) & ~even & ((error > 0) != (total > 0))
-    del truncated
     return odd.view(np.float64).astype(np.float32)
 
 
