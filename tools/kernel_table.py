@@ -1,7 +1,7 @@
 """Write docs/kernels.md's table: every kernel of the shipped models' shapes, compiled for every GPU.
 
 `python -m tools.kernel_table` compiles the representative operators and rewrites the table between the two markers;
-operators given by name are compiled and printed instead: `python -m tools.kernel_table TokenQuantize_e2m3_int8_fp16_k1152`.
+operators given by name (`python -m tools.kernel_table TokenQuantize_e2m3_int8_fp16_k1152`) are printed instead.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def table(kernels: Iterable[tuple[str, CompiledKernel]]) -> str:
     for op_type, kernel in sorted(kernels, key=lambda entry: (entry[0], entry[1].capability, entry[1].entry)):
         spilled = kernel.resources.spill_store_bytes + kernel.resources.spill_load_bytes
         tactic = kernel.entry.rpartition("_t")[2]
+        gpu = hardware_of(kernel.capability).architecture
         lines.append(
-            f"| `{op_type}` | {hardware_of(kernel.capability).architecture} | {tactic} | {kernel.spec.launch.num_warps} "
+            f"| `{op_type}` | {gpu} | {tactic} | {kernel.spec.launch.num_warps} "
             f"| {kernel.resources.registers} | {spilled} | {kernel.shared_bytes} | {len(kernel.ptx)} |"
         )
     return "\n".join(lines)
