@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -38,10 +37,8 @@ def number_factor(fmt: Format, container: str) -> float:
 def container_numbers(values: Values, fmt: Format, container: str) -> Numbers:
     """The numbers, in the type that carries them, of values on the format's grid: INT8, E4M3, or E4M3 bytes as INT8."""
     numbers = values * np.float32(number_factor(fmt, container))
-    if container == INT8.name:
-        return numbers.astype(np.int8)
-    octets = numbers.astype(ml_dtypes.float8_e4m3fn)
-    return octets.view(np.int8) if container == FP16.name else octets
+    carried: Numbers = numbers.astype(number_type(container).dtype)
+    return carried.view(np.int8) if container == FP16.name else carried
 
 
 def quantize_tokens(x: Values, fmt: Format, container: str) -> tuple[Numbers, Values]:
