@@ -27,15 +27,17 @@ def compile_ptx(request: dict[str, Any]) -> dict[str, Any]:
     function = getattr(importlib.import_module(module), name)
     arguments, constants = request["arguments"], request["constants"]
     names = function.arg_names
-    if list(names[len(arguments) :]) != list(constants):
+    free = [name for name in names if name not in constants]
+    if len(free) != len(arguments) or not set(constants) <= set(names):
         raise TypeError(
             f"{request['source']} has the parameters {', '.join(names)}: "
-            f"not {len(arguments)} arguments and then {', '.join(constants)}"
+            f"not {len(arguments)} arguments beside {', '.join(constants)}"
         )
-    signature = dict(zip(names, arguments, strict=False)) | dict.fromkeys(constants, "constexpr")
+    types = dict(zip(free, arguments, strict=True))
+    signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {
-        (index,): [["tt.divisibility", POINTER_ALIGNMENT]]
-        for index, element in enumerate(arguments)
+        (names.index(name),): [["tt.divisibility", POINTER_ALIGNMENT]]
+        for name, element in types.items()
         if element.startswith("*")
     }
     source = ASTSource(function, signature, {(names.index(key),): value for key, value in constants.items()}, aligned)
