@@ -24,6 +24,7 @@ from plugins.float_gemm.descriptor import Gemm
 from plugins.float_quantize.descriptor import OnlineQuantize, Quantize
 from plugins.gelu_quantize.descriptor import GeluQuantize
 from plugins.norm_quantize.descriptor import NormQuantize
+from plugins.packed_linear.descriptor import PackedLinear
 from plugins.token_quantize.descriptor import TokenQuantize
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Gemm",
     "NormQuantize",
     "OnlineQuantize",
+    "PackedLinear",
     "Quantize",
     "QuantizeBlocks",
     "TokenQuantize",
@@ -64,6 +66,7 @@ VARIANTS = (
     TokenQuantize,
     GeluQuantize,
     NormQuantize,
+    PackedLinear,
 )
 """Every operator; `parse` asks them in turn."""
 

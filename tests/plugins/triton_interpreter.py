@@ -71,7 +71,8 @@ def answer(request: dict[str, Any]) -> None:
     """Launch the kernel on the arrays in the file, and write its outputs there."""
     import torch
 
-    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8, "i32": torch.int32}
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+    types |= {"i8": torch.int8, "i32": torch.int32}
     spec = request["spec"]
     module, _, name = spec["source"].partition(":")
     function = getattr(importlib.import_module(module), name)
