@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from exporter.compute import check_compute
 from exporter.container_choice import accumulator_text, exact_text
+from exporter.job import chosen_target
 from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
-from exporter.targets import Target, TargetChoice, resolve_target
+from exporter.targets import Target, TargetChoice
 from plugins.container_product import ContainerProduct
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -34,8 +34,7 @@ class Description:
 def describe(recipe: Recipe, output: str | Path) -> Description:
     """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
     path = Path(output)
-    choice = resolve_target(recipe.target, path)
-    check_compute(recipe.name, recipe.compute, choice.target)
+    choice = chosen_target(recipe, path)
     found = locate_config(recipe)
     model = skeleton(found.content, recipe.model.family, found.file)
     adapter = get_adapter(recipe.model.family)
@@ -65,6 +64,7 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
+    console.print(f"kernels {target.kernels}", markup=False, highlight=False)
     console.print(layer_plan_table(plan.layers, target))
     for line in exactness(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

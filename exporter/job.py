@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -66,13 +66,24 @@ def open_job(
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
-    Raises `InputError` for an output that cannot be written and a compute type that the target lacks, before any work
-    is done.
+    Raises `InputError` for an output that cannot be written, and a compute type or kernels that the target lacks,
+    before any work is done.
     """
-    check_compute(recipe.name, recipe.compute, resolve_target(recipe.target, Path(output)).target)
+    target = chosen_target(recipe, output).target
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
-    progress.note(f"computing in {recipe.compute}")
+    choice = replace(choice, target=target)
+    progress.note(f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels")
     return Job(recipe, Path(output), choice, work, keep_graphs, progress)
+
+
+def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:
+    """The machine that a recipe and an output mean, with the recipe's kernels, and why.
+
+    Raises `InputError` for an output, a compute type or kernels that the machine does not have.
+    """
+    choice = resolve_target(recipe.target, output)
+    check_compute(recipe.name, recipe.compute, choice.target)
+    return replace(choice, target=choice.target.with_kernels(recipe.kernels))
 
 
 def open_work(

@@ -23,6 +23,7 @@ from exporter.stages import (
     calibrated_weights,
     captured_inputs,
     check_fidelity,
+    compiled_kernels,
     exported_graph,
     fake_quantized,
     lowered_graph,
@@ -71,6 +72,7 @@ def export(
     runnable = runnable_graph(job, lowered)
     graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
+    job.timed("kernels", compiled_kernels, lowered)
     engine = job.timed("build", build, lowered, runnable, validated=validate)
     evaluation = job.timed("evaluate", evaluate, source, quantized, runnable)
     report, metrics = write_results(job, source, engine, evaluation, fidelity, amax)

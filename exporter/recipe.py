@@ -18,12 +18,12 @@ from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
 from exporter.explain import explain
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
-from exporter.targets import AUTO, TARGETS
+from exporter.targets import AUTO, TARGETS, Kernels
 from exporter.yaml_text import dump_yaml
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 
-ContainerChoice = Literal["auto", "int8", "fp8"]
+ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
 
 HIGH_PRECISION = "none"
 
@@ -172,6 +172,10 @@ class Recipe(_Section):
     target: Annotated[str, AfterValidator(_target)] = AUTO
     compute: Compute = Field(
         default="fp32", description="what a TensorRT engine computes in outside its quantized linears"
+    )
+    kernels: Kernels = Field(
+        default="native",
+        description="what runs quantized linears in a TensorRT engine: its own kernels, or plugins with packed weights",
     )
     preset: Preset | None = None
     storage: Storage = Field(

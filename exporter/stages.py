@@ -16,6 +16,7 @@ from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
+from exporter.kernels import obtain_kernels
 from exporter.onnx_files import read_model
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
@@ -189,6 +190,15 @@ def check_fidelity(
         job.recipe.compute,
     )
     return result, reference.quantization_db
+
+
+def compiled_kernels(job: Job, lowered: Path) -> None:
+    """The kernels of the lowered graph's plugins, compiled ahead of time into lowered.TARGET.kernels/ beside it."""
+    if job.target.kernels != "plugin":
+        return
+    folder, reused = obtain_kernels(lowered, job.target, job.work, job.progress)
+    count = len(list(folder.glob("*.ptx")))
+    job.progress.note(f"{_verb(reused, 'compiled')} {count} kernels ({folder})")
 
 
 def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -12,6 +12,7 @@ from exporter.errors import InputError, did_you_mean
 from exporter.gpu import Gpu, local_gpu
 
 Engine = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Kernels = Literal["native", "plugin"]
 
 AUTO = "auto"
 DEFAULT_RTX = "rtx-sm89"
@@ -27,6 +28,9 @@ class Target:
     `containers` are the ones it multiplies in (fp32 and fp16 aside), best first. `parsers` are the TensorRT releases
     whose ONNX parsers must all take its graphs: releases in between take what the first and the last do. Without
     `fp32_products` the builder has no matrix product whose result is FP32, so that all have FP16 results.
+
+    `kernels` says whose kernels multiply: TensorRT's own, or this project's as plugins, which multiply in
+    `plugin_containers` (none where the engine takes no plugins); `containers` are those of the kernels chosen.
     """
 
     name: str
@@ -35,6 +39,24 @@ class Target:
     containers: tuple[str, ...]
     parsers: tuple[str, ...] = ()
     fp32_products: bool = True
+    plugin_containers: tuple[str, ...] = ()
+    kernels: Kernels = "native"
+
+    def with_kernels(self, kernels: Kernels) -> Target:
+        """The same machine with these kernels. Raises `InputError` where its engine takes no plugins."""
+        if kernels == self.kernels:
+            return self
+        if kernels == "native":
+            return get_target(self.name)
+        if not self.plugin_containers:
+            able = ", ".join(target.name for target in _TABLE if target.plugin_containers)
+            reason = (
+                "TensorRT-RTX has no plugins"
+                if self.engine == "tensorrt-rtx"
+                else "ONNX Runtime has no kernels of ours"
+            )
+            raise InputError(f"target {self.name} takes `kernels: native` only, since {reason}; plugins run on: {able}")
+        return replace(self, kernels=kernels, containers=self.plugin_containers)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -54,6 +76,11 @@ _INT = ("int8", "int4")
 _FLOAT8 = ("int8", "fp8", "int4")
 _BLACKWELL = ("int8", "fp8", "int4", "fp4", "mxfp8")
 
+# FP16 multiplies what only FP8 would hold, where there is no FP8, and weights alone.
+_PLUGIN_INT = ("int8", "fp16")
+_PLUGIN_FLOAT8 = ("int8", "fp8", "fp16")
+_PLUGIN_BLACKWELL = ("int8", "fp8", "fp16", "fp4", "mxfp8")
+
 # TensorRT-RTX's parser takes what TensorRT 11's does. A Jetson Orin has 10.3 (JetPack 6) or 11 (JetPack 7.2 and later).
 _RTX = ("11",)
 _TENSORRT = ("10.3", "11")
@@ -67,12 +94,12 @@ _TABLE = (
     Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8, _RTX),
     Target("rtx-sm120", "tensorrt-rtx", (12, 0), _BLACKWELL, _RTX),
     Target("rtx-sm121", "tensorrt-rtx", (12, 1), _BLACKWELL, _RTX),
-    Target("orin", "tensorrt", (8, 7), _INT, _TENSORRT),
-    Target("l4", "tensorrt", (8, 9), _FLOAT8, _TENSORRT),
-    Target("h100", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
-    Target("h200", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
-    Target("b200", "tensorrt", (10, 0), _BLACKWELL, ("11",)),
-    Target("thor", "tensorrt", (11, 0), _BLACKWELL, ("11",)),
+    Target("orin", "tensorrt", (8, 7), _INT, _TENSORRT, plugin_containers=_PLUGIN_INT),
+    Target("l4", "tensorrt", (8, 9), _FLOAT8, _TENSORRT, plugin_containers=_PLUGIN_FLOAT8),
+    Target("h100", "tensorrt", (9, 0), _FLOAT8, _TENSORRT, plugin_containers=_PLUGIN_FLOAT8),
+    Target("h200", "tensorrt", (9, 0), _FLOAT8, _TENSORRT, plugin_containers=_PLUGIN_FLOAT8),
+    Target("b200", "tensorrt", (10, 0), _BLACKWELL, ("11",), plugin_containers=_PLUGIN_BLACKWELL),
+    Target("thor", "tensorrt", (11, 0), _BLACKWELL, ("11",), plugin_containers=_PLUGIN_BLACKWELL),
 )
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TABLE})
 

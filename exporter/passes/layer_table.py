@@ -20,6 +20,7 @@ __all__ = [
     "LayerEntry",
     "layer_table",
     "read_layer_table",
+    "updated_table",
     "with_encodings",
     "write_layer_table",
 ]
@@ -64,9 +65,31 @@ def layer_table(graph: gs.Graph) -> tuple[LayerEntry, ...]:
     return tuple(entries)
 
 
+def updated_table(table: Sequence[LayerEntry], found: Sequence[LayerEntry]) -> tuple[LayerEntry, ...]:
+    """The table with what a graph says now of layers that it still has as FloatGemm nodes; others were lowered."""
+    now = {entry.layer: entry for entry in found}
+    known = {entry.layer for entry in table}
+    return (
+        *(now.get(entry.layer, entry) for entry in table),
+        *(entry for entry in found if entry.layer not in known),
+    )
+
+
 def with_encodings(table: Sequence[LayerEntry], element_types: Mapping[str, int]) -> tuple[LayerEntry, ...]:
-    """The entries with the encoding that their `values` tensor's ONNX element type says."""
+    """The entries with the encoding that their `values` tensor's ONNX element type says.
+
+    For FP16 products on GPUs without FP8, E4M3 numbers lie in INT8 tensors as their bytes.
+    """
+    encodings = {
+        name: _ENCODING_OF_TYPE.get(element_types.get(name, TensorProto.FLOAT), "float32")
+        for name in {entry.values for entry in table}
+    }
     return tuple(
-        replace(entry, encoding=_ENCODING_OF_TYPE.get(element_types.get(entry.values, TensorProto.FLOAT), "float32"))
+        replace(
+            entry,
+            encoding="fp8_bytes"
+            if entry.container == "fp16" and encodings[entry.values] == "int8"
+            else encodings[entry.values],
+        )
         for entry in table
     )

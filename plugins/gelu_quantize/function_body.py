@@ -11,4 +11,4 @@ def append_tanh_gelu(body: Body, x: str) -> str:
     square = body.op("Mul", x, x)
     slope = body.op("Add", body.op("Mul", square, body.float(CUBIC)), body.float(LINEAR))
     power = body.op("Pow", body.float(2.0), body.op("Mul", x, slope))
-    return body.op("Div", x, body.op("Add", power, body.float(1.0)))
+    return body.op("Div", x, body.op("Add", power, body.float(1.0)), output="activated")

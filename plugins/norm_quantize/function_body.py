@@ -12,4 +12,4 @@ def append_modulated_norm(body: Body, x: str, scale: str, shift: str) -> str:
     variance = body.op("ReduceMean", body.op("Mul", centered, centered), body.ints(-1), keepdims=1)
     deviation = body.op("Sqrt", body.op("Add", variance, body.float(EPSILON)))
     normalized = body.op("Mul", centered, body.op("Div", body.float(1.0), deviation))
-    return body.op("Add", body.op("Mul", normalized, scale), shift)
+    return body.op("Add", body.op("Mul", normalized, scale), shift, output="modulated")

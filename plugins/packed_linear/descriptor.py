@@ -88,8 +88,6 @@ class PackedLinear:
             raise VariantError(f"a linear layer has at least one output feature, not {self.n}")
         if (self.group_size > 0) != (self.group_factors != ""):
             raise VariantError(f"groups of {self.group_size} with factors {self.group_factors!r}: give both or neither")
-        if not self.is_quantized and self.float_type == "fp32":
-            raise VariantError("tensor cores have no exact FP32 product; weight-only layers take fp16 or bf16")
         if self.container == INT8.name:
             self._check_sums()
 
@@ -142,7 +140,7 @@ class PackedLinear:
     @property
     def element(self) -> Element:
         """The type in which tensor cores multiply."""
-        return OPERANDS[self.container] or Element(self.float_type)
+        return OPERANDS[self.container] or (Element.BF16 if self.float_type == "bf16" else Element.FP16)
 
     @property
     def encoding(self) -> Encoding:
@@ -187,6 +185,11 @@ class PackedLinear:
         """Outputs in order."""
         return tuple(self.output_types)
 
+    @property
+    def output_widths(self) -> tuple[int, ...]:
+        """The last dimension of every output; the others are the first input's."""
+        return (self.n,)
+
     def attributes(self, layer: str) -> dict[str, AttributeValue]:
         """All attributes of a node that serves `layer` (a module path); what the operator does is in its name."""
         return {"layer": layer, **plugin_attributes()}
@@ -198,8 +201,12 @@ class PackedLinear:
     def kernels(self, capability: tuple[int, int]) -> tuple[KernelSpec, ...]:
         """One kernel per tactic for GPUs of a compute capability, the best default first.
 
-        Raises UnknownCapabilityError, and VariantError where tensor cores lack the container.
+        Raises UnknownCapabilityError, and VariantError where tensor cores lack the container or the float type.
         """
+        if not self.is_quantized and self.float_type == "fp32":
+            raise VariantError(
+                f"{self.op_type}: tensor cores have no exact FP32 product; weight-only layers take fp16 or bf16"
+            )
         if self.element is Element.FP8 and not hardware_of(capability).has_fp8:
             label = "{}.{}".format(*capability)
             raise VariantError(f"{self.op_type}: compute capability {label} has no fp8; nearest container: fp16")

@@ -28,6 +28,7 @@ def packed_linear(variant: PackedLinear, opset: int) -> onnx.FunctionProto:
         y = body.op("Mul", y, body.op("Transpose", "weight_scales", perm=[1, 0]))
     if variant.has_bias:
         y = body.op("Add", y, "bias")
+    y = body.op("Identity", y, output="linear")
     if variant.has_gelu:
         y = _append_gelu(body, y)
     if variant.has_residual:

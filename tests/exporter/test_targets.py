@@ -24,6 +24,20 @@ def test_an_unknown_target_suggests_one() -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
+def test_plugins_are_for_tensorrt(name: str) -> None:
+    target = TARGETS[name]
+    assert target.with_kernels("native") is target
+    if target.engine == "tensorrt":
+        plugin = target.with_kernels("plugin")
+        assert (plugin.kernels, plugin.containers) == ("plugin", target.plugin_containers)
+        assert plugin.with_kernels("plugin") is plugin
+        assert plugin.with_kernels("native") == target
+    else:
+        with pytest.raises(InputError, match=f"target {name} takes `kernels: native` only.*orin, l4, h100"):
+            target.with_kernels("plugin")
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_every_target_takes_its_own_suffixes_and_refuses_the_others(name: str) -> None:
     for suffix in (".onnx", ".plan", ".engine"):
         if suffix in TARGETS[name].suffixes:

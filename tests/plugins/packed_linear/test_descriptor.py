@@ -60,7 +60,6 @@ def test_inputs_are_in_the_order_of_the_contract() -> None:
             VariantError,
             "e3m2 has values that int8 does not hold; nearest container: fp8",
         ),
-        (("e2m1", "none", "fp32", 8, 64), VariantError, "weight-only layers take fp16 or bf16"),
         (("e2m1", "int8", "fp16", 8, 64, 48, "scales"), GroupError, "nearest: 32"),
         (("e2m1", "int8", "fp16", 8, 64, 32), VariantError, "give both or neither"),
         (("e2m1", "int8", "fp16", 0, 64), VariantError, "at least one output feature"),
@@ -137,3 +136,8 @@ def _run(variant: PackedLinear, inputs: dict[str, np.ndarray]) -> np.ndarray:
     )
     onnx.checker.check_model(model)
     return in_onnxruntime(model, feeds)[0].astype(np.float64)
+
+
+def test_weights_alone_have_no_kernel_for_fp32() -> None:
+    with pytest.raises(VariantError, match="weight-only layers take fp16 or bf16"):
+        PackedLinear("e2m1", "none", "fp32", 8, 64).kernels((8, 7))
