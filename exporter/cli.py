@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter import __version__
+from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists, validate_bundle
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
 from exporter.targets import resolve_target
@@ -28,7 +29,7 @@ _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command
 RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). MODEL.onnx is a
 plain ONNX model, whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
 decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
-or for the one that --target names.
+or for the one that --target names; .bundle is a folder with everything that devices need to build and check engines.
 
 \b
 Examples:
@@ -37,6 +38,7 @@ Examples:
   fp4export my.yaml -o my.onnx --set calibration.steps=10 --set layers.0.weight=e3m0
   fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
+  fp4export my.yaml -o my.bundle --target orin,h100,cpu
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
@@ -131,7 +133,11 @@ command.add_command(inspect_file)
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")
 @click.argument("recipe")
 @OUTPUT
-@click.option("--target", metavar="TARGET", help="The machine that OUT is for, instead of the recipe's.")
+@click.option(
+    "--target",
+    metavar="TARGET",
+    help="The machine that OUT is for, instead of the recipe's; for a bundle also several: orin,h100.",
+)
 @click.option("--seed", type=int, metavar="N", help="Seed of the calibration, instead of the recipe's.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe; may be repeated."
@@ -159,6 +165,22 @@ def export(
     debug: bool,
 ) -> None:
     """Export RECIPE to OUT; `fp4export --help` tells the whole story."""
+    if is_bundle(output):
+        export_to_bundle(
+            recipe,
+            output,
+            overrides,
+            target,
+            seed,
+            work_dir=work_dir,
+            dry_run=dry_run,
+            validate=not no_validate,
+            keep_graphs=keep_graphs,
+            fresh=fresh,
+            progress=open_progress(quiet=quiet),
+        )
+        return
+    refuse_lists(target, output)
     from exporter.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, target, seed)
@@ -188,7 +210,13 @@ def export(
 @QUIET
 @DEBUG
 def validate(file: str, *, quiet: bool, debug: bool) -> None:
-    """Compare FILE, written by an earlier export, with the reference saved in its work folder."""
+    """Compare FILE, written by an earlier export, with the reference saved in its work folder.
+
+    A bundle is checked byte by byte, then its graphs run against the reference that it carries.
+    """
+    if is_bundle(file):
+        validate_bundle(file, quiet=quiet, progress=open_progress(quiet=quiet))
+        return
     from exporter.pipeline import validate_output
 
     if not Path(file).is_file():

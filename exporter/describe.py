@@ -34,7 +34,11 @@ class Description:
 def describe(recipe: Recipe, output: str | Path) -> Description:
     """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
     path = Path(output)
-    choice = resolve_target(recipe.target, path)
+    return describe_for(recipe, path, resolve_target(recipe.target, path))
+
+
+def describe_for(recipe: Recipe, path: Path, choice: TargetChoice) -> Description:
+    """`describe` for a target that is chosen already."""
     check_compute(recipe.name, recipe.compute, choice.target)
     found = locate_config(recipe)
     model = skeleton(found.content, recipe.model.family, found.file)
