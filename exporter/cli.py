@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter import __version__
-from exporter.cli_bisect import bisect
+from exporter.cli_bisect import bisect, ranges
 from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists, validate_bundle
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
@@ -44,6 +44,7 @@ Examples:
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
   fp4export bisect digits.onnx
+  fp4export ranges my.yaml -o my.plan
 
 \b
 Targets:
@@ -131,6 +132,7 @@ def command() -> None:
 command.add_command(quantize)
 command.add_command(inspect_file)
 command.add_command(bisect)
+command.add_command(ranges)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")

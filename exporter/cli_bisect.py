@@ -1,11 +1,11 @@
-"""The command that looks for where a graph leaves its reference."""
+"""The commands that look for what is wrong: where a graph leaves its reference, and which numbers FP16 cannot hold."""
 
 from __future__ import annotations
 
 import click
 
 from exporter.errors import FidelityError
-from exporter.terminal import DEBUG, QUIET, open_console, open_progress
+from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
 
 @click.command(short_help="Find the block and the layer where a graph leaves the reference.")
@@ -32,3 +32,45 @@ def bisect(file: str, *, no_trial: bool, as_json: bool, quiet: bool, debug: bool
     elif not quiet:
         print_findings(found, open_console(stderr=False))
     return 0 if found.clean else FidelityError.exit_code
+
+
+@click.command(short_help="Find the tensors that FP16 cannot hold.")
+@click.argument("recipe")
+@OUTPUT
+@click.option("--target", metavar="TARGET", help="The machine that OUT is for, instead of the recipe's.")
+@click.option("--seed", type=int, metavar="N", help="Seed of the calibration, instead of the recipe's.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
+@WORK_DIR
+@click.option("--top", type=click.IntRange(min=1), default=15, metavar="N", help="How many tensors to show (15).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document with all tensors instead of a table.")
+@QUIET
+@DEBUG
+def ranges(
+    recipe: str,
+    output: str,
+    target: str | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    work_dir: str | None,
+    *,
+    top: int,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Measure how large every tensor outside the quantized linears gets on the calibration inputs, in FP32.
+
+    Takes the words of the export, and shares its work folder: what an export finished is not done again, and OUT is
+    not written. Names what becomes infinite in FP16, what comes near it, and how far BF16 rounds.
+    """
+    from exporter.job import open_job
+    from exporter.range_scan import print_scan, scan_ranges
+    from exporter.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides, target, seed)
+    progress = open_progress(quiet=quiet)
+    scan = scan_ranges(open_job(loaded, output, work_dir, fresh=False, keep_graphs=False, progress=progress))
+    if as_json:
+        click.echo(scan.to_json())
+    elif not quiet:
+        print_scan(scan, open_console(stderr=False), top)
