@@ -15,6 +15,8 @@ from exporter import __version__
 from exporter.cli_bisect import bisect, ranges
 from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists, validate_bundle
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
+from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
+from exporter.device.program import main as device_main
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
 from exporter.targets import resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
@@ -45,6 +47,8 @@ Examples:
   fp4export inspect digits.onnx
   fp4export bisect digits.onnx
   fp4export ranges my.yaml -o my.plan
+  fp4export build my.work/lowered.orin.onnx -o my.plan --target orin    (on the Orin)
+  fp4export doctor
 
 \b
 Targets:
@@ -72,6 +76,16 @@ Exit codes:
 """
 
 
+_OTHER_FORMS = (
+    "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+    "build MODEL.onnx -o OUT [OPTIONS]",
+    "validate FILE",
+    "inspect FILE [--json]",
+    "doctor [--json]",
+)
+_ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
 class _ExportByDefault(click.Group):
     """A group whose words that are no command start a job: ``fp4export digits -o …``, ``fp4export model.onnx …``."""
 
@@ -83,7 +97,7 @@ class _ExportByDefault(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]"):
+        for form in _OTHER_FORMS:
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -227,6 +241,20 @@ def validate(file: str, *, quiet: bool, debug: bool) -> None:
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote")
     validate_output(file, progress=open_progress(quiet=quiet))
+
+
+@command.command(name="build", short_help=BUILD_SUMMARY, context_settings=_ALL_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def build(words: tuple[str, ...]) -> int:
+    """Hand everything to the program that devices have."""
+    return device_main(["build", *words])
+
+
+@command.command(name="doctor", short_help=DOCTOR_SUMMARY, context_settings=_ALL_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def doctor(words: tuple[str, ...]) -> int:
+    """Hand everything to the program that devices have."""
+    return device_main(["doctor", *words])
 
 
 def _print_result(result: ExportResult) -> None:

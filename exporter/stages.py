@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from exporter.build import build_engine
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
@@ -201,7 +201,7 @@ def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
         with atomic_path(job.output) as temporary:
             shutil.copyfile(lowered, temporary)
     else:
-        build_engine(lowered, job.output, job.target, job.progress)
+        build_engine(lowered, job.output, job.target, job.progress, BuildOptions(acceptance=validated))
     write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
     Origin.of(job.output, runnable, job.gate_folder if validated else None).save(job.output)
     job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from exporter.build import build_engine
+from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.gate.table import GateResult
 from exporter.job import open_work
@@ -180,4 +180,5 @@ def _write(lowered: Path, output: Path, target: Target, progress: Progress) -> N
     if target.engine == "onnxruntime":
         save_onnx(onnx.load(lowered), output)
     else:
-        build_engine(lowered, output, target, progress)
+        # No inputs are saved, and a folder that an earlier export left is about another graph.
+        build_engine(lowered, output, target, progress, BuildOptions(acceptance=False))

@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.build import build_engine, check_rtx_engine
 from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.scales import choose_scales
 from exporter.compute import product_type
 from exporter.container_choice import choose_container
+from exporter.device.build import build_engine
+from exporter.device.rtx_file import check_rtx_engine
 from exporter.errors import InputError
 from exporter.models.loading import load_transformer, model_shapes
 from exporter.models.pixart import PixArtAdapter
