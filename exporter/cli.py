@@ -6,14 +6,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from exporter import __version__
-from exporter.cli_bisect import bisect, ranges
-from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists, validate_bundle
+from exporter.cli_bisect import bisect, ranges, validate
+from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
 from exporter.device.program import main as device_main
@@ -81,6 +80,8 @@ _OTHER_FORMS = (
     "build MODEL.onnx -o OUT [OPTIONS]",
     "validate FILE",
     "inspect FILE [--json]",
+    "bisect FILE [--json]",
+    "ranges RECIPE -o OUT [OPTIONS]",
     "doctor [--json]",
 )
 _ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -145,6 +146,7 @@ def command() -> None:
 
 command.add_command(quantize)
 command.add_command(inspect_file)
+command.add_command(validate)
 command.add_command(bisect)
 command.add_command(ranges)
 
@@ -222,25 +224,6 @@ def export(
     )
     if not quiet:
         _print_result(result)
-
-
-@command.command(short_help="Repeat the validation of an engine that an export wrote.")
-@click.argument("file")
-@QUIET
-@DEBUG
-def validate(file: str, *, quiet: bool, debug: bool) -> None:
-    """Compare FILE, written by an earlier export, with the reference saved in its work folder.
-
-    A bundle is checked byte by byte, then its graphs run against the reference that it carries.
-    """
-    if is_bundle(file):
-        validate_bundle(file, quiet=quiet, progress=open_progress(quiet=quiet))
-        return
-    from exporter.pipeline import validate_output
-
-    if not Path(file).is_file():
-        raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote")
-    validate_output(file, progress=open_progress(quiet=quiet))
 
 
 @command.command(name="build", short_help=BUILD_SUMMARY, context_settings=_ALL_WORDS)

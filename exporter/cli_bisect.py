@@ -1,11 +1,33 @@
-"""The commands that look for what is wrong: where a graph leaves its reference, and which numbers FP16 cannot hold."""
+"""The commands that check an export: whether and where it leaves its reference, and which numbers FP16 cannot hold."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from exporter.errors import FidelityError
+from exporter.cli_bundle import is_bundle, validate_bundle
+from exporter.errors import FidelityError, InputError
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
+
+
+@click.command(short_help="Repeat the validation of an engine that an export wrote.")
+@click.argument("file")
+@QUIET
+@DEBUG
+def validate(file: str, *, quiet: bool, debug: bool) -> None:
+    """Compare FILE, written by an earlier export, with the reference saved in its work folder.
+
+    A bundle is checked byte by byte, then its graphs run against the reference that it carries.
+    """
+    if is_bundle(file):
+        validate_bundle(file, quiet=quiet, progress=open_progress(quiet=quiet))
+        return
+    from exporter.pipeline import validate_output
+
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote")
+    validate_output(file, progress=open_progress(quiet=quiet))
 
 
 @click.command(short_help="Find the block and the layer where a graph leaves the reference.")

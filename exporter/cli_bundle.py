@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from exporter.device.program import BUNDLE_SUFFIX
 from exporter.errors import InputError
 from exporter.terminal import open_console
 
@@ -15,12 +16,9 @@ if TYPE_CHECKING:
     from exporter.progress import Progress
 
 
-SUFFIX = ".bundle"
-
-
 def is_bundle(file: str) -> bool:
     """Whether a name is that of a bundle."""
-    return Path(file).suffix == SUFFIX
+    return Path(file).suffix == BUNDLE_SUFFIX
 
 
 def export_to_bundle(

@@ -13,9 +13,11 @@ from exporter.bundle.manifest import Acceptance, Manifest, TargetEntry, WeightsE
 from exporter.bundle.readme import README, readme_text
 from exporter.bundle.write import check_place, copy_file, listed_files, new_folder, seal
 from exporter.compute import check_compute
+from exporter.device.acceptance import INPUTS, OUTPUTS, VERDICT
 from exporter.errors import InputError
 from exporter.gate.records import Reference
 from exporter.gate.runs import save_feeds, save_reference
+from exporter.gate.table import GateResult
 from exporter.gate.whole import OUTPUT
 from exporter.job import Job, open_work_dir
 from exporter.metrics import installed_versions
@@ -23,7 +25,7 @@ from exporter.onnx_files import external_files, read_model
 from exporter.pipeline import prepare
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import Recipe
-from exporter.targets import AUTO, Target, TargetChoice, get_target, resolve_target
+from exporter.targets import AUTO, TargetChoice, get_target, resolve_target
 from exporter.yaml_text import dump_yaml
 
 RECIPE = "recipe.yaml"
@@ -131,18 +133,25 @@ def _collect(made: _Graphs, folder: Path) -> TargetEntry:
         exported=made.exported.name,
         lowered=made.lowered.name,
         kernels=kernels.name if kernels.is_dir() else None,
-        acceptance=_accepted(job.gate_folder, job.target, folder) if made.validated else None,
+        acceptance=_accepted(job.gate_folder, folder) if made.validated else None,
     )
 
 
-def _accepted(gate: Path, target: Target, folder: Path) -> Acceptance:
-    """Write the gate's inputs and expected outputs, less the boundaries between blocks, which engines do not give."""
+def _accepted(gate: Path, folder: Path) -> Acceptance:
+    """Write what the gate kept of the whole model under the same names, without the boundaries between its blocks."""
     reference = Reference.load(gate).for_stage("lowered")
-    place = f"acceptance/{target.name}"
-    (folder / place).mkdir(parents=True)
-    found = Acceptance(f"{place}/inputs.json", f"{place}/reference.json", _rounded_down(reference.end_to_end_threshold))
+    (folder / gate.name).mkdir()
+    found = Acceptance(
+        inputs=f"{gate.name}/{INPUTS}",
+        reference=f"{gate.name}/{OUTPUTS}",
+        verdict=f"{gate.name}/{VERDICT}",
+        snr_db=_rounded_down(reference.end_to_end_threshold),
+    )
     save_feeds([dict(model.inputs) for model in reference.models], folder / found.inputs)
     save_reference([{OUTPUT: model.boundaries[OUTPUT]} for model in reference.models], folder / found.reference)
+    # The commands name files of this machine.
+    verdict = replace(GateResult.from_json((gate / VERDICT).read_text(encoding="utf-8")), commands=())
+    (folder / found.verdict).write_text(verdict.to_json(), encoding="utf-8")
     return found
 
 

@@ -34,10 +34,12 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Inputs and the torch reference's outputs as polygraphy reads them, and the SNR in dB that is asked for."""
+    """Inputs and the torch reference's outputs as polygraphy reads them, the gate's verdict on the lowered graph, and
+    the SNR in dB that is asked of an engine."""
 
     inputs: str
     reference: str
+    verdict: str
     snr_db: float
 
 
@@ -254,8 +256,10 @@ def _target(one: _Reader) -> TargetEntry:
     acceptance = None
     if one.values["acceptance"] is not None:
         part = one.inside("acceptance")
-        part.only("inputs", "reference", "snr_db")
-        acceptance = Acceptance(part.path("inputs"), part.path("reference"), part.number("snr_db"))
+        part.only("inputs", "reference", "verdict", "snr_db")
+        acceptance = Acceptance(
+            part.path("inputs"), part.path("reference"), part.path("verdict"), part.number("snr_db")
+        )
     return TargetEntry(
         name=one.text("name"),
         engine=one.text("engine"),
@@ -284,7 +288,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
     for target in manifest.targets:
         wanted += [target.exported, target.lowered]
         if target.acceptance is not None:
-            wanted += [target.acceptance.inputs, target.acceptance.reference]
+            wanted += [target.acceptance.inputs, target.acceptance.reference, target.acceptance.verdict]
         if target.kernels is not None and not any(path.startswith(f"{target.kernels}/") for path in listed):
             raise InputError(f"{where}: target {target.name}: no file of {target.kernels} is listed")
     for path in wanted:

@@ -46,8 +46,8 @@ class Bundle:
     manifest: Manifest
 
     def target(self, name: str | None = None, compute_capability: tuple[int, int] | None = None) -> TargetFiles:
-        """The files of the target called `name`, or else of the first TensorRT one for a GPU of that capability, or
-        else of the only one.
+        """The files of the target called `name`, or else of the only one, or else of the first for a GPU of that
+        capability.
 
         Raises `InputError` naming what there is.
         """
@@ -57,6 +57,8 @@ class Bundle:
             if name not in names:
                 raise InputError(f"{self.root}: has nothing for target {name!r}{did_you_mean(name, names)}")
             return self._files(targets[names.index(name)])
+        if len(targets) == 1:
+            return self._files(targets[0])
         if compute_capability is not None:
             fitting = [target for target in targets if target.compute_capability == compute_capability]
             if not fitting:
@@ -66,9 +68,7 @@ class Bundle:
                     f"{', '.join(names)}; export it again with --target"
                 )
             return self._files(fitting[0])
-        if len(targets) > 1:
-            raise InputError(f"{self.root}: holds several targets; choose with --target: {', '.join(names)}")
-        return self._files(targets[0])
+        raise InputError(f"{self.root}: holds several targets; choose with --target: {', '.join(names)}")
 
     def _files(self, entry: TargetEntry) -> TargetFiles:
         accepted = entry.acceptance

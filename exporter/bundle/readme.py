@@ -18,8 +18,8 @@ def readme_text(manifest: Manifest, folder: str) -> str:
     copy = f"; its text is in `{weights.licence_file}`" if weights.licence_file else ""
     parts = [
         f"# {manifest.name}\n",
-        f"A diffusion transformer with low-bit weights, exported by fp4export {manifest.versions['fp4export']}. Opening "
-        "this folder runs nothing in it: every file is first checked against `manifest.json`.\n",
+        f"A diffusion transformer with low-bit weights, exported by fp4export {manifest.versions['fp4export']}. "
+        "Opening this folder runs nothing in it: every file is first checked against `manifest.json`.\n",
         f"Weights: {weights.source}. Licence of the weights: **{weights.licence}**{origin}{copy}.\n",
         "Needed on the device: fp4export, numpy, onnx, polygraphy, and TensorRT (or ONNX Runtime for `cpu`).\n",
         *(_section(target, folder) for target in manifest.targets),

@@ -27,18 +27,18 @@ def graph_with_external_data(location: str, offset: int = 0, length: int = 64) -
 
 def target_entry(name: str, capability: tuple[int, int] | None, kernels: str | None = None) -> TargetEntry:
     engine = "onnxruntime" if capability is None else "tensorrt"
-    acceptance = Acceptance("acceptance/inputs.json", "acceptance/reference.json", 40.5)
+    acceptance = Acceptance("gate/inputs.json", "gate/reference.json", "gate/result.json", 40.5)
     return TargetEntry(name, engine, capability, "fp32", "exported.onnx", f"lowered.{name}.onnx", kernels, acceptance)
 
 
 def fill(folder: Path) -> None:
     """Everything but the manifest."""
-    (folder / "acceptance").mkdir(parents=True)
+    (folder / "gate").mkdir(parents=True)
     (folder / "lowered.h100.kernels").mkdir()
     for name in ("exported.onnx", "lowered.h100.onnx", "lowered.cpu.onnx"):
         onnx.save(graph_with_external_data("weights.data"), folder / name)
     (folder / "weights.data").write_bytes(np.arange(16, dtype=np.float32).tobytes())
-    for name in ("recipe.yaml", "README.md", "acceptance/inputs.json", "acceptance/reference.json"):
+    for name in ("recipe.yaml", "README.md", "gate/inputs.json", "gate/reference.json", "gate/result.json"):
         (folder / name).write_text(f"{name}\n")
     (folder / "lowered.h100.kernels" / "k.ptx").write_text(".version 8.5\n")
 

@@ -18,6 +18,7 @@ from exporter.bundle.manifest import MANIFEST
 from exporter.bundle.read import open_bundle
 from exporter.bundle.write import listed_files
 from exporter.cli import main
+from exporter.device.acceptance import find_acceptance
 from exporter.errors import InputError
 
 WORDS = ["--set", "method.name=rtn", "--target", "orin,cpu", "--quiet"]
@@ -46,6 +47,10 @@ def test_it_holds_all_that_a_device_needs(bundle: Path) -> None:
     assert cpu.kernels is None
     for files in (orin, cpu):
         assert files.acceptance is not None
+        found = find_acceptance(files.lowered.parent / f"gate.{files.entry.name}")
+        assert found is not None
+        assert (found.inputs, found.outputs) == (files.acceptance.inputs, files.acceptance.reference)
+        assert 0 <= found.least_db - files.acceptance.snr_db <= 0.1
         assert onnx.load(files.exported).graph.node
         assert onnx.load(files.lowered).graph.node
     assert opened.manifest.weights.licence == "cc-by-4.0"
@@ -108,6 +113,24 @@ def test_a_wrong_graph_in_a_right_bundle_does_not_pass(
     (changed / MANIFEST).write_text(manifest.to_json())
     assert main(["validate", str(changed)]) == 4
     assert "target cpu: SNR" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_devices_program_takes_the_graph_for_its_target_out_of_it(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "engine.plan"
+    for words, message in (
+        ([str(bundle), "-o", str(output)], "holds several targets; choose with --target: orin, cpu"),
+        ([str(bundle), "-o", str(output), "--target", "h100"], "has nothing for target 'h100'"),
+        ([str(bundle), "-o", str(output), "--target", "cpu"], "target cpu"),
+        ([str(bundle), "-o", str(bundle / "engine.plan"), "--target", "orin"], "is inside the bundle"),
+        ([str(tmp_path / "absent.bundle"), "-o", str(output)], "no such folder"),
+    ):
+        assert main(["build", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["build", str(bundle), "-o", str(output), "--target", "orin"]) == 3
+    assert str(bundle / "lowered.orin.onnx") in capsys.readouterr().err
 
 
 def test_targets_are_a_list_without_doubles() -> None:

@@ -25,7 +25,7 @@ def test_a_targets_files_are_found_by_name_and_by_gpu(bundle_folder: Path) -> No
     assert files.lowered == bundle_folder / "lowered.h100.onnx"
     assert files.kernels == bundle_folder / "lowered.h100.kernels"
     assert files.acceptance is not None
-    assert files.acceptance.inputs.read_text() == "acceptance/inputs.json\n"
+    assert files.acceptance.inputs.read_text() == "gate/inputs.json\n"
     assert files.acceptance.snr_db == 40.5
     assert bundle.target(compute_capability=(9, 0)).entry.name == "h100"
     assert bundle.target("cpu").kernels is None
@@ -43,7 +43,7 @@ def every_file(folder: Path) -> list[Path]:
 
 def test_one_changed_byte_in_any_file_is_found_and_the_file_is_named(bundle_folder: Path) -> None:
     files = every_file(bundle_folder)
-    assert len(files) == 10
+    assert len(files) == 11
     for file in files:
         original = file.read_bytes()
         for place in {0, len(original) // 2, len(original) - 1}:
@@ -68,9 +68,9 @@ def test_every_byte_of_the_manifest_counts(bundle_folder: Path) -> None:
 
 
 def test_missing_and_extra_files_are_named(bundle_folder: Path) -> None:
-    extra = bundle_folder / "acceptance" / "more.json"
+    extra = bundle_folder / "gate" / "more.json"
     extra.write_text("")
-    with pytest.raises(InputError, match=r"not part of the bundle: acceptance/more\.json"):
+    with pytest.raises(InputError, match=r"not part of the bundle: gate/more\.json"):
         open_bundle(bundle_folder)
     extra.unlink()
     (bundle_folder / "empty").mkdir()
@@ -105,9 +105,9 @@ def test_links_and_pipes_are_never_opened(
 
 
 def test_a_linked_folder_and_a_linked_manifest_are_refused(bundle_folder: Path, tmp_path: Path) -> None:
-    (bundle_folder / "acceptance").rename(tmp_path / "acceptance")
-    (bundle_folder / "acceptance").symlink_to(tmp_path / "acceptance")
-    with pytest.raises(InputError, match="acceptance: is a symbolic link"):
+    (bundle_folder / "gate").rename(tmp_path / "gate")
+    (bundle_folder / "gate").symlink_to(tmp_path / "gate")
+    with pytest.raises(InputError, match="gate: is a symbolic link"):
         open_bundle(bundle_folder)
     (bundle_folder / MANIFEST).rename(tmp_path / MANIFEST)
     (bundle_folder / MANIFEST).symlink_to(tmp_path / MANIFEST)
@@ -137,7 +137,7 @@ def rewrite(folder: Path, name: str, model: onnx.ModelProto) -> None:
     [
         ("../secret.data", "leads out of the bundle"),
         ("/etc/passwd", "leads out of the bundle"),
-        ("acceptance/../../secret.data", "leads out of the bundle"),
+        ("gate/../../secret.data", "leads out of the bundle"),
         ("./weights.data", "not a plain relative path"),
         ("C:weights.data", "not a plain relative path"),
         ("other.data", "no file of the bundle"),
