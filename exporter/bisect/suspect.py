@@ -63,7 +63,7 @@ def open_suspect(path: Path) -> Suspect:
     light = read_model(path, external_data=False)
     state = state_of(light)
     if state is GraphState.FOREIGN:
-        raise InputError(f"{path}: was not made by fp4export, so there is no reference; compare it --against a graph")
+        raise InputError(f"{path}: was not made by fp4export, so there is no reference to bisect it with")
     stage: Stage = "exported" if state is GraphState.WAIST else "lowered"
     target = get_target(next(entry.value for entry in light.metadata_props if entry.key == TARGET_KEY))
     gate, notes = _reference_folder(path, target)
