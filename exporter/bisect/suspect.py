@@ -8,12 +8,15 @@ from pathlib import Path
 
 import onnx
 
+from exporter.device.acceptance import INPUTS, OUTPUTS
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.gate.records import Reference
 from exporter.gate.table import Stage
+from exporter.gate.whole import model_feeds
 from exporter.onnx_files import checksum_of, read_model
 from exporter.onnx_input.model import GraphState, state_of
 from exporter.origin import Origin, origin_path
+from exporter.passes.emulate import EMULATED, relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, LayerEntry, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.targets import Target, get_target
@@ -96,14 +99,26 @@ def _reference_folder(path: Path, target: Target) -> tuple[Path, tuple[str, ...]
 
 
 def _refusal(path: Path) -> EnvironmentLacksError:
-    """Why an engine is not bisected, with the command that bisects its graph and the one for the device."""
+    """Why an engine is not bisected, with the command that bisects its graph and, where ONNX Runtime ran that very
+    graph, the one for the device."""
     origin = Origin.load(path)
-    cut, inputs = origin.gate / "blocks.lowered.onnx", origin.gate / "model.inputs.json"
-    words = ["polygraphy", "run", str(cut), "--trt", "--load-inputs", str(inputs)]
-    words += ["--load-outputs", str(origin.gate / "model.reference.json"), "--compare", "snr", "simple"]
     graph = shlex.join(["fp4export", "bisect", str(origin.graph)])
+    advice = f"here, bisect {origin.graph.name}, {relation_to_engine(origin.graph)}: {graph}"
+    if not origin.graph.name.startswith(f"{EMULATED}."):
+        advice += (
+            f"; on the device, compare every block of that graph, cut between them: {_device_command(origin.gate)}"
+        )
     return EnvironmentLacksError(
-        f"{path}: an engine has no boundaries between its blocks to look at, and runs only on its own GPU; here, "
-        f"bisect the graph it was built from: {graph}; on the device, build that graph cut between its blocks, and "
-        f"compare every block: {shlex.join(words)}"
+        f"{path}: an engine has no boundaries between its blocks to look at, and runs only on its own GPU; {advice}"
     )
+
+
+def _device_command(gate: Path) -> str:
+    """The polygraphy line that builds the gate's cut graph for the GPU it runs on and compares every block."""
+    cut = gate / "blocks.lowered.onnx"
+    feed = model_feeds(Reference.load(gate))[0]
+    read = [value.name for value in read_model(cut, external_data=False).graph.input]
+    shapes = [f"{name}:[{','.join(map(str, feed[name].shape))}]" for name in read]
+    words = ["polygraphy", "run", str(cut), "--trt", "--strongly-typed", "--input-shapes", *shapes]
+    words += ["--load-inputs", str(gate / INPUTS), "--load-outputs", str(gate / OUTPUTS), "--compare", "snr"]
+    return shlex.join(words)
