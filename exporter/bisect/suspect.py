@@ -68,7 +68,7 @@ def open_suspect(path: Path) -> Suspect:
     if state is GraphState.FOREIGN:
         raise InputError(f"{path}: was not made by fp4export, so there is no reference to bisect it with")
     stage: Stage = "exported" if state is GraphState.WAIST else "lowered"
-    target = get_target(next(entry.value for entry in light.metadata_props if entry.key == TARGET_KEY))
+    target = _target_of(light)
     gate, notes = _reference_folder(path, target)
     model = untiled(read_model(path))
     return Suspect(
@@ -117,8 +117,14 @@ def _device_command(gate: Path) -> str:
     """The polygraphy line that builds the gate's cut graph for the GPU it runs on and compares every block."""
     cut = gate / "blocks.lowered.onnx"
     feed = model_feeds(Reference.load(gate))[0]
-    read = [value.name for value in read_model(cut, external_data=False).graph.input]
+    model = read_model(cut, external_data=False)
+    read = [value.name for value in model.graph.input]
     shapes = [f"{name}:[{','.join(map(str, feed[name].shape))}]" for name in read]
     words = ["polygraphy", "run", str(cut), "--trt", "--strongly-typed", "--input-shapes", *shapes]
     words += ["--load-inputs", str(gate / INPUTS), "--load-outputs", str(gate / OUTPUTS), "--compare", "snr"]
-    return shlex.join(words)
+    rtx = _target_of(model).engine == "tensorrt-rtx"
+    return ("POLYGRAPHY_USE_TENSORRT_RTX=1 " if rtx else "") + shlex.join(words)
+
+
+def _target_of(model: onnx.ModelProto) -> Target:
+    return get_target(next(entry.value for entry in model.metadata_props if entry.key == TARGET_KEY))
