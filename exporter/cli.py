@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,15 +15,13 @@ from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
 from exporter.device.program import main as device_main
-from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
+from exporter.errors import InputError
+from exporter.failures import EXIT_INTERRUPTED, describe_failure, fail
 from exporter.targets import resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
-
-EXIT_INTERNAL = 1
-EXIT_INTERRUPTED = 130
 
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
@@ -269,32 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         return _run(words)
-    except Fp4ExportError as error:
-        return _fail(str(error), error.exit_code, debug=debug)
     except (KeyboardInterrupt, click.Abort):
         note = "interrupted; finished stages are kept in the work folder: run the same command again to go on"
-        return _fail(note, EXIT_INTERRUPTED, debug=debug)
+        return fail(note, EXIT_INTERRUPTED, debug=debug)
     except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", InputError.exit_code, debug=debug)
-    except ImportError as error:
-        return _fail(f"a package is missing: {error}", EnvironmentLacksError.exit_code, debug=debug)
-    except MemoryError:
-        return _fail("this machine has too little memory", EnvironmentLacksError.exit_code, debug=debug)
+        return fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a defect must not look like bad input
-        note = f"internal: {type(error).__name__}: {error}; please report it with what --debug prints"
-        return _fail(note, EXIT_INTERNAL, debug=debug)
+        return fail(*describe_failure(error), debug=debug)
 
 
 def _run(words: list[str]) -> int:
     answer: Any = command.main(words, prog_name="fp4export", standalone_mode=False)
     return answer if isinstance(answer, int) else 0
-
-
-def _fail(message: str, code: int, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo("error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
-    return code

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from exporter.compute import check_compute
-from exporter.device.preflight import missing_builder
+from exporter.device.requirements import missing_builder
 from exporter.errors import InputError
 from exporter.progress import Progress
 from exporter.recipe import Recipe

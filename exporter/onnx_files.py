@@ -38,6 +38,15 @@ def read_model(path: Path, *, external_data: bool = True) -> onnx.ModelProto:
     return model
 
 
+def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from nodes_of(graph.node)
+
+
 def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES) -> None:
     """Write `model`, which stays as it is, to `path`, whole or not at all.
 

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from exporter.device import preflight
 from exporter.device.acceptance import Acceptance, find_acceptance
 from exporter.device.child import WorkerError, run_worker
 from exporter.device.engine_layers import check_layers
 from exporter.device.graph import LoweredGraph, read_lowered
 from exporter.device.jobs import EngineCheck, EngineJob
-from exporter.device.memory import estimate_memory, size
+from exporter.device.memory import estimate_memory
+from exporter.device.preflight import check_graph, check_plugins
 from exporter.device.profiles import BatchRange, profile_shapes
+from exporter.device.requirements import installed_version, missing_builder
 from exporter.device.rtx_file import check_rtx_engine
+from exporter.device.sizes import size
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
 from exporter.files import atomic_path
 from exporter.gpu import free_memory, local_gpu
@@ -103,9 +105,10 @@ def build_engine(
             onnx=str(lowered),
             engine=str(temporary),
             rtx=rtx,
-            compute_capability=target.compute_capability if rtx else None,
+            compute_capability=target.compute_capability or (0, 0),
             shapes=shapes,
             workspace=options.workspace,
+            plugins=graph.plugins,
             kernels=str(graph.kernels) if graph.kernels else None,
         )
         # TensorRT-RTX measures nothing when it builds: its timing cache does nothing.
@@ -136,7 +139,7 @@ def device_command(lowered: Path, output: Path, target: Target, options: BuildOp
 
 def _checked_environment(graph: LoweredGraph, output: Path, target: Target, options: BuildOptions) -> tuple[int, int]:
     """The builder's version, once machine and graph fit it."""
-    missing = preflight.missing_builder(target)
+    missing = missing_builder(target)
     if missing:
         if target.engine == "tensorrt-rtx":
             advice = "then run the same command again"
@@ -145,9 +148,9 @@ def _checked_environment(graph: LoweredGraph, output: Path, target: Target, opti
         raise EnvironmentLacksError(
             f"target {target.name}: {missing}; the lowered graph is ready: {graph.path}; {advice}"
         )
-    version = preflight.installed_version(rtx=target.engine == "tensorrt-rtx") or (0, 0)
-    preflight.check_graph(graph, target, version)
-    preflight.check_plugins(graph, target, version)
+    version = installed_version(rtx=target.engine == "tensorrt-rtx") or (0, 0)
+    check_graph(graph, target, version)
+    check_plugins(graph, target, version)
     return version
 
 

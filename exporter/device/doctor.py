@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from exporter.device.machine import Machine, look_around
-from exporter.device.memory import size
-from exporter.device.preflight import missing_builder
-from exporter.device.tensorrt_api import OLDEST_PLUGINS, version_of
+from exporter.device.requirements import missing_builder
+from exporter.device.sizes import size
+from exporter.device.versions import OLDEST_PLUGINS, version_of
 from exporter.targets import TARGETS, Target
 
 _BUILD_PACKAGES = ("numpy", "onnx", "ml_dtypes", "polygraphy")

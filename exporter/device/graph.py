@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import onnx
 
 from exporter.errors import InputError
 from exporter.layer_entries import LayerEntry, read_layer_table, target_of
-from exporter.onnx_files import read_model
+from exporter.onnx_files import nodes_of, read_model
 from exporter.targets import TARGETS, Target
+from plugins.kernels.library import kernels_folder
 from plugins.op import UnknownOperatorError, is_ours, parse
 
 
@@ -28,21 +28,7 @@ class LoweredGraph:
     @property
     def kernels(self) -> Path | None:
         """The folder of the plugins' kernels, None for a graph without plugins."""
-        return kernels_path(self.path) if self.plugins else None
-
-
-def kernels_path(graph: Path) -> Path:
-    """Where a graph's kernels are: MODEL.kernels/ beside MODEL.onnx."""
-    return graph.with_suffix(".kernels")
-
-
-def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes and those of their subgraphs."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from nodes_of(graph.node)
+        return kernels_folder(self.path) if self.plugins else None
 
 
 def read_lowered(path: Path) -> LoweredGraph:

@@ -18,20 +18,21 @@ MARK = "fp4export:"
 class EngineJob:
     """What to build: an ONNX file into an engine file, with shapes (min, opt, max) of the dynamic inputs.
 
-    `compute_capability` is (major, minor) for TensorRT-RTX, which builds for GPUs that are not there, else None.
+    `compute_capability` is (major, minor) of the GPU, which only TensorRT-RTX need not have.
     `workspace` is the most bytes of scratch memory, None for TensorRT's own limit; `timing_cache` the file that
-    measurements are read from and `new_timing_cache` the one that they are written to, None without; `kernels` the
-    folder with the plugins' kernels.
+    measurements are read from and `new_timing_cache` the one that they are written to, None without. `plugins` are the
+    op_types that TensorRT must have as plugins, and `kernels` the folder with their kernels, None without plugins.
     """
 
     onnx: str
     engine: str
     rtx: bool
-    compute_capability: tuple[int, int] | None
+    compute_capability: tuple[int, int]
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     workspace: int | None = None
     timing_cache: str | None = None
     new_timing_cache: str | None = None
+    plugins: tuple[str, ...] = ()
     kernels: str | None = None
 
     def to_json(self) -> str:
@@ -46,7 +47,8 @@ class EngineJob:
         shapes = {
             name: (tuple(least), tuple(best), tuple(most)) for name, (least, best, most) in facts.pop("shapes").items()
         }
-        return cls(shapes=shapes, compute_capability=capability and (capability[0], capability[1]), **facts)
+        plugins = tuple(facts.pop("plugins"))
+        return cls(shapes=shapes, plugins=plugins, compute_capability=(capability[0], capability[1]), **facts)
 
 
 @dataclass(frozen=True)

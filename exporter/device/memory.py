@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
+from exporter.device.sizes import size
+
 _BITS: Mapping[int, int] = {
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,
@@ -24,7 +26,6 @@ _BITS: Mapping[int, int] = {
     TensorProto.INT4: 4,
     TensorProto.FLOAT4E2M1: 4,
 }
-_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,6 @@ class MemoryEstimate:
             f"memory: weights {size(self.weights)}, activations up to {size(self.activations)} at batch {self.batch} "
             f"(the graph's own tensors, nothing fused{left_out}), {workspace}; {against}"
         )
-
-
-def size(count: int) -> str:
-    """Bytes in words: ``1.50 GiB``."""
-    for unit, name in _UNITS:
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count} B"
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of ``512M``, ``2G`` or ``1.5GiB``; None for what is no positive size."""
-    lowered = text.strip().lower().removesuffix("b").removesuffix("i")
-    factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(lowered[-1:], 0)
-    number = lowered[:-1]
-    if not factor or not number.replace(".", "", 1).isdecimal() or not number.isascii():
-        return None
-    return int(float(number) * factor) or None
 
 
 def estimate_memory(model: onnx.ModelProto, batch: int, workspace: int | None) -> MemoryEstimate:

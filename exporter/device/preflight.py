@@ -1,85 +1,23 @@
-"""What can be known before a build: whether the machine, its TensorRT and the graph fit each other."""
+"""What can be known of a graph before it is built: whether the target and its TensorRT can run it."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 
 import onnx
 from onnx import TensorProto
 
-from exporter.device.graph import LoweredGraph, is_plugin, nodes_of
-from exporter.device.machine import package_version
-from exporter.device.tensorrt_api import OLDEST_PLUGINS, load_module, module_name, version_of
+from exporter.device.graph import LoweredGraph, is_plugin
+from exporter.device.requirements import release_of
+from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, InputError
-from exporter.gpu import Gpu, local_gpu
+from exporter.onnx_files import nodes_of
 from exporter.targets import TARGETS, Target
 from exporter.tensorrt_parsers import PARSERS, Parser, refusal
+from plugins.kernels.library import KernelLibrary, KernelLibraryError, kernels_folder
 from plugins.op import is_ours
 
-OLDEST_RTX = (1, 3)
 _EVERYWHERE = ("fp16", "fp32")
-
-
-def installed_version(*, rtx: bool) -> tuple[int, int] | None:
-    """(major, minor) of TensorRT-RTX or of TensorRT on this machine, None without a usable one.
-
-    Imports it only where package metadata do not tell.
-    """
-    name = module_name(rtx=rtx)
-    if importlib.util.find_spec(name) is None:
-        return None
-    try:
-        return version_of(package_version(name) or str(load_module(rtx=rtx).__version__))
-    except ImportError:
-        return None
-
-
-def missing_builder(target: Target) -> str:
-    """What building for `target` needs and this machine does not have; "" if it has all."""
-    if target.engine == "onnxruntime":
-        return ""
-    rtx = target.engine == "tensorrt-rtx"
-    wrong_gpu = "" if rtx else _wrong_gpu(target, local_gpu())
-    if wrong_gpu:
-        return wrong_gpu
-    version = installed_version(rtx=rtx)
-    if version is not None:
-        return _too_old(target, version)
-    if rtx:
-        return "TensorRT-RTX is not installed here (pip install tensorrt-rtx)"
-    return "TensorRT is not installed here (pip install tensorrt; on a Jetson it comes with JetPack)"
-
-
-def oldest_version(target: Target) -> tuple[int, int]:
-    """The oldest TensorRT, or TensorRT-RTX, that builds for `target`."""
-    if target.engine == "tensorrt-rtx":
-        return OLDEST_RTX
-    major, _, minor = target.parsers[0].partition(".")
-    return int(major), int(minor or 0)
-
-
-def _too_old(target: Target, version: tuple[int, int]) -> str:
-    oldest = oldest_version(target)
-    if version >= oldest:
-        return ""
-    name = "TensorRT-RTX" if target.engine == "tensorrt-rtx" else "TensorRT"
-    here, wanted = (".".join(map(str, pair)) for pair in (version, oldest))
-    return f"{name} {here} is installed here, and target {target.name} needs {wanted} or later"
-
-
-def _wrong_gpu(target: Target, gpu: Gpu | None) -> str:
-    if gpu is None:
-        return "there is no NVIDIA GPU here, and TensorRT builds only for the GPU it runs on"
-    if gpu.compute_capability == target.compute_capability:
-        return ""
-    fitting = [name for name, other in TARGETS.items() if other.compute_capability == gpu.compute_capability]
-    can = f"; it can build for {', '.join(fitting)}" if fitting else ""
-    wanted = ".".join(map(str, target.compute_capability or ()))
-    return (
-        f"TensorRT builds only for the GPU it runs on, here {gpu.name} with compute capability "
-        f"{gpu.capability_text}, not {wanted}{can}"
-    )
 
 
 def parser_of(target: Target, version: tuple[int, int]) -> Parser:
@@ -89,13 +27,8 @@ def parser_of(target: Target, version: tuple[int, int]) -> Parser:
     """
     if target.engine == "tensorrt-rtx":
         return PARSERS["11"]
-    known = sorted((_release(name), name) for name in PARSERS)
+    known = sorted((release_of(name), name) for name in PARSERS)
     return PARSERS[max((entry for entry in known if entry[0] <= version), default=known[0])[1]]
-
-
-def _release(name: str) -> tuple[int, int]:
-    major, _, minor = name.partition(".")
-    return int(major), int(minor or 0)
 
 
 def check_graph(graph: LoweredGraph, target: Target, version: tuple[int, int]) -> None:
@@ -142,10 +75,12 @@ def check_plugins(graph: LoweredGraph, target: Target, version: tuple[int, int])
             f"{graph.path.name}: has the plugin {graph.plugins[0]}, which needs TensorRT {oldest} or later, not {here}"
             "; export with --set kernels=native for this machine"
         )
-    if target.compute_capability != graph.lowered_for.compute_capability:
-        raise InputError(
-            f"{graph.path.name}: its plugins' kernels are for {graph.lowered_for.name}; export for {target.name}"
-        )
+    try:
+        library = KernelLibrary.load(kernels_folder(graph.path))
+        for op_type in graph.plugins:
+            library.tactics(op_type, target.compute_capability or (0, 0))
+    except KernelLibraryError as error:
+        raise InputError(f"{graph.path.name}: {error}") from error
 
 
 def _has(target: Target, graph: LoweredGraph) -> bool:

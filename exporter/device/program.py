@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
+from exporter.errors import InputError
+from exporter.failures import EXIT_INTERRUPTED, describe_failure, fail
 
 COMMANDS = ("build", "doctor")
 BUNDLE_SUFFIX = ".bundle"
-EXIT_INTERNAL = 1
-EXIT_INTERRUPTED = 130
-
 BUILD_SUMMARY = "Build a lowered graph into an engine, on the device that it is for."
 DOCTOR_SUMMARY = "Show what this machine has, and what each target needs."
 
@@ -56,20 +53,10 @@ def main(words: Sequence[str]) -> int:
     debug = "--debug" in words
     try:
         return _run(list(words))
-    except Fp4ExportError as error:
-        return _fail(str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", EXIT_INTERRUPTED, debug=debug)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", InputError.exit_code, debug=debug)
-    except ImportError as error:
-        return _fail(f"a package is missing: {error}", EnvironmentLacksError.exit_code, debug=debug)
-    except MemoryError:
-        return _fail("this machine has too little memory", EnvironmentLacksError.exit_code, debug=debug)
+        return fail("interrupted; nothing was written", EXIT_INTERRUPTED, debug=debug)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a defect must not look like bad input
-        note = f"internal: {type(error).__name__}: {error}; please report it with what --debug prints"
-        return _fail(note, EXIT_INTERNAL, debug=debug)
+        return fail(*describe_failure(error), debug=debug)
 
 
 def _run(words: list[str]) -> int:
@@ -109,8 +96,8 @@ def _arguments() -> argparse.ArgumentParser:
 def _build(options: argparse.Namespace) -> int:
     from exporter.device.build import BuildOptions, build_engine
     from exporter.device.graph import read_lowered
-    from exporter.device.memory import parse_size, size
     from exporter.device.profiles import BatchRange
+    from exporter.device.sizes import parse_size, size
     from exporter.device.terminal import PlainProgress
     from exporter.targets import resolve_target
 
@@ -160,10 +147,3 @@ def _doctor(options: argparse.Namespace) -> int:
     if not options.quiet or options.json:
         sys.stdout.write((report.to_json() if options.json else report_text(report)) + "\n")
     return 0
-
-
-def _fail(message: str, code: int, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    sys.stderr.write("error: " + " ".join(line.strip() for line in message.splitlines()) + "\n")
-    return code

@@ -7,37 +7,19 @@ timing cache was of this GPU.
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from exporter.device.jobs import CacheState, EngineJob
+from plugins.kernels.library import KernelLibrary, KernelLibraryError
+from plugins.op import UnknownOperatorError
 
 Emit = Callable[..., None]
-
-OLDEST_PLUGINS = (10, 9)
-"""The first TensorRT with quickly deployable plugins that are compiled ahead of time."""
 
 
 class BuildError(Exception):
     """TensorRT refused; the message is its own."""
-
-
-def module_name(*, rtx: bool) -> str:
-    """The Python package of TensorRT or of TensorRT-RTX."""
-    return "tensorrt_rtx" if rtx else "tensorrt"
-
-
-def load_module(*, rtx: bool) -> Any:
-    """Import TensorRT or TensorRT-RTX. Raises `ImportError`."""
-    return importlib.import_module(module_name(rtx=rtx))
-
-
-def version_of(text: str) -> tuple[int, int]:
-    """(major, minor) of a version such as ``10.3.0.26``; (0, 0) for one of another form."""
-    found = re.match(r"(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def build_engine(trt: Any, job: EngineJob, emit: Emit) -> CacheState:
@@ -46,6 +28,9 @@ def build_engine(trt: Any, job: EngineJob, emit: Emit) -> CacheState:
     `emit(kind, **facts)` gets the builder's progress. Raises `BuildError`.
     """
     logger = trt.Logger(trt.Logger.WARNING)
+    if job.kernels is not None:
+        # Before the parser looks for them; creators stay registered as long as the process lives.
+        _register_plugins(job.plugins, Path(job.kernels), job.compute_capability)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt, plugins=job.kernels is not None))
     parser = trt.OnnxParser(network, logger)
@@ -57,7 +42,7 @@ def build_engine(trt: Any, job: EngineJob, emit: Emit) -> CacheState:
     config.progress_monitor = monitor
     if job.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
-    if job.compute_capability is not None:
+    if job.rtx:
         config.num_compute_capabilities = 1
         major, minor = job.compute_capability
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{major}{minor}"), 0)
@@ -89,6 +74,15 @@ def describe_layers(trt: Any, engine: Any) -> str:
     """What TensorRT's engine inspector says of all layers, as JSON."""
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _register_plugins(op_types: Sequence[str], kernels: Path, capability: tuple[int, int]) -> None:
+    """Make this process's TensorRT have the plugins, with kernels for that GPU. Raises `BuildError`."""
+    registration = importlib.import_module("plugins.tensorrt_plugins.registration")
+    try:
+        registration.register(op_types, KernelLibrary.load(kernels), capability)
+    except (KernelLibraryError, UnknownOperatorError, registration.PluginError) as error:
+        raise BuildError(str(error)) from error
 
 
 def _network_flags(trt: Any, *, plugins: bool) -> int:

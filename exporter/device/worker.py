@@ -14,6 +14,7 @@ from pathlib import Path
 
 from exporter.device import tensorrt_api
 from exporter.device.jobs import EngineCheck, EngineJob, Stage, message
+from exporter.device.versions import load_module
 
 _OUTPUT = threading.Lock()
 
@@ -26,13 +27,13 @@ def _emit(kind: str, **facts: object) -> None:
 
 
 def _build(job: EngineJob) -> None:
-    trt = tensorrt_api.load_module(rtx=job.rtx)
+    trt = load_module(rtx=job.rtx)
     state = tensorrt_api.build_engine(trt, job, _emit)
     _emit("result", version=str(trt.__version__), timing_cache=state)
 
 
 def _load(check: EngineCheck) -> None:
-    trt = tensorrt_api.load_module(rtx=check.rtx)
+    trt = load_module(rtx=check.rtx)
     engine = tensorrt_api.load_engine(trt, Path(check.engine))
     Path(check.layers).write_text(tensorrt_api.describe_layers(trt, engine), encoding="utf-8")
     _emit("result", version=str(trt.__version__))

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import pytest
 
-from exporter import build
-from exporter.build import BatchRange, build_engine, check_rtx_engine, device_command, profile_shapes
-from exporter.engine_worker import EngineJob
+from exporter.device import child, requirements
+from exporter.device.build import BuildOptions, build_engine, device_command
+from exporter.device.child import WorkerError, run_worker
+from exporter.device.jobs import EngineCheck, EngineJob, read_message
+from exporter.device.profiles import BatchRange, profile_shapes
+from exporter.device.rtx_file import check_rtx_engine
 from exporter.errors import EnvironmentLacksError, InputError
-from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
+from exporter.gpu import Gpu, local_gpu
 from exporter.progress import NullProgress
-from exporter.targets import TARGETS, Gpu
+from exporter.targets import TARGETS
+from tests.exporter.device.lowered_graphs import write_lowered
 from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, one_linear
+
+
+@dataclass
+class Counted:
+    """A task that may not be advanced past its end."""
+
+    total: int
+
+    def advance(self, steps: int = 1) -> None:
+        self.total -= steps
+        assert steps >= 0
+
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed (extra: rtx)"
 )
-
-
-def _lowered(folder: Path, target: str, activation_format: str = "e2m3", weight_format: str = "e2m1") -> Path:
-    kind = {"none": "group", "e4m3": "channel"}.get(activation_format, "foldable")
-    weight = make_weight("fc", weight_format, 0 if kind == "channel" else 32, kind, features=32)
-    passes = (*WAIST_PASSES, *lowering_passes(TARGETS[target]))
-    model, _ = run_passes(one_linear(weight, activation_format), passes, TARGETS[target])
-    path = folder / f"{target}.onnx"
-    onnx.save(model, path)
-    return path
 
 
 @needs_rtx
@@ -49,7 +55,7 @@ def _lowered(folder: Path, target: str, activation_format: str = "e2m3", weight_
 )
 def test_engine_is_real(tmp_path: Path, target: str, activation_format: str, weight_format: str) -> None:
     output = tmp_path / "out.plan"
-    lowered = _lowered(tmp_path, target, activation_format, weight_format)
+    lowered = write_lowered(tmp_path, target, activation_format, weight_format)
     info = build_engine(lowered, output, TARGETS[target], NullProgress())
     check_rtx_engine(output)
     assert info.path == output
@@ -59,18 +65,21 @@ def test_engine_is_real(tmp_path: Path, target: str, activation_format: str, wei
     byte_type = {"e2m3": b"__myln_int8*", "e4m3": b"__myln_fp8_e4m3*", "none": b"*"}[activation_format]
     assert byte_type + b" __restrict__" in output.read_bytes()
     assert f"accelerators={{{target.removeprefix('rtx-')} }}".encode() in output.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {f"{target}.onnx", "out.plan"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"lowered.{target}.onnx", "out.plan"}
+    # No GPU here, or another one: nothing may look as if it had been checked.
+    if local_gpu() is None:
+        assert [check.state for check in info.checks] == ["not run"] * 3
+        assert all("no GPU here" in check.detail for check in info.checks)
 
 
 @needs_rtx
-def test_fp8_graph_is_not_built_for_a_gpu_without_fp8(tmp_path: Path) -> None:
-    lowered = _lowered(tmp_path, "rtx-sm89", "e4m3")
-    output = tmp_path / "out.plan"
-    output.write_bytes(b"an older engine")
-    with pytest.raises(InputError, match=r"rtx-sm86 cannot be built.*fp8"):
-        build_engine(lowered, output, TARGETS["rtx-sm86"], NullProgress())
-    assert output.read_bytes() == b"an older engine"
-    assert len(list(tmp_path.iterdir())) == 2
+def test_the_builder_s_own_refusal_is_told(tmp_path: Path) -> None:
+    """Past the preflight, which would refuse it first."""
+    lowered = write_lowered(tmp_path, "rtx-sm89", "e4m3")
+    shapes = profile_shapes(onnx.load(lowered), BatchRange())
+    job = EngineJob(str(lowered), str(tmp_path / "out.plan"), True, (8, 6), shapes)
+    with pytest.raises(WorkerError, match="fp8"):
+        run_worker("build", job, "building", NullProgress())
 
 
 @needs_rtx
@@ -79,14 +88,58 @@ def test_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     whole = waist.node("Cast", "x", output="whole", to=onnx.TensorProto.INT32)
     waist.node("Cast", waist.node("BitwiseNot", whole, output="not"), output="y", to=onnx.TensorProto.FLOAT)
     onnx.save(waist.model("y"), tmp_path / "m.onnx")
-    with pytest.raises(InputError, match=r"m\.onnx: target rtx-sm89 cannot be built: In node 1.*not_node.*BitwiseNot"):
-        build_engine(tmp_path / "m.onnx", tmp_path / "out.plan", TARGETS["rtx-sm89"], NullProgress())
+    job = EngineJob(str(tmp_path / "m.onnx"), str(tmp_path / "out.plan"), True, (8, 9), {})
+    with pytest.raises(WorkerError, match=r"In node 1.*not_node.*BitwiseNot"):
+        run_worker("build", job, "building", NullProgress())
+
+
+@needs_rtx
+def test_a_failed_build_leaves_the_older_engine(tmp_path: Path) -> None:
+    lowered = write_lowered(tmp_path, "rtx-sm89")
+    model = onnx.load(lowered)
+    # A graph that passes the preflight and that the builder refuses: the weights' scales must be positive.
+    scales = next(tensor for tensor in model.graph.initializer if tensor.name == "fc.row_scales")
+    scales.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(scales), scales.name))
+    onnx.save(model, lowered)
+    output = tmp_path / "out.plan"
+    output.write_bytes(b"an older engine")
+    with pytest.raises(InputError, match=r"rtx-sm89 cannot be built: .*scale"):
+        build_engine(lowered, output, TARGETS["rtx-sm89"], NullProgress())
+    assert output.read_bytes() == b"an older engine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@needs_rtx
+def test_phases_of_the_build_are_shown(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Recorder(NullProgress):
+        @contextmanager
+        def task(self, title: str, total: int) -> Iterator[Counted]:
+            seen.append(title)
+            yield Counted(total)
+
+    build_engine(write_lowered(tmp_path, "rtx-sm89"), tmp_path / "out.plan", TARGETS["rtx-sm89"], Recorder())
+    assert len(set(seen)) > 2
+    assert all(title.startswith("building for rtx-sm89: ") for title in seen)
+
+
+@needs_rtx
+def test_another_batch_and_workspace_make_another_engine(tmp_path: Path) -> None:
+    lowered = write_lowered(tmp_path, "rtx-sm89")
+    options = BuildOptions(batch=BatchRange(1, 3, 7), workspace=1 << 24)
+    plan = tmp_path / "out.plan"
+    build_engine(lowered, plan, TARGETS["rtx-sm89"], NullProgress(), options)
+    one = plan.read_bytes()
+    build_engine(lowered, plan, TARGETS["rtx-sm89"], NullProgress())
+    assert one != plan.read_bytes()
 
 
 @needs_rtx
 def test_output_folder_must_exist(tmp_path: Path) -> None:
+    lowered = write_lowered(tmp_path, "rtx-sm89")
     with pytest.raises(InputError, match="folder does not exist"):
-        build_engine(_lowered(tmp_path, "rtx-sm89"), tmp_path / "no" / "out.plan", TARGETS["rtx-sm89"], NullProgress())
+        build_engine(lowered, tmp_path / "no" / "out.plan", TARGETS["rtx-sm89"], NullProgress())
 
 
 def test_lowered_graph_must_be_readable(tmp_path: Path) -> None:
@@ -95,59 +148,75 @@ def test_lowered_graph_must_be_readable(tmp_path: Path) -> None:
 
 
 def test_builder_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = _lowered(tmp_path, "rtx-sm89")
+    lowered = write_lowered(tmp_path, "rtx-sm89")
     killed = tmp_path / "python"
     killed.write_text("#!/bin/sh\nkill -ABRT $$\n")
     killed.chmod(0o755)
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(build.sys, "executable", str(killed))
+    monkeypatch.setattr(child.sys, "executable", str(killed))
+    monkeypatch.setattr(requirements, "installed_version", lambda *, rtx: (1, 7))
     with pytest.raises(InputError, match="ended by signal 6"):
         build_engine(lowered, tmp_path / "out.plan", TARGETS["rtx-sm89"], NullProgress())
     assert not (tmp_path / "out.plan").exists()
 
 
 def test_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = _lowered(tmp_path, "rtx-sm89")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentLacksError, match=r"fp4export\[rtx\].*rtx-sm89\.onnx"):
+    lowered = write_lowered(tmp_path, "rtx-sm89")
+    monkeypatch.setattr(requirements, "installed_version", lambda *, rtx: None)
+    with pytest.raises(EnvironmentLacksError, match=r"pip install tensorrt-rtx.*rtx-sm89\.onnx"):
         build_engine(lowered, tmp_path / "out.plan", TARGETS["rtx-sm89"], NullProgress())
 
 
 @pytest.mark.parametrize(
-    ("installed", "gpu", "message"),
+    ("version", "gpu", "message"),
     [
-        (False, None, r"TensorRT is not installed here"),
-        (True, None, r"no NVIDIA GPU here"),
-        (True, Gpu("L4", (8, 9)), r"here L4 with compute capability 8\.9, not 9\.0"),
+        ((11, 4), None, r"no NVIDIA GPU here"),
+        ((11, 4), Gpu("L4", (8, 9)), r"here L4 with compute capability 8\.9, not 9\.0; it can build for .*l4"),
+        (None, Gpu("H100", (9, 0)), r"TensorRT is not installed here"),
+        ((10, 2), Gpu("H100", (9, 0)), r"TensorRT 10\.2 is installed here, and target h100 needs 10\.3 or later"),
     ],
 )
 def test_device_build_elsewhere_says_what_to_run_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool, gpu: Gpu | None, message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: tuple[int, int] | None,
+    gpu: Gpu | None,
+    message: str,
 ) -> None:
-    lowered = _lowered(tmp_path, "h100")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object() if installed else None)
-    monkeypatch.setattr(build, "local_gpu", lambda: gpu)
+    lowered = write_lowered(tmp_path, "h100")
+    monkeypatch.setattr(requirements, "installed_version", lambda *, rtx: version)
+    monkeypatch.setattr(requirements, "local_gpu", lambda: gpu)
     with pytest.raises(EnvironmentLacksError, match=message) as caught:
         build_engine(lowered, tmp_path / "out.plan", TARGETS["h100"], NullProgress())
     assert f"ready: {lowered}" in str(caught.value)
-    assert f"trtexec --onnx={lowered} --stronglyTyped --saveEngine={tmp_path / 'out.plan'}" in str(caught.value)
+    assert f"fp4export build {lowered} -o {tmp_path / 'out.plan'} --target h100" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
     assert lowered.exists()
 
 
-def test_device_command_ranges_over_batches() -> None:
+def test_profiles_and_the_device_s_command_range_over_batches() -> None:
     shapes = profile_shapes(one_linear(make_weight("fc")), BatchRange(1, 4, 8))
     assert shapes == {"x": ((1, 5, 64), (4, 5, 64), (8, 5, 64))}
-    command = device_command(Path("a.onnx"), Path("a.plan"), shapes)
-    assert command.endswith("--minShapes=x:1x5x64 --optShapes=x:4x5x64 --maxShapes=x:8x5x64")
+    options = BuildOptions(batch=BatchRange(1, 4, 8))
+    command = device_command(Path("a.onnx"), Path("a.plan"), TARGETS["orin"], options)
+    assert command == "fp4export build a.onnx -o a.plan --target orin --batch 1:4:8"
 
 
 def test_static_inputs_need_no_profile() -> None:
     waist = WaistGraph()
     model = waist.model(waist.node("Abs", "x", output="y"), x_shape=(2, 5))
     assert profile_shapes(model, BatchRange()) == {}
-    assert "Shapes" not in device_command(Path("a.onnx"), Path("a.plan"), {})
+
+
+@pytest.mark.parametrize("text", ["", "1:2", "a", "1:2:3:4", "-1", "1:2:x", "1::2", "²"])
+def test_a_batch_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"must be MIN:BEST:MAX"):
+        BatchRange.parse(text)
+
+
+def test_batches_are_parsed() -> None:
+    assert BatchRange.parse("1:4:8") == BatchRange(1, 4, 8)
+    assert BatchRange.parse("3") == BatchRange(3, 3, 3)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 2), (2, 1, 4), (1, 8, 4)])
@@ -171,17 +240,15 @@ def test_damaged_engines_are_refused(tmp_path: Path) -> None:
             check_rtx_engine(path)
 
 
-def test_job_survives_the_way_to_the_process() -> None:
-    job = EngineJob("a.onnx", "b.plan", True, (8, 9), {"x": ((1, 5), (2, 5), (4, 5))})
+def test_jobs_survive_the_way_to_the_process() -> None:
+    job = EngineJob("a.onnx", "b.plan", True, (8, 9), {"x": ((1, 5), (2, 5), (4, 5))}, workspace=1 << 30, kernels="k")
     assert EngineJob.from_json(job.to_json()) == job
-    other = EngineJob("a.onnx", "b.plan", False, None, {})
-    assert EngineJob.from_json(json.dumps(json.loads(other.to_json()))) == other
+    check = EngineCheck("a.plan", False, layers="l.json")
+    assert EngineCheck.from_json(check.to_json()) == check
 
 
-def test_importing_the_builder_loads_no_tensorrt() -> None:
-    code = (
-        "import sys, exporter.build; print([m for m in sys.modules if 'tensorrt' in m or m.startswith('polygraphy')])"
-    )
-    root = str(Path(build.__file__).parents[1])
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert answer.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    "line", ["", "[TRT] [W] words", "fp4export:", "fp4export:{", "fp4export:[1]", 'fp4export:{"a": 1}']
+)
+def test_other_words_are_no_messages(line: str) -> None:
+    assert read_message(line) is None
