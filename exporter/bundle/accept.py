@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from exporter.bundle.read import AcceptanceFiles, Bundle, TargetFiles
@@ -63,9 +64,9 @@ def acceptance_table(results: tuple[Accepted, ...]) -> Table:
         table.add_column(heading, justify="right" if heading in {"SNR dB", "needed"} else "left")
     for result in results:
         if result.snr_db is None or result.needed_db is None:
-            table.add_row(result.target, "-", "-", "exported without validation")
+            table.add_row(escape(result.target), "-", "-", "exported without validation")
         else:
-            table.add_row(result.target, f"{result.snr_db:.1f}", f"{result.needed_db:.1f}", "[green]ok[/]")
+            table.add_row(escape(result.target), f"{result.snr_db:.1f}", f"{result.needed_db:.1f}", "[green]ok[/]")
     return table
 
 

@@ -76,6 +76,8 @@ def export_bundle(
     `exporter.errors`.
     """
     output, progress = Path(output), progress or NullProgress()
+    if not targets:
+        raise InputError(f"{output}: no target was given")
     for choice in targets:
         check_compute(recipe.name, recipe.compute, choice.target)
     check_place(output)

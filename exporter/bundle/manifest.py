@@ -130,6 +130,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r:.60} is there twice")
+    for key in result:
+        if not key.isprintable():
+            raise ValueError(f"the key {key!r:.60} is no text")
     return result
 
 
@@ -151,9 +154,9 @@ class _Reader:
                 raise InputError(f"{self.where}: {key!r:.60} is {'unknown' if key in self.values else 'missing'}")
 
     def text(self, key: str) -> str:
-        """A string that is not empty."""
+        """A string that is not empty and that a terminal shows as it is."""
         value = self.values[key]
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or not value.isprintable():
             raise self._wrong(key, "text")
         return value
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from exporter.bundle.manifest import TargetEntry
@@ -29,7 +30,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     table.add_column("size", justify="right")
     table.add_column("SHA-256")
     for file in bundle.manifest.files:
-        table.add_row(file.path, size_text(file.bytes), f"{file.sha256[:16]}…")
+        table.add_row(escape(file.path), size_text(file.bytes), f"{file.sha256[:16]}…")
     console.print(table)
 
 
@@ -53,15 +54,9 @@ def _target_table(bundle: Bundle) -> Table:
         table.add_column(heading, justify="right" if heading == "size" else "left")
     for target in bundle.manifest.targets:
         accepted = "-" if target.acceptance is None else f"{target.acceptance.snr_db:g} dB SNR"
-        table.add_row(
-            target.name,
-            target.engine,
-            target.compute,
-            target.lowered,
-            size_text(_graph_bytes(bundle, target)),
-            _kernels(bundle, target),
-            accepted,
-        )
+        facts = (target.name, target.engine, target.compute, target.lowered)
+        size = size_text(_graph_bytes(bundle, target))
+        table.add_row(*map(escape, facts), size, escape(_kernels(bundle, target)), accepted)
     return table
 
 

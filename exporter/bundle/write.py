@@ -60,12 +60,13 @@ def _replace(temporary: Path, output: Path, old: Path) -> None:
     existed = output.exists()
     if existed:
         os.rename(output, old)
+    replaced = False
     try:
         os.rename(temporary, output)
-    except OSError:
-        if existed:
+        replaced = True
+    finally:
+        if existed and not replaced:
             os.rename(old, output)
-        raise
 
 
 def copy_file(source: Path, folder: Path, name: str) -> None:

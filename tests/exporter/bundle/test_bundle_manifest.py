@@ -61,7 +61,8 @@ def put(*keys: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (set_path("a/"), "not a plain relative path"),
         (set_path("a\\b"), "not a plain relative path"),
         (set_path("c:a"), "not a plain relative path"),
-        (set_path("a\0b"), "not a plain relative path"),
+        (set_path("a\0b"), "expected text"),
+        (put("weights", "licence", value="mit\x1b[2J"), "expected text"),
         (set_path("a."), "not a plain relative path"),
         (set_path(""), "expected text"),
         (set_path(3), "expected text"),
@@ -116,6 +117,7 @@ def test_letters_that_look_composed_alike_collide(bundle_folder: Path) -> None:
         ("[" * 100_000, "not the manifest"),
         ('{"format": "a", "format": "fp4export.bundle"}', "'format' is there twice"),
         ('{"format": NaN}', "NaN is no number"),
+        ('{"\\u001b[2J": 1}', "is no text"),
         ('{"version": ' + "9" * 5000 + "}", "not the manifest"),
     ],
 )

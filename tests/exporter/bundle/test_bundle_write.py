@@ -43,6 +43,13 @@ def test_an_error_on_the_way_leaves_the_old_one_and_nothing_else(bundle_folder: 
     assert os.listdir(bundle_folder.parent) == [bundle_folder.name]
 
 
+def test_a_rename_that_fails_puts_the_old_one_back(bundle_folder: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(bundle_folder) as folder:
+        folder.rmdir()
+    open_bundle(bundle_folder)
+    assert os.listdir(bundle_folder.parent) == [bundle_folder.name]
+
+
 def test_other_peoples_files_are_not_replaced(bundle_folder: Path, tmp_path: Path) -> None:
     engine = bundle_folder / "engine.plan"
     engine.write_bytes(b"built here")
