@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from exporter import __version__
+from exporter.cli_bisect import bisect, ranges, validate
+from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
 from exporter.device.program import main as device_main
@@ -27,7 +28,7 @@ _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command
 RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). MODEL.onnx is a
 plain ONNX model, whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
 decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
-or for the one that --target names.
+or for the one that --target names; .bundle is a folder with everything that devices need to build and check engines.
 
 \b
 Examples:
@@ -36,9 +37,12 @@ Examples:
   fp4export my.yaml -o my.onnx --set calibration.steps=10 --set layers.0.weight=e3m0
   fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
+  fp4export my.yaml -o my.bundle --target orin,h100,cpu
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
+  fp4export bisect digits.onnx
+  fp4export ranges my.yaml -o my.plan
   fp4export build my.work/lowered.orin.onnx -o my.plan --target orin    (on the Orin)
   fp4export doctor
 
@@ -73,6 +77,8 @@ _OTHER_FORMS = (
     "build MODEL.onnx -o OUT [OPTIONS]",
     "validate FILE",
     "inspect FILE [--json]",
+    "bisect FILE [--json]",
+    "ranges RECIPE -o OUT [OPTIONS]",
     "doctor [--json]",
 )
 _ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -137,12 +143,19 @@ def command() -> None:
 
 command.add_command(quantize)
 command.add_command(inspect_file)
+command.add_command(validate)
+command.add_command(bisect)
+command.add_command(ranges)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")
 @click.argument("recipe")
 @OUTPUT
-@click.option("--target", metavar="TARGET", help="The machine that OUT is for, instead of the recipe's.")
+@click.option(
+    "--target",
+    metavar="TARGET",
+    help="The machine that OUT is for, instead of the recipe's; for a bundle also several: orin,h100.",
+)
 @click.option("--seed", type=int, metavar="N", help="Seed of the calibration, instead of the recipe's.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe; may be repeated."
@@ -170,6 +183,22 @@ def export(
     debug: bool,
 ) -> None:
     """Export RECIPE to OUT; `fp4export --help` tells the whole story."""
+    if is_bundle(output):
+        export_to_bundle(
+            recipe,
+            output,
+            overrides,
+            target,
+            seed,
+            work_dir=work_dir,
+            dry_run=dry_run,
+            validate=not no_validate,
+            keep_graphs=keep_graphs,
+            fresh=fresh,
+            progress=open_progress(quiet=quiet),
+        )
+        return
+    refuse_lists(target, output)
     from exporter.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, target, seed)
@@ -192,19 +221,6 @@ def export(
     )
     if not quiet:
         _print_result(result)
-
-
-@command.command(short_help="Repeat the validation of an engine that an export wrote.")
-@click.argument("file")
-@QUIET
-@DEBUG
-def validate(file: str, *, quiet: bool, debug: bool) -> None:
-    """Compare FILE, written by an earlier export, with the reference saved in its work folder."""
-    from exporter.pipeline import validate_output
-
-    if not Path(file).is_file():
-        raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote")
-    validate_output(file, progress=open_progress(quiet=quiet))
 
 
 @command.command(name="build", short_help=BUILD_SUMMARY, context_settings=_ALL_WORDS)

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.container_choice import accumulator_text, exact_text
-from exporter.job import chosen_target
+from exporter.job import fitted_target
 from exporter.models.loading import get_adapter, model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
-from exporter.targets import Target, TargetChoice
+from exporter.targets import Target, TargetChoice, resolve_target
 from plugins.container_product import ContainerProduct
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -34,7 +34,12 @@ class Description:
 def describe(recipe: Recipe, output: str | Path) -> Description:
     """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
     path = Path(output)
-    choice = chosen_target(recipe, path)
+    return describe_for(recipe, path, resolve_target(recipe.target, path))
+
+
+def describe_for(recipe: Recipe, path: Path, choice: TargetChoice) -> Description:
+    """`describe` for a target that is chosen already."""
+    choice = fitted_target(recipe, choice)
     found = locate_config(recipe)
     model = skeleton(found.content, recipe.model.family, found.file)
     adapter = get_adapter(recipe.model.family)

@@ -81,7 +81,11 @@ def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:
 
     Raises `InputError` for an output, a compute type or kernels that the machine does not have.
     """
-    choice = resolve_target(recipe.target, output)
+    return fitted_target(recipe, resolve_target(recipe.target, output))
+
+
+def fitted_target(recipe: Recipe, choice: TargetChoice) -> TargetChoice:
+    """The chosen machine with the recipe's kernels. Raises `InputError` for a compute type or kernels that it lacks."""
     check_compute(recipe.name, recipe.compute, choice.target)
     return replace(choice, target=choice.target.with_kernels(recipe.kernels))
 
@@ -96,17 +100,25 @@ def open_work(
     choice = resolve_target(target, output)
     if output.is_dir():
         raise InputError(f"{output}: is a folder; give the output another name")
+    work = open_work_dir(output, work_dir, fresh=fresh)
+    progress.note(f"target {choice.target.name} ({choice.reason})")
+    missing = missing_builder(choice.target)
+    if missing:
+        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
+    return choice, work
+
+
+def open_work_dir(output: Path, work_dir: str | Path | None, *, fresh: bool) -> WorkDir:
+    """Open the work folder, NAME.work beside `output` unless `work_dir` is another.
+
+    Raises `InputError` where one of them cannot be written.
+    """
     folder = Path(work_dir) if work_dir is not None else output.with_name(f"{output.stem}.work")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
     _check_folder(output, output.parent)
     _check_folder(folder, folder if folder.is_dir() else folder.parent)
-    progress.note(f"target {choice.target.name} ({choice.reason})")
-    work = WorkDir.open(folder, fresh=fresh)
-    missing = missing_builder(choice.target)
-    if missing:
-        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
-    return choice, work
+    return WorkDir.open(folder, fresh=fresh)
 
 
 def _check_folder(path: Path, folder: Path) -> None:

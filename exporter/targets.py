@@ -121,7 +121,10 @@ def resolve_target(name: str, output: Path | str) -> TargetChoice:
     known = tuple(dict.fromkeys(entry for entries in SUFFIXES.values() for entry in entries))
     if suffix not in known:
         found = f"unknown suffix {suffix!r}" if suffix else "no suffix"
-        raise InputError(f"{output}: {found}; an output ends in .onnx (ONNX Runtime), .plan or .engine (TensorRT)")
+        raise InputError(
+            f"{output}: {found}; an output ends in .onnx (ONNX Runtime), .plan or .engine "
+            "(TensorRT), or .bundle (of a recipe)"
+        )
     if name != AUTO:
         target = get_target(name)
         if suffix not in target.suffixes:

@@ -12,14 +12,16 @@ from exporter.errors import InputError
 from exporter.failures import EXIT_INTERRUPTED, describe_failure, fail
 
 COMMANDS = ("build", "doctor")
+BUNDLE_SUFFIX = ".bundle"
 BUILD_SUMMARY = "Build a lowered graph into an engine, on the device that it is for."
 DOCTOR_SUMMARY = "Show what this machine has, and what each target needs."
 
 _BUILD_ABOUT = f"""{BUILD_SUMMARY}
 
-MODEL.onnx is the lowered graph of an export, NAME.work/lowered.TARGET.onnx (with lowered.TARGET.kernels/ beside it
-where the export used plugins). Needed here: Python with numpy, onnx and polygraphy, and TensorRT (10.3 or later, by
-target) or TensorRT-RTX. TensorRT builds on the GPU that the engine is for; TensorRT-RTX builds anywhere.
+MODEL is the lowered graph of an export, NAME.work/lowered.TARGET.onnx (with lowered.TARGET.kernels/ beside it where the
+export used plugins), or NAME.bundle, every byte of which is checked first. Needed here: Python with numpy, onnx and
+polygraphy, and TensorRT (10.3 or later, by target) or TensorRT-RTX. TensorRT builds on the GPU that the engine is for;
+TensorRT-RTX builds anywhere.
 
 Where that GPU is, the finished engine is loaded by a fresh process, TensorRT's inspector is asked whether every
 quantized layer reads 8- or 4-bit numbers or is a plugin, and the inputs that the export saved in gate.TARGET/ are run
@@ -30,6 +32,7 @@ Beside OUT (here NAME.plan) it writes
   NAME.layers.json    what the inspector says of every layer
 """
 _BUILD_EXAMPLES = """examples:
+  fp4export build my.bundle -o engine.plan
   fp4export build lowered.orin.onnx -o engine.plan --target orin
   fp4export build lowered.h100.onnx -o engine.plan --target h100 --batch 2:8:16 --workspace 4G
   fp4export build lowered.rtx-sm89.onnx -o engine.plan --target rtx-sm89
@@ -72,7 +75,7 @@ def _arguments() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    build.add_argument("model", metavar="MODEL.onnx")
+    build.add_argument("model", metavar="MODEL", help="the lowered graph, MODEL.onnx, or a whole NAME.bundle")
     build.add_argument("-o", "--output", metavar="OUT", required=True, help="the engine: NAME.plan or NAME.engine")
     build.add_argument("--target", metavar="TARGET", help="the machine that OUT is for (default: what MODEL is for)")
     build.add_argument(
@@ -99,6 +102,8 @@ def _build(options: argparse.Namespace) -> int:
     from exporter.targets import resolve_target
 
     model, output = Path(options.model), Path(options.output)
+    if model.is_dir() or model.suffix == BUNDLE_SUFFIX:
+        model = _graph_in_bundle(model, output, options.target)
     workspace = None if options.workspace is None else parse_size(options.workspace)
     if options.workspace is not None and workspace is None:
         raise InputError(f"--workspace {options.workspace}: must be a size such as 512M or 2G")
@@ -122,6 +127,17 @@ def _build(options: argparse.Namespace) -> int:
     if not options.quiet:
         sys.stdout.write(f"engine   {info.path} ({size(info.size_bytes)}, {info.builder}, {info.seconds:.1f} s)\n")
     return 0
+
+
+def _graph_in_bundle(folder: Path, output: Path, target: str | None) -> Path:
+    """The lowered graph for `target`, or for the GPU here, in a bundle whose files have all been checked."""
+    from exporter.bundle.read import open_bundle
+    from exporter.gpu import local_gpu
+
+    if folder.resolve() in output.resolve().parents:
+        raise InputError(f"{output}: is inside the bundle, which would be no bundle any more; write it beside {folder}")
+    gpu = local_gpu() if target is None else None
+    return open_bundle(folder).target(target, None if gpu is None else gpu.compute_capability).lowered
 
 
 def _doctor(options: argparse.Namespace) -> int:
