@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import EnvironmentLacksError, InputError
-from exporter.models.weight_files import has_weights
+from exporter.models.weight_files import has_weights, weight_patterns
 from exporter.recipe import Recipe
 
 CONFIG = "config.json"
@@ -19,7 +19,6 @@ TRANSFORMER = "transformer"
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_CONFIG = 1 << 20
 _CONFIG_PATTERNS = (f"{TRANSFORMER}/{CONFIG}", "scheduler/*.json", "model_index.json")
-_WEIGHT_PATTERNS = (f"{TRANSFORMER}/*.safetensors", f"{TRANSFORMER}/*.json")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def locate_model(recipe: Recipe) -> ModelFiles:
     Raises `InputError`, or `EnvironmentLacksError` when the Hub cannot give the model.
     """
     directory = _local_directory(recipe)
-    return find_model(_download(recipe.model.weights) if directory is None else directory)
+    return find_model(_download(recipe.model.weights, recipe.model.variant) if directory is None else directory)
 
 
 def locate_config(recipe: Recipe) -> FoundConfig:
@@ -126,11 +125,14 @@ def _cached_config(hub_id: str) -> Path | None:
     return Path(found).parents[1] if isinstance(found, str) else None
 
 
-def _download(hub_id: str, *, config_only: bool = False, cache: str | None = None) -> Path:
+def _download(hub_id: str, variant: str | None = None, *, config_only: bool = False, cache: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_CONFIG_PATTERNS, *(() if config_only else _WEIGHT_PATTERNS)]
+    patterns = [
+        *_CONFIG_PATTERNS,
+        *(() if config_only else (f"{TRANSFORMER}/{name}" for name in weight_patterns(variant))),
+    ]
     advice = "download it where there is a network and give the folder: --set model.weights=DIR"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, cache_dir=cache))
