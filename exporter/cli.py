@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter import __version__
+from exporter.cli_embed import embed_prompts
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
 from exporter.targets import resolve_target
@@ -78,7 +79,12 @@ class _ExportByDefault(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]"):
+        for form in (
+            "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+            "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
+            "validate FILE",
+            "inspect FILE [--json]",
+        ):
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -126,6 +132,7 @@ def command() -> None:
 
 command.add_command(quantize)
 command.add_command(inspect_file)
+command.add_command(embed_prompts)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from exporter.errors import InputError
 from exporter.models.config import TransformerConfig
 from exporter.models.inputs import HIDDEN_STATES, TIMESTEP, Condition, TransformerInputs
+from exporter.models.text_encoders import TextEncoder
 
 # The autoencoder of all these families maps 8 x 8 pixels to one latent pixel; sizes as conditions are in pixels.
 PIXELS_PER_LATENT = 8
@@ -77,6 +78,10 @@ class Adapter(ABC):
     def config(self, model: nn.Module) -> TransformerConfig:
         """The checked config of a loaded model."""
         return self.parse_config(config_of(model))
+
+    def text_encoders(self, pipeline: str) -> tuple[TextEncoder, ...]:
+        """The text encoders that a diffusers pipeline of the class `pipeline` makes the conditions with."""
+        return ()
 
     def size_conditions(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the inputs that follow the image's size, which `with_conditions` fills in."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from exporter.errors import InputError, did_you_mean
 from exporter.models.adapter import Adapter
@@ -14,6 +16,16 @@ from exporter.models.pixart import PixArtAdapter
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
     {adapter.family: adapter for adapter in (PixArtAdapter(), HunyuanAdapter(), DiTAdapter())}
 )
+
+
+def adapter_of(config: Mapping[str, Any], file: Path) -> Adapter:
+    """The adapter for the transformer that a config describes. Raises `InputError` naming `file`."""
+    name = config.get("_class_name")
+    found = next((adapter for adapter in ADAPTERS.values() if adapter.class_name == name), None)
+    if found is None:
+        known = ", ".join(adapter.class_name for adapter in ADAPTERS.values())
+        raise InputError(f"{file}: _class_name is {name!r}; the families here are {known}")
+    return found
 
 
 def get_adapter(family: str) -> Adapter:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from exporter.models.adapter import PIXELS_PER_LATENT, Adapter, config_of, create_on_meta
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import Condition, TransformerInputs
+from exporter.models.text_encoders import TextEncoder
 
 # The pipeline calls the original image 1024 x 1024 whatever is drawn, and takes it whole, in the only style.
 _ORIGINAL_PIXELS = 1024
@@ -125,6 +126,14 @@ class HunyuanAdapter(Adapter):
             Condition("text_embedding_mask", "prompt_attention_mask", (clip,), "mask", of="prompt_embeds"),
             Condition("encoder_hidden_states_t5", "prompt_embeds_2", (t5, facts.cross_attention_dim_t5)),
             Condition("text_embedding_mask_t5", "prompt_attention_mask_2", (t5,), "mask", of="prompt_embeds_2"),
+        )
+
+    def text_encoders(self, pipeline: str) -> tuple[TextEncoder, ...]:
+        return (
+            TextEncoder("prompt_embeds", "prompt_attention_mask", "tokenizer", "text_encoder", 77, lower_case=False),
+            TextEncoder(
+                "prompt_embeds_2", "prompt_attention_mask_2", "tokenizer_2", "text_encoder_2", 256, lower_case=False
+            ),
         )
 
     def size_conditions(self, model: nn.Module) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ TRANSFORMER = "transformer"
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_CONFIG = 1 << 20
+_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+_ENCODER_PATTERNS = tuple(f"{folder}*/{name}" for folder in ("text_encoder", "tokenizer") for name in _ENCODER_FILES)
 _CONFIG_PATTERNS = (f"{TRANSFORMER}/{CONFIG}", "scheduler/*.json", "model_index.json")
 
 
@@ -73,6 +76,19 @@ def locate_config(recipe: Recipe) -> FoundConfig:
         return FoundConfig(name, read_config(transformer), f"{hub_id} will be downloaded from the Hub")
 
 
+def locate_pipeline(given: str, start: Path) -> Path:
+    """The folder of a whole pipeline, text encoders included: a directory (relative to `start`) or a Hub id.
+
+    A transformer's own folder stands for the pipeline around it. Raises as `locate_model` does.
+    """
+    path = start / Path(given).expanduser()
+    if not path.is_dir():
+        if not _HUB_ID.fullmatch(given):
+            raise InputError(f"{path}: no such directory")
+        return _snapshot(given, (*_CONFIG_PATTERNS, *_ENCODER_PATTERNS))
+    return path.parent if path.resolve().name == TRANSFORMER else path
+
+
 def _local_directory(recipe: Recipe) -> Path | None:
     """The directory that `model.weights` names, None if it has to be a Hub id."""
     given = recipe.model.weights
@@ -126,16 +142,18 @@ def _cached_config(hub_id: str) -> Path | None:
 
 
 def _download(hub_id: str, variant: str | None = None, *, config_only: bool = False, cache: str | None = None) -> Path:
+    weights = () if config_only else weight_patterns(variant)
+    return _snapshot(hub_id, (*_CONFIG_PATTERNS, *(f"{TRANSFORMER}/{name}" for name in weights)), cache)
+
+
+def _snapshot(hub_id: str, patterns: Sequence[str], cache: str | None = None) -> Path:
+    """The folder with the repository's files that fit `patterns`, fetched where the Hub's cache lacks them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [
-        *_CONFIG_PATTERNS,
-        *(() if config_only else (f"{TRANSFORMER}/{name}" for name in weight_patterns(variant))),
-    ]
     advice = "download it where there is a network and give the folder: --set model.weights=DIR"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, cache_dir=cache))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), cache_dir=cache))
     except HFValidationError as error:
         raise InputError(f"model.weights: {hub_id}: neither a directory nor a Hub id") from error
     except HfHubHTTPError as error:

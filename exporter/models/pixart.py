@@ -16,6 +16,7 @@ from exporter.models.adapter import (
 )
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import Condition, TransformerInputs
+from exporter.models.text_encoders import TextEncoder
 
 
 class PixArtConfig(TransformerConfig):
@@ -119,6 +120,12 @@ class PixArtAdapter(Adapter):
         return (
             Condition("encoder_hidden_states", "prompt_embeds", (None, width)),
             Condition("encoder_attention_mask", "prompt_attention_mask", (None,), "mask", of="prompt_embeds"),
+        )
+
+    def text_encoders(self, pipeline: str) -> tuple[TextEncoder, ...]:
+        tokens = 300 if pipeline == "PixArtSigmaPipeline" else 120
+        return (
+            TextEncoder("prompt_embeds", "prompt_attention_mask", "tokenizer", "text_encoder", tokens, lower_case=True),
         )
 
     def size_conditions(self, model: nn.Module) -> tuple[str, ...]:
