@@ -38,7 +38,7 @@ def test_a_variant_that_was_not_asked_for_is_named(
     make_model: Callable[[str], PixArtTransformer2DModel], tmp_path: Path, shard: str
 ) -> None:
     make_model("small").half().save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
-    with pytest.raises(InputError, match=r"variants here: fp16; give one with --set model\.variant=fp16"):
+    with pytest.raises(InputError, match=r"variants here: fp16; set model\.variant, as in --set model\.variant=fp16"):
         weight_files(tmp_path)
     with pytest.raises(InputError, match=r"no diffusion_pytorch_model\.bf16\.safetensors; variants here: fp16"):
         weight_files(tmp_path, "bf16")
