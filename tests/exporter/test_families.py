@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
-from exporter.build import missing_builder
 from exporter.cli import main
+from exporter.device.requirements import missing_builder
 from exporter.metrics import read_metrics
 from exporter.models.dit import DiTAdapter
 from exporter.models.hunyuan import HunyuanAdapter
