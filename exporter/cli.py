@@ -12,6 +12,7 @@ import click
 from exporter import __version__
 from exporter.cli_bisect import bisect, ranges, validate
 from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists
+from exporter.cli_embed import embed_prompts
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
 from exporter.device.program import main as device_main
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
-RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). MODEL.onnx is a
-plain ONNX model, whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
+RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6,
+hunyuan_dit_v1_1_w4a6, hunyuan_dit_v1_2_w4a6, dit_xl_2_256_w4a6, dit_xl_2_512_w4a6). MODEL.onnx is a plain ONNX model,
+whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
 decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
 or for the one that --target names; .bundle is a folder with everything that devices need to build and check engines.
 
@@ -39,6 +41,7 @@ Examples:
   fp4export my.yaml -o my.plan --dry-run
   fp4export my.yaml -o my.bundle --target orin,h100,cpu
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
+  fp4export embed pixart_alpha_w4a6 --prompts captions.txt -o prompts.safetensors
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
   fp4export bisect digits.onnx
@@ -74,6 +77,7 @@ Exit codes:
 
 _OTHER_FORMS = (
     "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+    "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
     "build MODEL.onnx -o OUT [OPTIONS]",
     "validate FILE",
     "inspect FILE [--json]",
@@ -146,6 +150,7 @@ command.add_command(inspect_file)
 command.add_command(validate)
 command.add_command(bisect)
 command.add_command(ranges)
+command.add_command(embed_prompts)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")

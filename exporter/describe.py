@@ -11,7 +11,8 @@ from rich.table import Table
 
 from exporter.container_choice import accumulator_text, exact_text
 from exporter.job import fitted_target
-from exporter.models.loading import get_adapter, model_shapes, skeleton
+from exporter.models.families import recipe_adapter
+from exporter.models.loading import model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
@@ -41,10 +42,10 @@ def describe_for(recipe: Recipe, path: Path, choice: TargetChoice) -> Descriptio
     """`describe` for a target that is chosen already."""
     choice = fitted_target(recipe, choice)
     found = locate_config(recipe)
-    model = skeleton(found.content, recipe.model.family, found.file)
-    adapter = get_adapter(recipe.model.family)
+    adapter = recipe_adapter(recipe.model)
+    model = skeleton(found.content, adapter, found.file)
     adapter.latent_shape(model, recipe.model.resolution)
-    plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, choice.target)
+    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), choice.target)
     return Description(
         path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing, plan.vnni_note(choice.target)))
     )
