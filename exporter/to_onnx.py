@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from exporter.errors import InputError
 from exporter.models.pixart import PixArtAdapter, TransformerInputs
 from exporter.symbolic import symbolic_boundary
+from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions
 
 # Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
@@ -50,6 +51,7 @@ def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs
         raise RuntimeError("torch.onnx.export returned no program")
     graph = exported.model_proto
     _tidy(graph, module, model)
+    write_transformer_config(graph, type(model).__name__, cast(Any, model).config)
     attach_functions(graph)
     onnx.save(graph, path)
 
