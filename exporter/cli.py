@@ -13,6 +13,7 @@ import click
 
 from exporter import __version__
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
+from exporter.cli_sample import sample
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
 from exporter.targets import resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
@@ -40,6 +41,7 @@ Examples:
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
+  fp4export sample digits.onnx -o digits.png --compare
 
 \b
 Targets:
@@ -78,7 +80,7 @@ class _ExportByDefault(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]"):
+        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]", "sample OUT -o DIR"):
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -126,6 +128,7 @@ def command() -> None:
 
 command.add_command(quantize)
 command.add_command(inspect_file)
+command.add_command(sample)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")

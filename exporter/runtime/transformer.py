@@ -89,6 +89,14 @@ class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
         return self.num_heads * int(self.config["attention_head_dim"])
 
     @property
+    def text_tokens(self) -> int | None:
+        """How many tokens every prompt embedding has, None where the engine takes any number or no text."""
+        for spec in self.engine.inputs:
+            if spec.name == "encoder_hidden_states" and isinstance(spec.shape[1], int):
+                return spec.shape[1]
+        return None
+
+    @property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of the latents that the engine was exported for."""
         shape = next(spec.shape for spec in self.engine.inputs if spec.name == "hidden_states")
