@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter import __version__
+from exporter.cli_evaluate import evaluate
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.cli_sample import sample
 from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
@@ -42,6 +43,7 @@ Examples:
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
   fp4export sample digits.onnx -o digits.png --compare
+  fp4export evaluate digits.onnx --prompts recipes/digits/prompts.safetensors -o quality
 
 \b
 Targets:
@@ -80,7 +82,13 @@ class _ExportByDefault(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]", "sample OUT -o DIR"):
+        for form in (
+            "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+            "validate FILE",
+            "inspect FILE [--json]",
+            "sample OUT -o DIR",
+            "evaluate OUT -o DIR",
+        ):
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -129,6 +137,7 @@ def command() -> None:
 command.add_command(quantize)
 command.add_command(inspect_file)
 command.add_command(sample)
+command.add_command(evaluate)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")

@@ -8,9 +8,9 @@ from exporter.terminal import DEBUG, QUIET, open_progress
 
 _ABOUT = """Draw with OUT, an .onnx, .plan or .engine that fp4export wrote, in its diffusers pipeline.
 
-The scheduler, guidance and seeds work as with the original transformer: only the transformer is replaced. Prompts, model
-folder, scheduler, steps and guidance are by default those of the recipe beside OUT (NAME.recipe.yaml). Images are made
-where the pipeline's folder has an autoencoder (vae/) or the model draws pixels itself; otherwise you get latents.
+Scheduler, guidance and seeds work as with the original: only the transformer is replaced. Prompts, model folder,
+scheduler, steps and guidance are by default those of the recipe beside OUT (NAME.recipe.yaml). Images are made where
+the pipeline's folder has an autoencoder (vae/) or the model draws pixels itself; otherwise you get latents.
 
 \b
 Examples:

@@ -95,7 +95,9 @@ def read_conditions(path: Path) -> Embedded:
     tensors = dict(read_tensors(path))
     first = _CLASS_LABELS if _CLASS_LABELS in tensors else _PROMPT_EMBEDS
     if first not in tensors or tensors[first].ndim == 0 or len(tensors[first]) == 0:
-        raise InputError(f"{path}: holds neither {_PROMPT_EMBEDS} nor {_CLASS_LABELS}; found {', '.join(tensors) or '-'}")
+        raise InputError(
+            f"{path}: holds neither {_PROMPT_EMBEDS} nor {_CLASS_LABELS}; found {', '.join(tensors) or '-'}"
+        )
     count = len(tensors[first])
     for name, tensor in tensors.items():
         if tensor.ndim == 0 or len(tensor) not in ((1, count) if name.startswith("negative_") else (count,)):

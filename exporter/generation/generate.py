@@ -70,7 +70,9 @@ def generate(
         result: Tensor = pipeline(**{name: value for name, value in wanted.items() if name in accepted})[0]
     except ValueError as error:
         # The pipelines check their arguments' shapes and kinds by ValueError.
-        raise InputError(f"{type(pipeline).__name__} refuses the prompts: {str(error).partition(chr(10))[0]}") from error
+        raise InputError(
+            f"{type(pipeline).__name__} refuses the prompts: {str(error).partition(chr(10))[0]}"
+        ) from error
     finally:
         handle.remove()
     return result.float().cpu()

@@ -29,8 +29,8 @@ Pixels = npt.NDArray[np.uint8]
 class Kind:
     """What generated tensors are, and the range in which they are shown.
 
-    `low` and `high` are [C'] per shown channel; the first C' channels are shown. `caption` says what is shown if that is
-    not the image itself.
+    `low` and `high` are [C'] per shown channel; the first C' channels are shown. `caption` says what is shown if that
+    is not the image itself.
     """
 
     low: npt.NDArray[np.float64]
@@ -105,7 +105,7 @@ def contact_sheet(tiles: Pixels) -> Pixels:
 
 
 def comparison(original: Pixels, other: Pixels, names: tuple[str, str], labels: Sequence[str], caption: str) -> Pixels:
-    """Pairs of tiles [n, H, W, 3] side by side, `names` above them and a label under each pair, `caption` at the foot."""
+    """Pairs of tiles [n, H, W, 3] side by side, `names` above and a label under each pair, `caption` at the foot."""
     pairs = [(_resized(first), _resized(second)) for first, second in zip(original, other, strict=True)]
     tile_width, tile_height = pairs[0][0].size
     cell = (2 * tile_width + 3 * _GAP, tile_height + 2 * _LINE + _GAP)
@@ -124,7 +124,9 @@ def comparison(original: Pixels, other: Pixels, names: tuple[str, str], labels: 
     return np.asarray(sheet)
 
 
-def _fitted(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fitted(
+    text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> str:
     """The text, its end cut off where it would run into the next tile's."""
     if draw.textlength(text, font=font) <= width:
         return text

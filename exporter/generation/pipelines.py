@@ -122,7 +122,7 @@ def _text_parts(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, A
     try:
         import transformers
     except ImportError as error:
-        raise EnvironmentLacksError(f"text encoders need transformers: {error}; pip install 'fp4export[embed]'") from error
+        raise EnvironmentLacksError(f"text encoders: {error}; pip install 'fp4export[embed]'") from error
     entries = {name: index[name] for name in _TEXT_PARTS if index.get(name) not in (None, [None, None])}
     parts = {}
     for name, entry in entries.items():
@@ -132,8 +132,8 @@ def _text_parts(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, A
         parts[name] = _load(folder.root / name, transformers, class_name)
     if "text_encoder" not in parts:
         raise InputError(
-            f"{folder.root}: holds no text encoder, so --prompt cannot be read; give embeddings with --prompts FILE, or "
-            "a whole pipeline's folder with --pipeline"
+            f"{folder.root}: holds no text encoder, so texts cannot be drawn; give embeddings with --prompts FILE, or a "
+            "whole pipeline's folder with --pipeline"
         )
     return parts
 

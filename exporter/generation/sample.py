@@ -18,7 +18,7 @@ from exporter.files import atomic_path, write_text_atomically
 from exporter.generation.conditions import Conditions, Texts, read_conditions
 from exporter.generation.generate import Image, Settings, batches, generate, largest_batch
 from exporter.generation.pictures import Kind, Pixels, comparison, contact_sheet, kind_of, psnr, save_png
-from exporter.generation.pipelines import PipelineFolder, open_pipeline
+from exporter.generation.pipelines import open_pipeline
 from exporter.generation.source import DrawingSource
 from exporter.progress import Progress
 from exporter.runtime.transformer import EngineTransformer

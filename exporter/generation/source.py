@@ -46,8 +46,8 @@ class DrawingSource:
         recipe = load_recipe(file) if file.is_file() else None
         if recipe is None and pipeline is None:
             raise InputError(
-                f"{output}: {file.name}, which would say where its pipeline is, is not beside it; give the pipeline's or "
-                "the model's folder with --pipeline DIR"
+                f"{output}: {file.name}, which would say where its pipeline is, is not beside it; give the pipeline's "
+                "or the model's folder with --pipeline DIR"
             )
         return cls.of_recipe(recipe, pipeline)
 

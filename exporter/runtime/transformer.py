@@ -26,7 +26,7 @@ _SWITCHED_BY_CONFIG = ("resolution", "aspect_ratio", "style", "image_meta_size")
 
 
 class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffusers carries no type information
-    """Stands in for `pipe.transformer`: same call, config and output; scheduler, guidance and seeds stay the pipeline's.
+    """Stands in for `pipe.transformer`: same call, config and output; all else stays the pipeline's.
 
     pipe = PixArtAlphaPipeline.from_pretrained(folder, transformer=EngineTransformer.load("pixart.onnx"))
 
@@ -61,8 +61,9 @@ class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
         """Open the .onnx, .plan or .engine file at `path`.
 
         `model` is the directory of the original with its config.json, needed only where the file does not carry the
-        config itself; `device` is by default the CPU for .onnx and the GPU for engines; `threads` limits the CPU threads
-        of one operator. Raises `InputError`, or `EnvironmentLacksError` where the runtime or the device is not here.
+        config itself; `device` is by default the CPU for .onnx and the GPU for engines; `threads` limits the CPU
+        threads of one operator. Raises `InputError`, or `EnvironmentLacksError` where the runtime or the device is not
+        here.
         """
         file = Path(path)
         engine = open_engine(file, device, threads)
