@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from exporter import __version__
+from exporter.cli_embed import embed_prompts
 from exporter.cli_evaluate import evaluate
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.cli_sample import sample
@@ -84,10 +85,11 @@ class _ExportByDefault(click.Group):
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
         for form in (
             "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+            "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
+            "sample OUT -o DIR",
+            "evaluate OUT --prompts FILE -o DIR",
             "validate FILE",
             "inspect FILE [--json]",
-            "sample OUT -o DIR",
-            "evaluate OUT -o DIR",
         ):
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
@@ -136,6 +138,7 @@ def command() -> None:
 
 command.add_command(quantize)
 command.add_command(inspect_file)
+command.add_command(embed_prompts)
 command.add_command(sample)
 command.add_command(evaluate)
 

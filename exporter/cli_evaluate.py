@@ -10,7 +10,7 @@ _ABOUT = """Draw the images of a prompt list with the original and with the expo
 
 SUBJECT is an .onnx, .plan or .engine that fp4export wrote, or a recipe, which is exported to DIR first. Metrics come
 from their own packages (pip install 'fp4export[metrics]'); one whose package, weights or images are missing is listed
-as not computed, with the reason. A preset is a published setup: which prompts of which list, seeds, scheduler, steps and
+as not computed, with the reason. A preset is a published setup: which prompts of which list, seeds, scheduler, steps,
 guidance.
 
 \b

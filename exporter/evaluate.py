@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from exporter.calibration.capture import CalibrationSet
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
-from exporter.models.pixart import TransformerInputs
+from exporter.models.inputs import TransformerInputs
 from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser, make_scheduler, sample
@@ -108,7 +108,7 @@ def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
         denoiser,
         source.prompts,
         prompt_order(source, count),
-        make_scheduler(settings.scheduler, source.files.scheduler, settings.steps),
+        make_scheduler(settings.scheduler, source.files.scheduler, settings.steps, source.adapter.training_noise),
         steps=settings.steps,
         guidance=settings.guidance,
         seed=_held_out_seed(job),

@@ -43,6 +43,8 @@ PRESETS: tuple[str, ...] = get_args(Preset)
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 
 _PATHS = (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier"))
+# The families that draw class labels instead of prompts.
+LABELLED_FAMILIES = ("dit",)
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -76,17 +78,23 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The transformer to export."""
 
-    family: Literal["pixart"] = "pixart"
+    family: Literal["pixart", "hunyuan", "dit"] = "pixart"
     weights: Text = Field(description="the directory with the transformer in diffusers' layout, or a Hub id")
+    variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
+        default=None, description="which of the checkpoint's files, as diffusers names them, for example fp16"
+    )
     resolution: Count | None = Field(
-        default=None, description="side of the latent (image side / 8 for PixArt); unset: the config's sample_size"
+        default=None, description="side of the latent (image side / 8); unset: the config's sample_size"
     )
 
 
 class CalibrationSection(_Section):
     """How the sampler runs whose transformer inputs calibrate the rounding."""
 
-    prompts: Text = Field(description="the safetensors file with the prompt embeddings")
+    prompts: Text | None = Field(default=None, description="the safetensors file with the prompt embeddings")
+    classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="class labels to draw, in families that take labels; unset: spread over all classes"
+    )
     scheduler: Scheduler = "DPMSolverMultistepScheduler"
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance: Annotated[float, Field(ge=0)] = 4.5
@@ -181,7 +189,7 @@ class Recipe(_Section):
         default="auto",
         description="number type that quantized layers are multiplied in; auto: the target's best",
     )
-    calibration: CalibrationSection
+    calibration: CalibrationSection = CalibrationSection()
     method: MethodSection = MethodSection()
     layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()
     evaluation: EvaluationSection = EvaluationSection()
@@ -202,6 +210,23 @@ class Recipe(_Section):
     def resolve_path(self, path: str) -> Path:
         """A path of the recipe (relative to its folder, or absolute, or with ~) as an absolute one."""
         return Path(os.path.normpath(self._source_dir / Path(path).expanduser()))
+
+    @model_validator(mode="after")
+    def _says_what_to_draw(self) -> Recipe:
+        family, given = self.model.family, self.calibration
+        if family in LABELLED_FAMILIES and given.prompts is not None:
+            raise ValueError(
+                f"calibration.prompts: family {family} draws class labels and needs no embeddings; leave it out, or "
+                "give calibration.classes"
+            )
+        if family not in LABELLED_FAMILIES and given.classes is not None:
+            raise ValueError(f"calibration.classes: family {family} draws prompts, not class labels")
+        if family not in LABELLED_FAMILIES and given.prompts is None:
+            raise ValueError(
+                "calibration.prompts: missing; it is the safetensors file with the prompt embeddings, as fp4export "
+                "embed makes it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quantizes_something(self) -> Recipe:

@@ -111,9 +111,7 @@ def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> 
 
 def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     """The waist: traced by torch, then fused, folded and packed, still without a target's operators."""
-    example = source.adapter.example_inputs(
-        quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
-    )
+    example = source.example_inputs(batch=2)
     containers = [layer.asked_container for layer in source.plan.layers]
     key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
     traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs, shared_inputs
 from exporter.symbolic import symbolic_boundary
 from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions
@@ -25,7 +26,7 @@ OPSET = 21
 LARGEST_GRAPH_BYTES = 2_000_000_000
 
 
-def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs, path: Path) -> None:
+def to_onnx(model: nn.Module, adapter: Adapter, example: TransformerInputs, path: Path) -> None:
     """Export `model` (its quantized linears as custom nodes) to the file `path`.
 
     `example` fixes every size but the batch, which must be at least 2 (torch specialises sizes 0 and 1). Inputs
@@ -35,12 +36,12 @@ def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_GRAPH_BYTES:
         raise InputError(f"the exported graph would hold {size / 1e9:.1f} GB, over ONNX's 2 GB: quantize more layers")
-    module = adapter.forward_module(model)
+    module = adapter.forward_module(model, example)
     names = adapter.input_names(model)
     inputs = example.as_dict()
     arguments = tuple(inputs[name] for name in names)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    with torch.no_grad(), _boundaries(adapter.blocks(model)), _quiet():
+    with torch.no_grad(), _boundaries(adapter.blocks(model), adapter.skips(model)), _quiet():
         program = torch.export.export(
             module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False
         )
@@ -57,17 +58,24 @@ def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs
 
 
 @contextmanager
-def _boundaries(blocks: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Mark every block's tensor inputs and its output while the model is being traced."""
+def _boundaries(blocks: list[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]]) -> Iterator[None]:
+    """Mark every block's float inputs and its output while the model is being traced.
+
+    What a block takes from an earlier one by a skip is that one's output, marked already.
+    """
     handles = []
     for name, block in blocks:
 
         def mark_inputs(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+            _module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            name: str = name,
+            taken: Collection[str] = tuple(skips.get(name, ())),
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden, *rest = args
             shared = {
-                key: symbolic_boundary(value, f"blocks.{key}") if isinstance(value, Tensor) else value
+                key: symbolic_boundary(value, f"blocks.{key}") if key in shared_inputs(kwargs, taken) else value
                 for key, value in kwargs.items()
             }
             return (symbolic_boundary(hidden, f"{name}.input"), *rest), shared

@@ -26,7 +26,8 @@ from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage, summary_table
 from exporter.gate.tiles import compare_tiles
 from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, model_feeds
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.passes.emulate import relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
@@ -59,7 +60,7 @@ def captured_batches(
 def validate_graphs(
     original: nn.Module,
     quantized: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     batches: Sequence[TransformerInputs],
     exported: Path,
     lowered: Path,

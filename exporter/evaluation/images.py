@@ -17,7 +17,6 @@ from exporter.files import write_text_atomically
 from exporter.generation.conditions import Conditions, Texts
 from exporter.generation.generate import Image, Settings, generate
 from exporter.generation.pictures import kind_of, save_png
-from exporter.generation.pipelines import open_pipeline
 from exporter.generation.source import DrawingSource
 from exporter.progress import Progress
 
@@ -62,7 +61,7 @@ def draw_images(
     if not missing:
         return
     text = isinstance(plan.conditions, Texts)
-    pipeline = open_pipeline(plan.source.folder, load(), plan.scheduler, plan.settings.steps, text=text)
+    pipeline = plan.source.pipeline(load(), plan.scheduler, plan.settings.steps, text=text)
     with progress.task(f"drawing {folder.name}", len(missing) * plan.settings.steps) as task:
         for chunk in missing:
             images = [image for _, image in chunk]

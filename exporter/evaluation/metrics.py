@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ def _clip_score(pictures: Pictures, tools: Tools, task: Task) -> float:
     from torchmetrics.multimodal import CLIPScore
 
     texts = _texts(pictures)
-    metric = CLIPScore(model_name_or_path=tools.clip_model).to(tools.device)
+    metric = CLIPScore(model_name_or_path=cast(Any, tools.clip_model)).to(tools.device)
     with torch.no_grad():
         for name, text in zip(pictures.names, texts, strict=True):
             metric.update(_pixels(pictures.folder / name, tools.device).to(torch.uint8), text)

@@ -14,7 +14,7 @@ from torch import Tensor
 from exporter.errors import InputError
 from exporter.models.weight_files import read_tensors
 
-_CLASS_LABELS = "class_labels"
+CLASS_LABELS = "class_labels"
 _PROMPT_EMBEDS = "prompt_embeds"
 
 
@@ -39,7 +39,7 @@ class Embedded:
     @property
     def count(self) -> int:
         """How many prompts."""
-        return len(self.tensors[_CLASS_LABELS if _CLASS_LABELS in self.tensors else _PROMPT_EMBEDS])
+        return len(self.tensors[CLASS_LABELS if CLASS_LABELS in self.tensors else _PROMPT_EMBEDS])
 
     def arguments(self, pipeline: Any, rows: Sequence[int]) -> dict[str, Any]:
         """The tensors that the pipeline takes, of these rows. Raises `InputError` when it takes none of them."""
@@ -52,8 +52,8 @@ class Embedded:
         }
         if not given:
             raise InputError(f"{self.source}: holds nothing that {type(pipeline).__name__} draws from")
-        if _CLASS_LABELS in given:
-            return {_CLASS_LABELS: [int(label) for label in given[_CLASS_LABELS]]}
+        if CLASS_LABELS in given:
+            return {CLASS_LABELS: [int(label) for label in given[CLASS_LABELS]]}
         # The pipelines make the negative embeddings of an empty text otherwise, which needs the text encoder.
         texts = {name: None for name in ("prompt", "negative_prompt") if name in accepted}
         return {**texts, **{name: _as_float(tensor) for name, tensor in given.items()}}
@@ -93,10 +93,10 @@ def read_conditions(path: Path) -> Embedded:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file with {_PROMPT_EMBEDS} [prompts, …]")
     tensors = dict(read_tensors(path))
-    first = _CLASS_LABELS if _CLASS_LABELS in tensors else _PROMPT_EMBEDS
+    first = CLASS_LABELS if CLASS_LABELS in tensors else _PROMPT_EMBEDS
     if first not in tensors or tensors[first].ndim == 0 or len(tensors[first]) == 0:
         raise InputError(
-            f"{path}: holds neither {_PROMPT_EMBEDS} nor {_CLASS_LABELS}; found {', '.join(tensors) or '-'}"
+            f"{path}: holds neither {_PROMPT_EMBEDS} nor {CLASS_LABELS}; found {', '.join(tensors) or '-'}"
         )
     count = len(tensors[first])
     for name, tensor in tensors.items():

@@ -94,7 +94,7 @@ def save_png(pixels: Pixels, path: Path) -> None:
 def contact_sheet(tiles: Pixels) -> Pixels:
     """All tiles [n, H, W, 3] in one picture, small ones enlarged pixel by pixel; a single one as it is."""
     if len(tiles) == 1:
-        return tiles[0]
+        return np.asarray(tiles[0])
     sized = [_resized(tile) for tile in tiles]
     side, tall = sized[0].width + _GAP, sized[0].height + _GAP
     columns = min(len(sized), max(1, min(math.ceil(math.sqrt(len(sized))), (_WIDEST - _GAP) // side)))
@@ -143,7 +143,6 @@ def _resized(tile: Pixels) -> Image.Image:
         factor = -(-_SMALLEST_TILE // side)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if side > _LARGEST_TILE:
-        factor = _LARGEST_TILE / side
-        size = (round(image.width * factor), round(image.height * factor))
+        size = (image.width * _LARGEST_TILE // side, image.height * _LARGEST_TILE // side)
         return image.resize(size, Image.Resampling.LANCZOS)
     return image

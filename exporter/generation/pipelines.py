@@ -73,10 +73,17 @@ class PipelineFolder:
 
 
 def open_pipeline(
-    folder: PipelineFolder, transformer: nn.Module, scheduler: str, steps: int, *, text: bool = False
+    folder: PipelineFolder,
+    transformer: nn.Module,
+    scheduler: str,
+    steps: int,
+    noise: Mapping[str, Any] | None,
+    *,
+    text: bool = False,
 ) -> Any:
     """The diffusers pipeline with `transformer` in it and diffusers' scheduler `scheduler`, which has `steps`.
 
+    `noise` is the schedule where the folder has none (a family's `training_noise`).
     The autoencoder is loaded where the folder has one, the text encoders only with `text`. Only the classes that these
     pipelines are made of are loaded, from safetensors. Raises `InputError` for a folder that does not fit the
     transformer or lacks a part that is asked for.
@@ -85,7 +92,7 @@ def open_pipeline(
     pipeline_class = getattr(diffusers, _pipeline_name(folder, index, _class_of(transformer)))
     parts: dict[str, Any] = {
         "transformer": transformer,
-        "scheduler": make_scheduler(scheduler, folder.scheduler, steps),
+        "scheduler": make_scheduler(scheduler, folder.scheduler, steps, noise),
     }
     if folder.has_vae:
         parts["vae"] = _load(folder.root / "vae", diffusers, "AutoencoderKL")
@@ -132,7 +139,7 @@ def _text_parts(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, A
         parts[name] = _load(folder.root / name, transformers, class_name)
     if "text_encoder" not in parts:
         raise InputError(
-            f"{folder.root}: holds no text encoder, so texts cannot be drawn; give embeddings with --prompts FILE, or a "
+            f"{folder.root}: holds no text encoder, so texts cannot be drawn; give embeddings (safetensors), or a "
             "whole pipeline's folder with --pipeline"
         )
     return parts

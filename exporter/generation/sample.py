@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
-from exporter.generation.conditions import Conditions, Texts, read_conditions
+from exporter.generation.conditions import Conditions, Texts
 from exporter.generation.generate import Image, Settings, batches, generate, largest_batch
 from exporter.generation.pictures import Kind, Pixels, comparison, contact_sheet, kind_of, psnr, save_png
-from exporter.generation.pipelines import open_pipeline
 from exporter.generation.source import DrawingSource
 from exporter.progress import Progress
 from exporter.runtime.transformer import EngineTransformer
@@ -103,10 +102,7 @@ def _check_destination(destination: Path) -> None:
 def _conditions(source: DrawingSource, options: SampleOptions, transformer: EngineTransformer) -> Conditions:
     if options.texts:
         return Texts(options.texts, options.negative, transformer.text_tokens)
-    file = options.prompts or source.defaults.prompts
-    if file is None:
-        raise InputError("nothing to draw: give --prompts FILE with embeddings, or --prompt TEXT")
-    return read_conditions(file)
+    return source.conditions(options.prompts)
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class _Drawing:
     def with_transformer(self, transformer: nn.Module, name: str, progress: Progress) -> Tensor:
         """All images, drawn by `transformer`."""
         text = isinstance(self.conditions, Texts)
-        pipeline = open_pipeline(self.source.folder, transformer, self.scheduler, self.settings.steps, text=text)
+        pipeline = self.source.pipeline(transformer, self.scheduler, self.settings.steps, text=text)
         parts = batches(self.images, self.batch)
         with progress.task(f"drawing with {name}", len(parts) * self.settings.steps) as task:
             drawn = [generate(pipeline, self.conditions, part, self.settings, task.advance) for part in parts]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from exporter.errors import InputError
-from exporter.generation.pipelines import PipelineFolder
-from exporter.models.loading import ADAPTERS, load_transformer
+from exporter.generation.conditions import CLASS_LABELS, Embedded, read_conditions
+from exporter.generation.pipelines import PipelineFolder, open_pipeline
+from exporter.models.adapter import Adapter
+from exporter.models.families import adapter_of
+from exporter.models.loading import load_transformer
 from exporter.models.location import CONFIG, ModelFiles, find_model, locate_model, read_config
 from exporter.recipe import Recipe, load_recipe
-from exporter.transformer_config import CLASS_NAME
 
 _RECIPE_ENDING = ".recipe.yaml"
 _SCHEDULER, _STEPS, _GUIDANCE = "DPMSolverMultistepScheduler", 20, 4.5
@@ -23,9 +27,11 @@ class DrawingDefaults:
     """What is used where the command says nothing: the recipe's settings, or PixArt's without a recipe."""
 
     prompts: Path | None = None
+    classes: tuple[int, ...] | None = None
     scheduler: str = _SCHEDULER
     steps: int = _STEPS
     guidance: float = _GUIDANCE
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class DrawingSource:
 
     files: ModelFiles
     folder: PipelineFolder
+    adapter: Adapter
     defaults: DrawingDefaults
 
     @classmethod
@@ -63,18 +70,29 @@ class DrawingSource:
         defaults = DrawingDefaults()
         if recipe is not None:
             settings = recipe.calibration
-            prompts = recipe.resolve_path(settings.prompts)
-            defaults = DrawingDefaults(prompts, settings.scheduler, settings.steps, settings.guidance)
-        return cls(files, PipelineFolder.of(files), defaults)
+            prompts = None if settings.prompts is None else recipe.resolve_path(settings.prompts)
+            defaults = DrawingDefaults(
+                prompts, settings.classes, settings.scheduler, settings.steps, settings.guidance, recipe.model.variant
+            )
+        adapter = adapter_of(read_config(files.transformer), files.transformer / CONFIG)
+        return cls(files, PipelineFolder.of(files), adapter, defaults)
 
     def original(self) -> nn.Module:
         """The original transformer, from its weights. Raises `InputError` when they are not here."""
-        name = read_config(self.files.transformer).get(CLASS_NAME)
-        family = next((key for key, adapter in ADAPTERS.items() if adapter.class_name == name), None)
-        if family is None:
-            known = ", ".join(adapter.class_name for adapter in ADAPTERS.values())
-            raise InputError(f"{self.files.transformer / CONFIG}: _class_name is {name!r}; supported: {known}")
-        return load_transformer(self.files.transformer, family)
+        return load_transformer(self.files.transformer, self.adapter, self.defaults.variant)
+
+    def pipeline(self, transformer: nn.Module, scheduler: str, steps: int, *, text: bool) -> Any:
+        """The pipeline with `transformer` in it, see `open_pipeline`."""
+        return open_pipeline(self.folder, transformer, scheduler, steps, self.adapter.training_noise, text=text)
+
+    def conditions(self, prompts: Path | None) -> Embedded:
+        """The embeddings or class labels in `prompts`, else what the recipe draws. Raises `InputError`."""
+        file = prompts or self.defaults.prompts
+        if file is not None:
+            return read_conditions(file)
+        if self.defaults.classes is not None:
+            return Embedded(Path("calibration.classes"), {CLASS_LABELS: torch.tensor(self.defaults.classes)})
+        raise InputError(f"nothing to draw: give --prompts FILE with embeddings or {CLASS_LABELS}, or --prompt TEXT")
 
 
 def recipe_path(output: Path) -> Path:

@@ -26,7 +26,7 @@ class OnnxRuntimeEngine(Engine):
         Raises `InputError` for a file that ONNX Runtime cannot run or that has not one output, and
         `EnvironmentLacksError` for a device that is not here.
         """
-        providers = CPU_PROVIDERS
+        providers: tuple[str, ...] = CPU_PROVIDERS
         if device.type == "cuda":
             _check_cuda(path)
             providers = (_CUDA, *CPU_PROVIDERS)

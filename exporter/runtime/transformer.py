@@ -38,7 +38,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
 
         Raises `InputError` for a class of model that is not known.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         name = config.get(CLASS_NAME)
         if name not in TRANSFORMERS:
             raise InputError(f"{engine.name}: stands for {name!r}; supported: {', '.join(TRANSFORMERS)}")
@@ -46,7 +46,7 @@ class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
         parameters = inspect.signature(model_class.__init__).parameters
         defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         self.engine = engine
-        self.register_to_config(**{**defaults, **config})
+        self.register_to_config(**{**defaults, **config})  # type: ignore[no-untyped-call]
         self._call = inspect.signature(model_class.forward)
 
     @classmethod

@@ -56,7 +56,7 @@ class Matrix:
     """The waist graphs of the tiny model, cut to its first block, each traced once."""
 
     def __init__(self, job: Path, folder: Path) -> None:
-        self.model = load_transformer(job / "model" / "transformer", "pixart")
+        self.model = load_transformer(job / "model" / "transformer", PixArtAdapter())
         self.model.transformer_blocks = self.model.transformer_blocks[:1]  # type: ignore[index]
         self.adapter = PixArtAdapter()
         self.folder = folder
@@ -74,7 +74,7 @@ class Matrix:
             "container": scheme.container,
         }
         recipe = {"model": {"weights": "w"}, "calibration": {"prompts": "p"}, "layers": [rule]}
-        shapes = model_shapes(self.model)
+        shapes = model_shapes(self.model, self.adapter)
         return plan_layers(Recipe.model_validate(recipe), shapes, self.adapter.high_precision, TARGETS[target])
 
     def lowered(self, name: str, target: str) -> onnx.ModelProto:
