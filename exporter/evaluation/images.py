@@ -78,8 +78,11 @@ def _file(prompt: Prompt) -> str:
     return f"{prompt.name}.png"
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Note in `folder` what its images are drawn from. Raises `InputError` if it holds images of something else."""
+def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) -> None:
+    """Note in `folder` what its images are drawn from, and make a folder in it for every model.
+
+    Raises `InputError` if it holds images of something else.
+    """
     file = folder / SETTINGS
     if file.is_file():
         try:
@@ -91,6 +94,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"{folder}: holds images drawn with another {', '.join(changed)}; remove it or give another folder"
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    else:
+        write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    for model in models:
+        (folder / model).mkdir(exist_ok=True)

@@ -63,25 +63,22 @@ def evaluate_output(
     if options.references is not None and not options.references.is_dir():
         raise InputError(f"{options.references}: no such folder; --reference-images has the real images")
     folder.mkdir(parents=True, exist_ok=True)
+    reports = progress if shard.is_first else NullProgress()
     with shard.joined():
-        reports = progress if shard.is_first else NullProgress()
         output = _exported(subject, folder, shard, reports)
         plan, transformer = _plan(output, prompts, preset, options, shard)
         settings = _settings(output, plan, options, preset)
         if shard.is_first:
-            for name in (ORIGINAL, QUANTIZED):
-                (folder / name).mkdir(exist_ok=True)
-            claim_folder(folder, settings)
+            claim_folder(folder, settings, (ORIGINAL, QUANTIZED))
         shard.wait()
         draw_images(plan, folder / ORIGINAL, plan.source.original, shard, reports)
         draw_images(plan, folder / QUANTIZED, lambda: transformer, shard, reports)
         shard.wait()
-        if not shard.is_first:
-            return None
-        results = Results(
-            preset, settings, len(prompts), _measured(folder, output, prompts, metrics, preset, options, reports)
-        )
-        return results.write(folder, metrics)
+    # Outside: torchmetrics would wait for the other processes' share of every metric.
+    if not shard.is_first:
+        return None
+    measured = _measured(folder, output, prompts, metrics, preset, options, progress)
+    return Results(preset, settings, len(prompts), measured).write(folder, metrics)
 
 
 def _prompts(options: EvaluateOptions, preset: Preset) -> list[Prompt]:

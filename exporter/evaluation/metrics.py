@@ -127,13 +127,12 @@ def _lpips(pictures: Pictures, tools: Tools, task: Task) -> float:
 
 def _over_pairs(metric: Any, pictures: Pictures, tools: Tools, task: Task) -> float:
     """A torchmetrics metric of every image against the original's of the same name."""
-    if pictures.originals is None:
+    originals = pictures.originals
+    if originals is None:
         raise NotComputedError("it compares with the original's images")
     metric = metric.to(tools.device)
     for name in pictures.names:
-        ours, original = (
-            _pixels(folder / name, tools.device) / 255 for folder in (pictures.folder, pictures.originals)
-        )
+        ours, original = (_pixels(folder / name, tools.device) / 255 for folder in (pictures.folder, originals))
         metric.update(ours[None], original[None])
         task.advance()
     return float(metric.compute())

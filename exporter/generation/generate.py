@@ -54,6 +54,9 @@ def generate(
     decodes = getattr(pipeline, "vae", None) is not None
     if not decodes and "output_type" in accepted and "height" not in accepted:
         raise InputError(f"{type(pipeline).__name__} always makes images: its folder needs vae/")
+    if settings.steps == 1 and type(pipeline).__name__ == "PixArtAlphaPipeline":
+        # It takes a scheduler's second result then, which only distilled models' schedulers have.
+        raise InputError("PixArtAlphaPipeline draws in one step with distilled models only; take at least 2 steps")
     wanted = {
         **conditions.arguments(pipeline, [image.row for image in images]),
         "num_inference_steps": settings.steps,
