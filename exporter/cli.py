@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,15 +15,15 @@ from exporter.cli_embed import embed_prompts
 from exporter.cli_evaluate import evaluate
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
 from exporter.cli_sample import sample
-from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
+from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
+from exporter.device.program import main as device_main
+from exporter.errors import InputError
+from exporter.failures import EXIT_INTERRUPTED, describe_failure, fail
 from exporter.targets import resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
-
-EXIT_INTERNAL = 1
-EXIT_INTERRUPTED = 130
 
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
@@ -45,6 +44,8 @@ Examples:
   fp4export inspect digits.onnx
   fp4export sample digits.onnx -o digits.png --compare
   fp4export evaluate digits.onnx --prompts recipes/digits/prompts.safetensors -o quality
+  fp4export build my.work/lowered.orin.onnx -o my.plan --target orin    (on the Orin)
+  fp4export doctor
 
 \b
 Targets:
@@ -72,6 +73,19 @@ Exit codes:
 """
 
 
+_OTHER_FORMS = (
+    "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+    "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
+    "sample OUT -o DIR",
+    "evaluate OUT --prompts FILE -o DIR",
+    "build MODEL.onnx -o OUT [OPTIONS]",
+    "validate FILE",
+    "inspect FILE [--json]",
+    "doctor [--json]",
+)
+_ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
 class _ExportByDefault(click.Group):
     """A group whose words that are no command start a job: ``fp4export digits -o …``, ``fp4export model.onnx …``."""
 
@@ -83,14 +97,7 @@ class _ExportByDefault(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        for form in (
-            "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
-            "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
-            "sample OUT -o DIR",
-            "evaluate OUT --prompts FILE -o DIR",
-            "validate FILE",
-            "inspect FILE [--json]",
-        ):
+        for form in _OTHER_FORMS:
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -211,6 +218,20 @@ def validate(file: str, *, quiet: bool, debug: bool) -> None:
     validate_output(file, progress=open_progress(quiet=quiet))
 
 
+@command.command(name="build", short_help=BUILD_SUMMARY, context_settings=_ALL_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def build(words: tuple[str, ...]) -> int:
+    """Hand everything to the program that devices have."""
+    return device_main(["build", *words])
+
+
+@command.command(name="doctor", short_help=DOCTOR_SUMMARY, context_settings=_ALL_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def doctor(words: tuple[str, ...]) -> int:
+    """Hand everything to the program that devices have."""
+    return device_main(["doctor", *words])
+
+
 def _print_result(result: ExportResult) -> None:
     click.echo(f"engine   {result.output}")
     click.echo(f"report   {result.report}")
@@ -240,32 +261,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         return _run(words)
-    except Fp4ExportError as error:
-        return _fail(str(error), error.exit_code, debug=debug)
     except (KeyboardInterrupt, click.Abort):
         note = "interrupted; finished stages are kept in the work folder: run the same command again to go on"
-        return _fail(note, EXIT_INTERRUPTED, debug=debug)
+        return fail(note, EXIT_INTERRUPTED, debug=debug)
     except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", InputError.exit_code, debug=debug)
-    except ImportError as error:
-        return _fail(f"a package is missing: {error}", EnvironmentLacksError.exit_code, debug=debug)
-    except MemoryError:
-        return _fail("this machine has too little memory", EnvironmentLacksError.exit_code, debug=debug)
+        return fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a defect must not look like bad input
-        note = f"internal: {type(error).__name__}: {error}; please report it with what --debug prints"
-        return _fail(note, EXIT_INTERNAL, debug=debug)
+        return fail(*describe_failure(error), debug=debug)
 
 
 def _run(words: list[str]) -> int:
     answer: Any = command.main(words, prog_name="fp4export", standalone_mode=False)
     return answer if isinstance(answer, int) else 0
-
-
-def _fail(message: str, code: int, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo("error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
-    return code

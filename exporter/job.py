@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from exporter.build import missing_builder
 from exporter.compute import check_compute
+from exporter.device.requirements import missing_builder
 from exporter.errors import InputError
 from exporter.progress import Progress
 from exporter.recipe import Recipe

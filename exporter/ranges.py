@@ -18,10 +18,11 @@ from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.job import Job
+from exporter.onnx_files import read_model
 from exporter.passes.compute_type import AMAX_PREFIX, probe_amax
 from exporter.passes.driver import run_passes
 from exporter.passes.surgery import has_given_name
-from exporter.runtime import OnnxSession, read_model
+from exporter.runtime import OnnxSession
 from exporter.source import Source
 from exporter.stages import calibration_key
 from exporter.targets import Target

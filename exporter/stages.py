@@ -9,20 +9,20 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from exporter.build import build_engine
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
+from exporter.onnx_files import read_model
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.emulate import EMULATED, emulation_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.recipe import recipe_to_yaml
-from exporter.runtime import read_model
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
@@ -199,7 +199,7 @@ def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
         with atomic_path(job.output) as temporary:
             shutil.copyfile(lowered, temporary)
     else:
-        build_engine(lowered, job.output, job.target, job.progress)
+        build_engine(lowered, job.output, job.target, job.progress, BuildOptions(acceptance=validated))
     write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
     Origin.of(job.output, runnable, job.gate_folder if validated else None).save(job.output)
     job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")

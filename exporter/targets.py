@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from exporter.errors import InputError, did_you_mean
+from exporter.gpu import Gpu, local_gpu
 
 Engine = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 
@@ -19,8 +18,6 @@ DEFAULT_RTX = "rtx-sm89"
 SUFFIXES: Mapping[Engine, tuple[str, ...]] = MappingProxyType(
     {"onnxruntime": (".onnx",), "tensorrt-rtx": (".plan", ".engine"), "tensorrt": (".plan", ".engine")}
 )
-
-_GPU_QUERY_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -51,14 +48,6 @@ class TargetChoice:
 
     target: Target
     reason: str
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The first GPU of this machine."""
-
-    name: str
-    compute_capability: tuple[int, int]
 
 
 _INT = ("int8", "int4")
@@ -125,32 +114,8 @@ def _target_of_gpu(gpu: Gpu | None) -> TargetChoice:
     if gpu is None:
         return TargetChoice(default, "auto: no GPU here, so the default; another with --target")
     fitting = [entry for entry in _TABLE if entry.compute_capability == gpu.compute_capability]
-    version = ".".join(str(part) for part in gpu.compute_capability)
+    version = gpu.capability_text
     if not fitting:
         reason = f"auto: the default, since no target fits the {gpu.name} here (compute capability {version})"
         return TargetChoice(default, reason)
     return TargetChoice(fitting[0], f"auto: the {gpu.name} here (compute capability {version})")
-
-
-def local_gpu() -> Gpu | None:
-    """The first NVIDIA GPU that nvidia-smi lists, None where there is neither."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, "--query-gpu=compute_cap,name", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(  # noqa: S603 - a fixed command line
-            command, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_gpu(answer.stdout)
-
-
-def parse_gpu(listing: str) -> Gpu | None:
-    """The first line of nvidia-smi's ``compute_cap, name`` listing, None if it is not such a line."""
-    capability, _, name = listing.partition("\n")[0].partition(",")
-    major, _, minor = capability.strip().partition(".")
-    if not (major.isdecimal() and minor.isdecimal() and name.strip()):
-        return None
-    return Gpu(name.strip(), (int(major), int(minor)))

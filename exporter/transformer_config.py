@@ -11,8 +11,8 @@ import onnx
 
 from exporter.errors import InputError
 from exporter.models.location import CONFIG, find_model, read_config
+from exporter.onnx_files import read_model
 from exporter.origin import Origin, origin_path
-from exporter.runtime.onnx_session import read_model
 
 CONFIG_KEY = "fp4export.transformer"
 CLASS_NAME = "_class_name"

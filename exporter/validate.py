@@ -29,11 +29,11 @@ from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
+from exporter.onnx_files import read_model
 from exporter.passes.emulate import relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
-from exporter.runtime import read_model
 from exporter.targets import Target, get_target
 
 RESULT = "result.json"

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.files import atomic_path, sha256_of, write_text_atomically
+from exporter.files import sha256_of, write_text_atomically
+from exporter.tensor_files import atomic_tensor_path
 
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
 
@@ -61,7 +62,7 @@ class WorkDir:
         path = self.file(name)
         if not self.fresh and self._sealed_under(path, key):
             return path, True
-        with atomic_path(path) as temporary:
+        with atomic_tensor_path(path) as temporary:
             make(temporary)
         seal = {"key": key, "sha256": sha256_of(path)}
         write_text_atomically(self._seal(path), json.dumps(seal, indent=1) + "\n")

@@ -7,8 +7,8 @@ import math
 import onnx_graphsurgeon as gs
 
 from exporter.passes.surgery import Splicer
-from exporter.passes.tensorrt_parsers import PARSERS
 from exporter.targets import Target
+from exporter.tensorrt_parsers import PARSERS
 from plugins.body import Body
 
 # The tanh approximation is tanh(√(2/π)·(x + 0.044715·x³)), as the operator's definition has it.

@@ -11,8 +11,8 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes.inference import element_types
 from exporter.passes.surgery import CONTRIB_DOMAIN
-from exporter.passes.tensorrt_parsers import PARSERS, Parser
 from exporter.targets import Target
+from exporter.tensorrt_parsers import PARSERS, Parser, refusal
 from plugins.op import is_ours
 
 _STANDARD = (None, "", "ai.onnx")
@@ -57,19 +57,11 @@ def _check_products(graph: gs.Graph, types: Mapping[str, int], target: Target) -
 
 
 def _check_node(node: gs.Node, types: Mapping[str, int], parser: Parser, target: Target) -> None:
-    standard = node.domain in _STANDARD and node.op in parser.operators
-    if not standard and node.op not in parser.extensions:
-        raise InputError(
-            f"{_named(node)}: target {target.name} cannot run operator {_operator(node)}: "
-            f"the ONNX parser of TensorRT {parser.name} does not take it"
-        )
-    for tensor in (*node.inputs, *node.outputs):
-        kind = types.get(tensor.name)
-        if kind is not None and not parser.takes(kind, node.op):
-            raise InputError(
-                f"{_named(node)}: target {target.name} cannot run {_operator(node)} with {tensor.name!r} of type "
-                f"{TensorProto.DataType.Name(kind)}: the ONNX parser of TensorRT {parser.name} does not take it there"
-            )
+    names = [tensor.name for tensor in (*node.inputs, *node.outputs)]
+    tensors = {name: types[name] for name in names if types.get(name) is not None}
+    reason = refusal(node.domain or "", str(node.op), tensors, parser)
+    if reason:
+        raise InputError(f"{_named(node)}: target {target.name} cannot run {reason}")
 
 
 def _named(node: gs.Node) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from exporter.runtime.onnx_session import OnnxSession, read_model
+from exporter.runtime.onnx_session import OnnxSession
 from exporter.runtime.signature import TensorSpec
 
 if TYPE_CHECKING:
     from exporter.runtime.transformer import EngineTransformer
 
-__all__ = ["EngineTransformer", "OnnxSession", "TensorSpec", "read_model"]
+__all__ = ["EngineTransformer", "OnnxSession", "TensorSpec"]
 
 
 def __getattr__(name: str) -> Any:

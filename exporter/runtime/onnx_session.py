@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.errors import InputError, did_you_mean
+from exporter.onnx_files import read_model
 from exporter.runtime.signature import TensorSpec, check_shapes
 
 CPU_PROVIDERS = ("CPUExecutionProvider",)
@@ -123,19 +123,6 @@ def create_session(
 
 def _name_of(source: Path | str | onnx.ModelProto) -> str:
     return "the ONNX model" if isinstance(source, onnx.ModelProto) else str(source)
-
-
-def read_model(path: Path, *, external_data: bool = True) -> onnx.ModelProto:
-    """The ONNX model in a file. Raises `InputError` for one that is missing, unreadable or not ONNX."""
-    try:
-        model = onnx.load(path, load_external_data=external_data)
-    except (OSError, onnx.checker.ValidationError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except DecodeError as error:
-        raise InputError(f"{path}: not an ONNX file, or a damaged one") from error
-    if not model.graph.node:
-        raise InputError(f"{path}: not an ONNX file, or one without a graph")
-    return model
 
 
 def _return_freed_memory() -> None:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.build import check_rtx_engine, read_rtx_header
+from exporter.device.rtx_file import check_rtx_engine, read_rtx_header
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.runtime.engine import Buffers, Engine, Shapes
 from exporter.runtime.signature import TensorSpec
 
 BATCH = "batch"
-"""What an engine's dynamic dimensions are called: `exporter.build` leaves no other dynamic."""
+"""What an engine's dynamic dimensions are called: `exporter.device` leaves no other dynamic."""
 
 _TORCH_TYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

@@ -4,7 +4,8 @@ import pytest
 
 from exporter import targets
 from exporter.errors import InputError
-from exporter.targets import AUTO, DEFAULT_RTX, TARGETS, Gpu, get_target, parse_gpu, resolve_target
+from exporter.gpu import Gpu
+from exporter.targets import AUTO, DEFAULT_RTX, TARGETS, get_target, resolve_target
 
 
 @pytest.fixture
@@ -62,17 +63,3 @@ def test_auto_is_the_gpu_here_or_the_default(here, gpu: Gpu | None, name: str, s
     choice = resolve_target(AUTO, f"out{suffix}")
     assert choice.target.name == name
     assert said in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("listing", "gpu"),
-    [
-        ("8.9, NVIDIA L4\n9.0, NVIDIA H100\n", Gpu("NVIDIA L4", (8, 9))),
-        ("12.0, NVIDIA GeForce RTX 5090", Gpu("NVIDIA GeForce RTX 5090", (12, 0))),
-        ("No devices were found\n", None),
-        ("[N/A], NVIDIA Something", None),
-        ("", None),
-    ],
-)
-def test_the_answer_of_nvidia_smi(listing: str, gpu: Gpu | None) -> None:
-    assert parse_gpu(listing) == gpu

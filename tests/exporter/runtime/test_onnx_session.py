@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import InputError
-from exporter.runtime import OnnxSession, read_model
+from exporter.onnx_files import read_model
+from exporter.runtime import OnnxSession
 
 COUNT, FEATURES = 64, 24
 

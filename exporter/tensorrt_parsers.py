@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from onnx import TensorProto
 
+_STANDARD = ("", "ai.onnx")
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _MXFP8 = frozenset({"TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear"})
 _FP4 = frozenset({"TRT_FP4DynamicQuantize"})
@@ -114,3 +115,20 @@ _TABLE = (
 
 PARSERS: Mapping[str, Parser] = MappingProxyType({entry.name: entry for entry in _TABLE})
 """Every release that some target needs, by name."""
+
+
+def refusal(domain: str, operator: str, tensors: Mapping[str, int], parser: Parser) -> str:
+    """What of a node the parser does not take, in words that go on "cannot run …"; "" if it takes all.
+
+    `tensors` are the element types of the node's inputs and outputs by name, as far as they are known.
+    """
+    named = f"{domain}::{operator}" if domain else operator
+    if not (domain in _STANDARD and operator in parser.operators) and operator not in parser.extensions:
+        return f"operator {named}: the ONNX parser of TensorRT {parser.name} does not take it"
+    for name, kind in tensors.items():
+        if not parser.takes(kind, operator):
+            return (
+                f"{named} with {name!r} of type {TensorProto.DataType.Name(kind)}: the ONNX parser of TensorRT "
+                f"{parser.name} does not take it there"
+            )
+    return ""

@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from exporter.passes.tensorrt_parsers import PARSERS
 from exporter.targets import TARGETS
+from exporter.tensorrt_parsers import PARSERS
 
 
 def test_every_tensorrt_target_names_a_parser() -> None:
