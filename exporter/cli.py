@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
-RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). MODEL.onnx is a
-plain ONNX model, whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
+RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6,
+hunyuan_dit_v1_1_w4a6, hunyuan_dit_v1_2_w4a6, dit_xl_2_256_w4a6, dit_xl_2_512_w4a6). MODEL.onnx is a plain ONNX model,
+whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
 decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
 or for the one that --target names.
 
@@ -40,6 +41,7 @@ Examples:
   fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
+  fp4export embed pixart_alpha_w4a6 --prompts captions.txt -o prompts.safetensors
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
   fp4export sample digits.onnx -o digits.png --compare

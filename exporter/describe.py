@@ -11,7 +11,7 @@ from rich.table import Table
 
 from exporter.compute import check_compute
 from exporter.container_choice import accumulator_text, exact_text
-from exporter.models.families import get_adapter
+from exporter.models.families import recipe_adapter
 from exporter.models.loading import model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
@@ -38,10 +38,10 @@ def describe(recipe: Recipe, output: str | Path) -> Description:
     choice = resolve_target(recipe.target, path)
     check_compute(recipe.name, recipe.compute, choice.target)
     found = locate_config(recipe)
-    adapter = get_adapter(recipe.model.family)
+    adapter = recipe_adapter(recipe.model)
     model = skeleton(found.content, adapter, found.file)
     adapter.latent_shape(model, recipe.model.resolution)
-    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.high_precision, choice.target)
+    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), choice.target)
     return Description(
         path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing, plan.vnni_note(choice.target)))
     )

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
 from exporter.explain import explain
+from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS
 from exporter.yaml_text import dump_yaml
@@ -43,8 +44,6 @@ PRESETS: tuple[str, ...] = get_args(Preset)
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 
 _PATHS = (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier"))
-# The families that draw class labels instead of prompts.
-LABELLED_FAMILIES = ("dit",)
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -66,29 +65,10 @@ def _known(name: str, kind: str, names: Sequence[str]) -> str:
     return name
 
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, le=_LARGEST_SEED)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
-    """The transformer to export."""
-
-    family: Literal["pixart", "hunyuan", "dit"] = "pixart"
-    weights: Text = Field(description="the directory with the transformer in diffusers' layout, or a Hub id")
-    variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
-        default=None, description="which of the checkpoint's files, as diffusers names them, for example fp16"
-    )
-    resolution: Count | None = Field(
-        default=None, description="side of the latent (image side / 8); unset: the config's sample_size"
-    )
-
-
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """How the sampler runs whose transformer inputs calibrate the rounding."""
 
     prompts: Text | None = Field(default=None, description="the safetensors file with the prompt embeddings")
@@ -102,7 +82,7 @@ class CalibrationSection(_Section):
     seed: Seed = 0
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
 
     name: Literal["fp4dit", "rtn"] = "fp4dit"
@@ -126,7 +106,7 @@ class MethodSection(_Section):
         return self
 
 
-class LayerRule(_Section):
+class LayerRule(Section):
     """Formats for the layers whose module path matches; the first matching rule wins.
 
     What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision.
@@ -163,7 +143,7 @@ class LayerRule(_Section):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What the report measures on the finished model."""
 
     samples: Count = Field(default=1000, description="guided samples that the classifier judges")
@@ -173,7 +153,7 @@ class EvaluationSection(_Section):
     grid: Annotated[int, Field(ge=1, le=400)] = Field(default=20, description="samples shown in the report")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe; `source_dir` is the folder that its relative paths start from."""
 
     model: ModelSection

@@ -26,7 +26,7 @@ Denoiser = Callable[[TransformerInputs], Tensor]
 """Transformer inputs of batch B → the noise prediction [B, C, H, W]."""
 
 
-_PREDICTIONS = ("epsilon", "v_prediction")
+_PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("prediction_type", "epsilon") not in _PREDICTIONS:
         raise InputError(
             f"{path}: prediction_type {config['prediction_type']!r}: only models that predict the noise ('epsilon') or "
-            "its velocity ('v_prediction')"
+            "a velocity ('v_prediction', 'flow_prediction')"
         )
     return config
 

@@ -14,7 +14,8 @@ from exporter.errors import EnvironmentLacksError, InputError
 from exporter.files import sha256_of
 from exporter.job import Job
 from exporter.models.adapter import Adapter
-from exporter.models.families import get_adapter
+from exporter.models.families import recipe_adapter
+from exporter.models.generic import GenericAdapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.loading import load_transformer, model_shapes
 from exporter.models.location import CONFIG, ModelFiles, locate_model
@@ -66,10 +67,10 @@ def load_source(job: Job) -> Source:
     """Load and check all that the recipe names, before anything takes long. Raises `InputError`."""
     recipe = job.recipe
     files = locate_model(recipe)
-    adapter = get_adapter(recipe.model.family)
+    adapter = recipe_adapter(recipe.model)
     model = load_transformer(files.transformer, adapter, recipe.model.variant)
     prompts = _prompts(recipe, adapter, model)
-    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.high_precision, job.target)
+    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), job.target)
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
     if recipe.method.name == "fp4dit":
@@ -81,7 +82,7 @@ def load_source(job: Job) -> Source:
         read["prompts"] = recipe.resolve_path(recipe.calibration.prompts)
     if files.scheduler is not None:
         read["scheduler"] = files.scheduler
-    return Source(
+    source = Source(
         model=model,
         adapter=adapter,
         prompts=prompts,
@@ -90,6 +91,9 @@ def load_source(job: Job) -> Source:
         latent_shape=latent_shape,
         identity={name: sha256_of(file) for name, file in read.items()},
     )
+    if isinstance(adapter, GenericAdapter):
+        adapter.check(model, source.example_inputs(batch=2))
+    return source
 
 
 def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:

@@ -91,6 +91,10 @@ class Adapter(ABC):
         """The class label that goes without a prompt, in a family that takes labels."""
         raise NotImplementedError(f"{self.family} takes no class labels")
 
+    def kept_layers(self, model: nn.Module) -> tuple[str, ...]:
+        """Module paths or patterns of the layers that stay in high precision unless a rule names them."""
+        return self.high_precision
+
     def skips(self, model: nn.Module) -> Mapping[str, Mapping[str, str]]:
         """Module path of a block → its keyword arguments that are an earlier block's output → that block's path."""
         return {}
@@ -159,7 +163,8 @@ class Adapter(ABC):
     def forward(self, model: nn.Module, inputs: TransformerInputs) -> Tensor:
         """The raw output [B, C_out, H, W], conditions on the size added where the model needs them."""
         complete = self.with_conditions(model, inputs)
-        output: Tensor = self.forward_module(model, complete)(**complete.as_dict())
+        tensors = complete.as_dict()
+        output: Tensor = self.forward_module(model, complete)(*(tensors[name] for name in self.input_names(model)))
         return output
 
     def predict_noise(self, model: nn.Module, inputs: TransformerInputs) -> Tensor:

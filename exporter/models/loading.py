@@ -15,6 +15,7 @@ from exporter.errors import EnvironmentLacksError, InputError, did_you_mean
 from exporter.explain import explain
 from exporter.models.adapter import Adapter
 from exporter.models.families import ADAPTERS
+from exporter.models.generic import ANY_CLASS
 from exporter.models.location import CONFIG, read_config
 from exporter.models.weight_files import read_tensors, weight_files
 from exporter.plan import LinearShape, ModelShapes
@@ -48,12 +49,12 @@ def load_transformer(transformer: Path, adapter: Adapter, variant: str | None = 
 def skeleton(config: dict[str, Any], adapter: Adapter, file: Path) -> nn.Module:
     """The model that a config describes, its parameters without memory. Raises `InputError` naming `file`."""
     name = config.get("_class_name")
-    if name != adapter.class_name:
+    if adapter.class_name not in (name, ANY_CLASS):
         found = f"_class_name is {name!r}" if name is not None else "there is no _class_name"
         supported = ", ".join(f"{entry.family} ({entry.class_name})" for entry in ADAPTERS.values())
         raise InputError(
             f"{file}: {found}, but family {adapter.family} is {adapter.class_name}; supported: {supported}; "
-            "docs/architecture.md shows how to add one"
+            "family generic takes others that a recipe describes; docs/architecture.md shows how to add one"
         )
     try:
         adapter.parse_config(config)

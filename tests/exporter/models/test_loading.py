@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.models.families import get_adapter
 from exporter.models.loading import load_transformer, model_shapes, skeleton
 from exporter.models.location import read_config
 from exporter.models.pixart import PixArtAdapter
@@ -209,8 +208,3 @@ def test_a_config_for_another_size_names_the_first_tensor(checkpoint: Callable[.
     configure(folder, num_layers=1)
     with pytest.raises(InputError, match=r"transformer_blocks\.1\.\S+ is not part of the model"):
         load_transformer(folder, ADAPTER)
-
-
-def test_an_unknown_family_suggests_one() -> None:
-    with pytest.raises(InputError, match="unknown family 'pixarts'; did you mean 'pixart'"):
-        get_adapter("pixarts")
