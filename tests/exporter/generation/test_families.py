@@ -17,7 +17,7 @@ from exporter.generation.conditions import Embedded
 from exporter.generation.generate import Image, Settings, generate
 from exporter.generation.pipelines import PIPELINES, PipelineFolder, open_pipeline
 from exporter.models.adapter import LINEAR_NOISE
-from exporter.models.families import ADAPTERS, get_adapter
+from exporter.models.families import ADAPTERS
 from exporter.runtime import EngineTransformer
 from exporter.to_onnx import to_onnx
 
@@ -73,7 +73,7 @@ def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Pa
         # Zero-initialised modulations would hide what they are given.
         torch.nn.init.normal_(parameter, std=0.1)
     model.eval()
-    adapter = get_adapter(family)
+    adapter = ADAPTERS[family]
     to_onnx(model, adapter, adapter.example_inputs(model, 2, TOKENS), tmp_path / "m.onnx")
     tensors = {"class_labels": torch.tensor([207])} if family == "dit" else _embeddings()
     if family == "dit":
