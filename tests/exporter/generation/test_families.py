@@ -8,8 +8,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, HunyuanDiT2DModel
-from torch import Tensor, nn
+from diffusers import DiTTransformer2DModel
+from torch import nn
 
 from exporter.errors import InputError
 from exporter.gate.snr import snr_db
@@ -20,30 +20,14 @@ from exporter.models.adapter import LINEAR_NOISE
 from exporter.models.families import ADAPTERS
 from exporter.runtime import EngineTransformer
 from exporter.to_onnx import to_onnx
+from tests.exporter.models.small_families import HUNYUAN_KEYS, SIDE, T5_TOKENS, hunyuan, prompt_tensors
 
-TOKENS = 7
-SIDE = 4
-
-
-def _hunyuan() -> nn.Module:
-    return HunyuanDiT2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        patch_size=2,
-        sample_size=SIDE,
-        hidden_size=16,
-        num_layers=2,
-        mlp_ratio=2.0,
-        cross_attention_dim=16,
-        cross_attention_dim_t5=16,
-        pooled_projection_dim=16,
-        text_len=TOKENS,
-        text_len_t5=TOKENS,
-    )
+CLASSES = 1000
+"""DiTPipeline calls no class 1000, whatever the model says."""
 
 
 def _dit() -> nn.Module:
+    torch.manual_seed(0)
     return DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -52,30 +36,20 @@ def _dit() -> nn.Module:
         num_layers=1,
         sample_size=SIDE,
         patch_size=2,
-        num_embeds_ada_norm=1000,
+        num_embeds_ada_norm=CLASSES,
     )
-
-
-def _embeddings() -> dict[str, Tensor]:
-    tensors = {}
-    for name in ("prompt", "negative_prompt"):
-        for ending in ("", "_2"):
-            tensors[f"{name}_embeds{ending}"] = torch.randn(1, TOKENS, 16)
-            tensors[f"{name}_attention_mask{ending}"] = (torch.arange(TOKENS) < 5).long()[None]
-    return tensors
 
 
 @pytest.mark.parametrize("family", ["hunyuan", "dit"])
 def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = _dit() if family == "dit" else _hunyuan()
+    model = _dit() if family == "dit" else hunyuan()
     for parameter in model.parameters():
         # Zero-initialised modulations would hide what they are given.
         torch.nn.init.normal_(parameter, std=0.1)
     model.eval()
     adapter = ADAPTERS[family]
-    to_onnx(model, adapter, adapter.example_inputs(model, 2, TOKENS), tmp_path / "m.onnx")
-    tensors = {"class_labels": torch.tensor([207])} if family == "dit" else _embeddings()
+    to_onnx(model, adapter, adapter.example_inputs(model, 2, T5_TOKENS), tmp_path / "m.onnx")
+    tensors = {"class_labels": torch.tensor([207])} if family == "dit" else prompt_tensors(HUNYUAN_KEYS, 1)
     if family == "dit":
         # Its pipeline always decodes.
         (tmp_path / "vae").symlink_to(pipeline_folder / "vae")
@@ -86,7 +60,7 @@ def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Pa
         images = [Image(0, 1), Image(0, 2)]
         conditions = Embedded(Path("test"), tensors)
         drawn.append(generate(pipeline, conditions, images, Settings(3, 4.0, (SIDE, SIDE))))
-    assert drawn[0].shape == ((2, 3, 8, 8) if family == "dit" else (2, 4, SIDE, SIDE))
+    assert drawn[0].shape == ((2, 3, 2 * SIDE, 2 * SIDE) if family == "dit" else (2, 3, SIDE, SIDE))
     assert snr_db(drawn[0].numpy(), drawn[1].numpy()) > 70
     assert not torch.allclose(drawn[0][0], drawn[0][1], atol=1e-3)
 
