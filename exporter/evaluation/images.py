@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from exporter.errors import InputError
@@ -34,6 +35,7 @@ class DrawingPlan:
     scheduler: str
     settings: Settings
     batch: int
+    device: torch.device
 
     def chunks(self) -> list[list[tuple[Prompt, Image]]]:
         """Runs of `batch` prompts.
@@ -61,7 +63,7 @@ def draw_images(
     if not missing:
         return
     text = isinstance(plan.conditions, Texts)
-    pipeline = plan.source.pipeline(load(), plan.scheduler, plan.settings.steps, text=text)
+    pipeline = plan.source.pipeline(load(), plan.scheduler, plan.settings.steps, device=plan.device, text=text)
     with progress.task(f"drawing {folder.name}", len(missing) * plan.settings.steps) as task:
         for chunk in missing:
             images = [image for _, image in chunk]

@@ -121,6 +121,7 @@ def _plan(
         scheduler=_first(options.scheduler, preset.scheduler, defaults.scheduler),
         settings=settings,
         batch=largest_batch(options.batch, transformer.engine.largest_batch, settings),
+        device=transformer.device,
     )
     return plan, transformer
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import diffusers
+import torch
 from torch import nn
 
 from exporter.errors import EnvironmentLacksError, InputError
@@ -27,6 +28,7 @@ PIPELINES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Transformer class → the pipelines that it works in; the first where the folder names none."""
 
+_CPU = torch.device("cpu")
 _INDEX = "model_index.json"
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _TEXT_CLASSES = (
@@ -79,14 +81,15 @@ def open_pipeline(
     steps: int,
     noise: Mapping[str, Any] | None,
     *,
+    device: torch.device = _CPU,
     text: bool = False,
 ) -> Any:
     """The diffusers pipeline with `transformer` in it and diffusers' scheduler `scheduler`, which has `steps`.
 
     `noise` is the schedule where the folder has none (a family's `training_noise`).
-    The autoencoder is loaded where the folder has one, the text encoders only with `text`. Only the classes that these
-    pipelines are made of are loaded, from safetensors. Raises `InputError` for a folder that does not fit the
-    transformer or lacks a part that is asked for.
+    All its parts are moved to `device`, where an engine already is. The autoencoder is loaded where the folder has one,
+    the text encoders only with `text`. Only the classes that these pipelines are made of are loaded, from safetensors.
+    Raises `InputError` for a folder that does not fit the transformer or lacks a part that is asked for.
     """
     index = folder.index()
     pipeline_class = getattr(diffusers, _pipeline_name(folder, index, _class_of(transformer)))
@@ -104,7 +107,7 @@ def open_pipeline(
         parts["requires_safety_checker"] = False
     pipeline = pipeline_class(**{**absent, **parts})
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 def _class_of(transformer: nn.Module) -> str:

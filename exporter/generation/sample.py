@@ -72,7 +72,8 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
     count = options.count or min(conditions.count, _MOST_BY_DEFAULT)
     images = [Image(index % conditions.count, options.seed + index) for index in range(count)]
     batch = largest_batch(options.batch, transformer.engine.largest_batch, settings)
-    draw = _Drawing(source, options.scheduler or source.defaults.scheduler, conditions, settings, images, batch)
+    scheduler = options.scheduler or source.defaults.scheduler
+    draw = _Drawing(source, scheduler, conditions, settings, images, batch, transformer.device)
     ours = draw.with_transformer(transformer, output.name, progress)
     original = draw.with_transformer(source.original(), "original", progress) if options.compare else None
     kind = kind_of(ours if original is None else original, decoded=source.folder.has_vae)
@@ -115,11 +116,12 @@ class _Drawing:
     settings: Settings
     images: Sequence[Image]
     batch: int
+    device: torch.device
 
     def with_transformer(self, transformer: nn.Module, name: str, progress: Progress) -> Tensor:
         """All images, drawn by `transformer`."""
         text = isinstance(self.conditions, Texts)
-        pipeline = self.source.pipeline(transformer, self.scheduler, self.settings.steps, text=text)
+        pipeline = self.source.pipeline(transformer, self.scheduler, self.settings.steps, device=self.device, text=text)
         parts = batches(self.images, self.batch)
         with progress.task(f"drawing with {name}", len(parts) * self.settings.steps) as task:
             drawn = [generate(pipeline, self.conditions, part, self.settings, task.advance) for part in parts]

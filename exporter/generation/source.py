@@ -81,9 +81,10 @@ class DrawingSource:
         """The original transformer, from its weights. Raises `InputError` when they are not here."""
         return load_transformer(self.files.transformer, self.adapter, self.defaults.variant)
 
-    def pipeline(self, transformer: nn.Module, scheduler: str, steps: int, *, text: bool) -> Any:
+    def pipeline(self, transformer: nn.Module, scheduler: str, steps: int, *, device: torch.device, text: bool) -> Any:
         """The pipeline with `transformer` in it, see `open_pipeline`."""
-        return open_pipeline(self.folder, transformer, scheduler, steps, self.adapter.training_noise, text=text)
+        noise = self.adapter.training_noise
+        return open_pipeline(self.folder, transformer, scheduler, steps, noise, device=device, text=text)
 
     def conditions(self, prompts: Path | None) -> Embedded:
         """The embeddings or class labels in `prompts`, else what the recipe draws. Raises `InputError`."""
