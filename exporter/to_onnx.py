@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -41,10 +42,11 @@ def to_onnx(model: nn.Module, adapter: Adapter, example: TransformerInputs, path
     inputs = example.as_dict()
     arguments = tuple(inputs[name] for name in names)
     batch = torch.export.Dim("batch", min=1, max=4096)
+    each = tuple({0: batch} for _ in arguments)
+    # One parameter that takes all (*tensors) has one entry for all.
+    shapes = (each,) if len(inspect.signature(module.forward).parameters) < len(arguments) else each
     with torch.no_grad(), _boundaries(adapter.blocks(model), adapter.skips(model)), _quiet():
-        program = torch.export.export(
-            module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False
-        )
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=names, output_names=["sample"], verbose=False
         )

@@ -93,7 +93,8 @@ class GenericAdapter(Adapter):
         lists = {
             name: module
             for name, module in model.named_children()
-            if isinstance(module, nn.ModuleList) and any(isinstance(part, nn.Linear) for part in module.modules())
+            # Quantized layers are no nn.Linear any more.
+            if isinstance(module, nn.ModuleList) and any(hasattr(part, "in_features") for part in module.modules())
         }
         path = self._blocks if self._blocks is not None else next(iter(lists), None)
         if path is None or path not in lists or (self._blocks is None and len(lists) > 1):
