@@ -13,7 +13,9 @@ from exporter import __version__
 from exporter.cli_bisect import bisect, ranges, validate
 from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists
 from exporter.cli_embed import embed_prompts
+from exporter.cli_evaluate import evaluate
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
+from exporter.cli_sample import sample
 from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
 from exporter.device.program import main as device_main
 from exporter.errors import InputError
@@ -46,6 +48,8 @@ Examples:
   fp4export inspect digits.onnx
   fp4export bisect digits.onnx
   fp4export ranges my.yaml -o my.plan
+  fp4export sample digits.onnx -o digits.png --compare
+  fp4export evaluate digits.onnx --prompts recipes/digits/prompts.safetensors -o quality
   fp4export build my.work/lowered.orin.onnx -o my.plan --target orin    (on the Orin)
   fp4export doctor
 
@@ -78,6 +82,8 @@ Exit codes:
 _OTHER_FORMS = (
     "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
     "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
+    "sample OUT -o DIR",
+    "evaluate OUT --prompts FILE -o DIR",
     "build MODEL.onnx -o OUT [OPTIONS]",
     "validate FILE",
     "inspect FILE [--json]",
@@ -151,6 +157,8 @@ command.add_command(validate)
 command.add_command(bisect)
 command.add_command(ranges)
 command.add_command(embed_prompts)
+command.add_command(sample)
+command.add_command(evaluate)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -18,6 +18,7 @@ from exporter.errors import InputError
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs, shared_inputs
 from exporter.symbolic import symbolic_boundary
+from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions
 
 # Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
@@ -53,6 +54,7 @@ def to_onnx(model: nn.Module, adapter: Adapter, example: TransformerInputs, path
         raise RuntimeError("torch.onnx.export returned no program")
     graph = exported.model_proto
     _tidy(graph, module, model)
+    write_transformer_config(graph, type(model).__name__, cast(Any, model).config)
     attach_functions(graph)
     onnx.save(graph, path)
 

@@ -1,11 +1,10 @@
-"""Running an exported graph in ONNX Runtime on the CPU."""
+"""Running a graph on numpy arrays, in ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,15 +17,16 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.errors import InputError, did_you_mean
 from exporter.onnx_files import read_model
+from exporter.runtime.signature import TensorSpec, check_shapes
 
-_PROVIDERS = ["CPUExecutionProvider"]
+CPU_PROVIDERS = ("CPUExecutionProvider",)
 _ERRORS_ONLY = 3
 
 # Fuses quantized activations with FP8 weights into an integer operator that it then refuses, and a weight-only
 # DequantizeLinear with its MatMul into one that quantizes the activations to 8 bits.
 _QDQ_FUSION = "QDQSelectorActionTransformer"
 
-_ORT_ERRORS = (
+ORT_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -49,15 +49,6 @@ _NUMPY_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input or output: its name, numpy type (None for types that numpy lacks) and sizes (a name where dynamic)."""
-
-    name: str
-    dtype: np.dtype[Any] | None
-    shape: tuple[int | str, ...]
-
-
 class OnnxSession:
     """A graph ready to run.
 
@@ -71,24 +62,10 @@ class OnnxSession:
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.
         """
-        self.name = "the ONNX model" if isinstance(source, onnx.ModelProto) else str(source)
-        model = source if isinstance(source, onnx.ModelProto) else read_model(Path(source), external_data=False)
-        options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        # Idle threads would spin on the cores that torch computes on between two runs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-        disabled = [_QDQ_FUSION] if dequantizes else []
-        content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
-        try:
-            self._session = ort.InferenceSession(content, options, providers=_PROVIDERS, disabled_optimizers=disabled)
-        except _ORT_ERRORS as error:
-            raise InputError(f"{self.name}: ONNX Runtime cannot run it: {_first_line(error)}") from error
-        _return_freed_memory()
-        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
-        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self.name = _name_of(source)
+        self._session = create_session(source, threads, CPU_PROVIDERS)
+        self.inputs = tuple(spec_of(value) for value in self._session.get_inputs())
+        self.outputs = tuple(spec_of(value) for value in self._session.get_outputs())
 
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Iterable[str] | None = None
@@ -107,32 +84,45 @@ class OnnxSession:
             # Not np.ascontiguousarray, which gives a scalar an axis.
             arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
             results = self._session.run(names, arrays) if names else []
-        except _ORT_ERRORS as error:
-            raise InputError(f"{self.name}: ONNX Runtime failed: {_first_line(error)}") from error
+        except ORT_ERRORS as error:
+            raise InputError(f"{self.name}: ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
     def _check(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
-        known = [spec.name for spec in self.inputs]
-        for name in feeds:
-            if name not in known:
-                raise InputError(f"{self.name}: no input {name!r}{did_you_mean(name, known)}")
-        sizes: dict[str, int] = {}
+        check_shapes(self.name, self.inputs, {name: array.shape for name, array in feeds.items()})
         for spec in self.inputs:
-            if spec.name not in feeds:
-                raise InputError(f"{self.name}: input {spec.name!r} is missing; it needs {', '.join(known)}")
             array = feeds[spec.name]
             if spec.dtype is not None and array.dtype != spec.dtype:
                 raise InputError(f"{self.name}: input {spec.name!r} must be {spec.dtype}, not {array.dtype}")
-            fits = len(array.shape) == len(spec.shape) and all(
-                size == (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, size))
-                for size, wanted in zip(array.shape, spec.shape, strict=True)
-            )
-            if not fits:
-                wanted_shape = ", ".join(str(size) for size in spec.shape)
-                raise InputError(
-                    f"{self.name}: input {spec.name!r} must be [{wanted_shape}], not {list(array.shape)}"
-                    + "".join(f"; {name} is {size} here" for name, size in sizes.items() if name in spec.shape)
-                )
+
+
+def create_session(
+    source: Path | str | onnx.ModelProto, threads: int | None, providers: Sequence[str]
+) -> ort.InferenceSession:
+    """ONNX Runtime's session for a file or a model, without the one optimization that would change its arithmetic.
+
+    Raises `InputError` as `OnnxSession` does.
+    """
+    model = source if isinstance(source, onnx.ModelProto) else read_model(Path(source), external_data=False)
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # Idle threads would spin on the cores that torch computes on between two runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    disabled = [_QDQ_FUSION] if dequantizes else []
+    content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
+    try:
+        session = ort.InferenceSession(content, options, providers=list(providers), disabled_optimizers=disabled)
+    except ORT_ERRORS as error:
+        raise InputError(f"{_name_of(source)}: ONNX Runtime cannot run it: {first_line(error)}") from error
+    _return_freed_memory()
+    return session
+
+
+def _name_of(source: Path | str | onnx.ModelProto) -> str:
+    return "the ONNX model" if isinstance(source, onnx.ModelProto) else str(source)
 
 
 def _return_freed_memory() -> None:
@@ -146,10 +136,12 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _spec(value: Any) -> TensorSpec:
+def spec_of(value: Any) -> TensorSpec:
+    """The signature of one of a session's inputs or outputs."""
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     return TensorSpec(str(value.name), _NUMPY_TYPES.get(value.type), shape)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
