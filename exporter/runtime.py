@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.errors import InputError, did_you_mean
+from exporter.memory import return_freed_memory
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3
@@ -25,6 +24,8 @@ _ERRORS_ONLY = 3
 # Fuses quantized activations with FP8 weights into an integer operator that it then refuses, and a weight-only
 # DequantizeLinear with its MatMul into one that quantizes the activations to 8 bits.
 _QDQ_FUSION = "QDQSelectorActionTransformer"
+
+_FOLDING = "ConstantFolding"
 
 _ORT_ERRORS = (
     ort_errors.Fail,
@@ -65,8 +66,11 @@ class OnnxSession:
     DequantizeLinear nodes.
     """
 
-    def __init__(self, source: Path | str | onnx.ModelProto, threads: int | None = None) -> None:
-        """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores).
+    def __init__(
+        self, source: Path | str | onnx.ModelProto, threads: int | None = None, *, fold_constants: bool = True
+    ) -> None:
+        """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores). Without
+        `fold_constants`, what depends on constants alone is computed in every run instead of being kept in memory.
 
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.
@@ -80,13 +84,14 @@ class OnnxSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-        disabled = [_QDQ_FUSION] if dequantizes else []
+        disabled = [_QDQ_FUSION] * dequantizes + [_FOLDING] * (not fold_constants)
         content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
         try:
             self._session = ort.InferenceSession(content, options, providers=_PROVIDERS, disabled_optimizers=disabled)
         except _ORT_ERRORS as error:
             raise InputError(f"{self.name}: ONNX Runtime cannot run it: {_first_line(error)}") from error
-        _return_freed_memory()
+        # Expanding 4-bit weights frees ten times their final size.
+        return_freed_memory()
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
 
@@ -146,17 +151,6 @@ def read_model(path: Path, *, external_data: bool = True) -> onnx.ModelProto:
     if not model.graph.node:
         raise InputError(f"{path}: not an ONNX file, or one without a graph")
     return model
-
-
-def _return_freed_memory() -> None:
-    """Let glibc give back what loading freed.
-
-    Expanding 4-bit weights frees ten times their final size, in pieces that glibc would keep for later.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _spec(value: Any) -> TensorSpec:
