@@ -10,7 +10,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.files import atomic_path, sha256_of, write_text_atomically
+from exporter.files import atomic_path, write_text_atomically
+from exporter.onnx_files import checksum_of, rename_data
 
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
 
@@ -56,14 +57,16 @@ class WorkDir:
         """Path of `name` made under `key`, and whether it was reused.
 
         An earlier file is reused when its seal carries the same key and the file's checksum still holds; else
-        `make(temporary_path)` writes it anew.
+        `make(temporary_path)` writes it anew, a large ONNX graph with a second file for its weights
+        (`exporter.onnx_files`).
         """
         path = self.file(name)
         if not self.fresh and self._sealed_under(path, key):
             return path, True
         with atomic_path(path) as temporary:
             make(temporary)
-        seal = {"key": key, "sha256": sha256_of(path)}
+            rename_data(temporary, path)
+        seal = {"key": key, "sha256": checksum_of(path)}
         write_text_atomically(self._seal(path), json.dumps(seal, indent=1) + "\n")
         return path, False
 
@@ -74,6 +77,6 @@ class WorkDir:
     def _sealed_under(self, path: Path, key: str) -> bool:
         try:
             seal = json.loads(self._seal(path).read_text(encoding="utf-8"))
-            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == sha256_of(path)
+            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == checksum_of(path)
         except (OSError, ValueError):
             return False
