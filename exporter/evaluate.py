@@ -13,11 +13,12 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
-from exporter.models.pixart import TransformerInputs
+from exporter.models.inputs import TransformerInputs
+from exporter.onnx_files import read_model
 from exporter.passes.layer_table import read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
-from exporter.runtime import OnnxSession, read_model
+from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
@@ -119,7 +120,7 @@ def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
         denoiser,
         source.prompts,
         prompt_order(source, count),
-        make_scheduler(settings.scheduler, source.files.scheduler, settings.steps),
+        make_scheduler(settings.scheduler, source.files.scheduler, settings.steps, source.adapter.training_noise),
         steps=settings.steps,
         guidance=settings.guidance,
         seed=_held_out_seed(job),

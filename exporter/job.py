@@ -6,12 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from exporter.build import missing_builder
 from exporter.compute import check_compute
+from exporter.device.requirements import missing_builder
 from exporter.errors import InputError
 from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.progress import Progress
@@ -76,13 +76,28 @@ def open_job(
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
-    Raises `InputError` for an output that cannot be written and a compute type that the target lacks, before any work
-    is done.
+    Raises `InputError` for an output that cannot be written, and a compute type or kernels that the target lacks,
+    before any work is done.
     """
-    check_compute(recipe.name, recipe.compute, resolve_target(recipe.target, Path(output)).target)
+    target = chosen_target(recipe, output).target
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
-    progress.note(f"computing in {recipe.compute}")
+    choice = replace(choice, target=target)
+    progress.note(f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels")
     return Job(recipe, Path(output), choice, work, keep_graphs, progress)
+
+
+def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:
+    """The machine that a recipe and an output mean, with the recipe's kernels, and why.
+
+    Raises `InputError` for an output, a compute type or kernels that the machine does not have.
+    """
+    return fitted_target(recipe, resolve_target(recipe.target, output))
+
+
+def fitted_target(recipe: Recipe, choice: TargetChoice) -> TargetChoice:
+    """The chosen machine with the recipe's kernels. Raises `InputError` for a compute type or kernels that it lacks."""
+    check_compute(recipe.name, recipe.compute, choice.target)
+    return replace(choice, target=choice.target.with_kernels(recipe.kernels))
 
 
 def open_work(
@@ -95,17 +110,25 @@ def open_work(
     choice = resolve_target(target, output)
     if output.is_dir():
         raise InputError(f"{output}: is a folder; give the output another name")
+    work = open_work_dir(output, work_dir, fresh=fresh)
+    progress.note(f"target {choice.target.name} ({choice.reason})")
+    missing = missing_builder(choice.target)
+    if missing:
+        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
+    return choice, work
+
+
+def open_work_dir(output: Path, work_dir: str | Path | None, *, fresh: bool) -> WorkDir:
+    """Open the work folder, NAME.work beside `output` unless `work_dir` is another.
+
+    Raises `InputError` where one of them cannot be written.
+    """
     folder = Path(work_dir) if work_dir is not None else output.with_name(f"{output.stem}.work")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
     _check_folder(output, output.parent)
     _check_folder(folder, folder if folder.is_dir() else folder.parent)
-    progress.note(f"target {choice.target.name} ({choice.reason})")
-    work = WorkDir.open(folder, fresh=fresh)
-    missing = missing_builder(choice.target)
-    if missing:
-        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
-    return choice, work
+    return WorkDir.open(folder, fresh=fresh)
 
 
 def _check_folder(path: Path, folder: Path) -> None:

@@ -25,6 +25,28 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+def read_model(path: Path, *, external_data: bool = True) -> onnx.ModelProto:
+    """The ONNX model in a file. Raises `InputError` for one that is missing, unreadable or not ONNX."""
+    try:
+        model = onnx.load(path, load_external_data=external_data)
+    except (OSError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except DecodeError as error:
+        raise InputError(f"{path}: not an ONNX file, or a damaged one") from error
+    if not model.graph.node:
+        raise InputError(f"{path}: not an ONNX file, or one without a graph")
+    return model
+
+
+def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from nodes_of(graph.node)
+
+
 def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES, final: Path | None = None) -> None:
     """Write `model`, which stays as it is, to `path`, whole or not at all.
 

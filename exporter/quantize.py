@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.errors import InputError
-from exporter.files import atomic_path
 from exporter.plan import LayerPlan, Plan
 from exporter.rounding import InputQuantizer, dequantize, round_to_format
 from exporter.symbolic import symbolic_linear
+from exporter.tensor_files import atomic_tensor_path
 from plugins.formats import Format, get_format
 from plugins.packing import pack, unpack
 
@@ -228,7 +228,7 @@ def save_quantized(path: Path, result: CalibrationResult, plan: Plan) -> None:
     blocks = [asdict(replace(block, seconds=0.0)) for block in result.blocks]
     # One key only: safetensors writes several in an order that differs between runs.
     metadata = {_METADATA: json.dumps({"layers": _facts(plan), "blocks": blocks}, sort_keys=True)}
-    with atomic_path(path) as temporary:
+    with atomic_tensor_path(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 

@@ -37,6 +37,7 @@ def metrics_of(
     the largest number that FP16 must hold."""
     return Metrics(
         target=job.target.name,
+        kernels=job.target.kernels,
         size=Size(source.plan.fp32_bytes, output_bytes(engine)),
         fidelity=None if fidelity is None else Fidelity.of(*fidelity),
         quality=Quality(
@@ -72,7 +73,8 @@ def write_results(
     report = Report(
         title=job.output.name,
         summary=f"{Path(job.recipe.name).stem} for {job.target.name} ({job.choice.reason}): "
-        f"{len(source.plan.layers)} quantized layers, {job.recipe.compute} outside them{_reached(amax)}",
+        f"{len(source.plan.layers)} quantized layers{' as plugins' * (job.target.kernels == 'plugin')}, "
+        f"{job.recipe.compute} outside them{_reached(amax)}",
         metrics=metrics,
         gate=None if fidelity is None else fidelity[0],
         noise=evaluation.noise,

@@ -8,21 +8,21 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from exporter.build import build_engine
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
-from exporter.onnx_files import data_path, save_onnx, total_bytes
+from exporter.kernels import obtain_kernels
+from exporter.onnx_files import data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.emulate import EMULATED, emulation_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.recipe import recipe_to_yaml
-from exporter.runtime import read_model
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
@@ -111,9 +111,7 @@ def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> 
 
 def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     """The waist: traced by torch, then fused, folded and packed, still without a target's operators."""
-    example = source.adapter.example_inputs(
-        quantized, batch=2, tokens=source.prompts.tokens, resolution=source.latent_shape[-1]
-    )
+    example = source.example_inputs(batch=2)
     containers = [layer.asked_container for layer in source.plan.layers]
     key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
     final = job.work.file("traced.onnx")
@@ -199,6 +197,15 @@ def _copy_onnx(source: Path, copy: Path) -> None:
     data_path(copy).unlink(missing_ok=True)
 
 
+def compiled_kernels(job: Job, lowered: Path) -> None:
+    """The kernels of the lowered graph's plugins, compiled ahead of time into lowered.TARGET.kernels/ beside it."""
+    if job.target.kernels != "plugin":
+        return
+    folder, reused = obtain_kernels(lowered, job.target, job.work, job.progress)
+    count = len(list(folder.glob("*.ptx")))
+    job.progress.note(f"{_verb(reused, 'compiled')} {count} kernels ({folder})")
+
+
 def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
     """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it.
 
@@ -208,7 +215,7 @@ def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
     if job.target.engine == "onnxruntime":
         _copy_onnx(lowered, job.output)
     else:
-        build_engine(lowered, job.output, job.target, job.progress)
+        build_engine(lowered, job.output, job.target, job.progress, BuildOptions(acceptance=validated))
     write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
     Origin.of(job.output, runnable, job.gate_folder if validated else None).save(job.output)
     job.progress.note(f"wrote {job.output} ({output_bytes(job.output) / 1e6:.2f} MB)")

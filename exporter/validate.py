@@ -36,14 +36,14 @@ from exporter.gate.whole import (
     model_feeds,
 )
 from exporter.memory import release_mapped_weights
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
-from exporter.onnx_files import save_onnx
+from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.emulate import relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
-from exporter.runtime import read_model
 from exporter.targets import Target, get_target
 
 RESULT = "result.json"
@@ -70,7 +70,7 @@ def captured_batches(
 def validate_graphs(
     original: nn.Module,
     quantized: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     batches: Sequence[TransformerInputs],
     exported: Path,
     lowered: Path,

@@ -15,7 +15,7 @@ from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import one_thread
 from exporter.memory import release_mapped_weights
-from exporter.models.pixart import PixArtAdapter
+from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
@@ -34,7 +34,7 @@ _LAYERS_AT_ONCE = 16
 
 def calibrate(
     model: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     plan: Plan,
     calibration_set: CalibrationSet,
     prompts: Prompts,
@@ -144,7 +144,13 @@ class _Walk:
         if not shares_inputs:
             quantized = self._run.block_inputs(self._quantized, self._quantized.get_submodule(first))
         statistics = []
+        skips = self._run.adapter.skips(self._model)
+        wanted = {source for taken in skips.values() for source in taken.values()}
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
         for name, block in blocks:
+            given = {argument: kept.pop(source) for argument, source in skips.get(name, {}).items()}
+            original = original.with_skips({argument: outputs[0] for argument, outputs in given.items()})
+            quantized = quantized.with_skips({argument: outputs[1] for argument, outputs in given.items()})
             targets = original.outputs(block)
             layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
             unit = Unit(name, self._quantized.get_submodule(name), layers)
@@ -153,6 +159,8 @@ class _Walk:
                 statistics.append(block_statistics)
             else:
                 outputs = quantized.outputs(unit.module)
+            if name in wanted:
+                kept[name] = (targets, outputs)
             original, quantized = original.advanced(targets), quantized.advanced(outputs)
         return statistics
 

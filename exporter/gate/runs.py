@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from exporter.errors import FidelityError
+from exporter.errors import FidelityError, InputError
 from exporter.files import atomic_path
 from exporter.memory import return_freed_memory
 
@@ -128,6 +128,36 @@ def save_reference(outputs: Sequence[Arrays], path: Path) -> None:
     results = _run_results(outputs)
     with atomic_path(path) as temporary, _quiet():
         results.save(str(temporary))
+
+
+def load_feeds(path: Path) -> list[Arrays]:
+    """Read what `save_feeds` wrote. Raises `InputError` for anything else."""
+    from polygraphy.json import load_json
+
+    feeds = _loaded(load_json, path)
+    if not isinstance(feeds, list) or not all(isinstance(feed, dict) for feed in feeds):
+        raise InputError(f"{path}: not a list of inputs as polygraphy writes it")
+    return [dict(feed) for feed in feeds]
+
+
+def load_reference(path: Path) -> list[Arrays]:
+    """Read what `save_reference` wrote. Raises `InputError` for anything else."""
+    from polygraphy.comparator import RunResults
+
+    results = _loaded(RunResults.load, path)
+    if not isinstance(results, RunResults) or REFERENCE_NAME not in results:
+        raise InputError(f"{path}: not the reference's outputs as polygraphy writes them")
+    return [dict(iteration.items()) for iteration in results[REFERENCE_NAME]]
+
+
+def _loaded(load: Callable[[str], object], path: Path) -> object:
+    from polygraphy.exception import PolygraphyException
+
+    try:
+        with _quiet():
+            return load(str(path))
+    except (PolygraphyException, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as polygraphy's JSON: {error}") from error
 
 
 def _run_results(outputs: Sequence[Arrays]) -> RunResults:

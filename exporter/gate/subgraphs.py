@@ -74,7 +74,7 @@ def cut(model: onnx.ModelProto, given: Iterable[GivenTensor], wanted: Sequence[s
         nodes,
         f"{model.graph.name}.cut",
         inputs + [value for value in model.graph.input if value.name in read],
-        [onnx.ValueInfoProto(name=name) for name in wanted],
+        [_output(model, name) for name in wanted],
         [tensor for tensor in model.graph.initializer if tensor.name in read],
     )
     result = helper.make_model(
@@ -98,6 +98,13 @@ def _needed_nodes(
         needed.update(names_read(copy))
         kept.append(copy)
     return kept[::-1]
+
+
+def _output(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
+    """The output `name`, with its element type where the model states it: TensorRT's parser takes no others."""
+    known = (info for info in (*model.graph.value_info, *model.graph.output) if info.name == name)
+    element_type = next((info.type.tensor_type.elem_type for info in known), 0)
+    return helper.make_tensor_value_info(name, element_type, None) if element_type else onnx.ValueInfoProto(name=name)
 
 
 def _input(tensor: GivenTensor) -> onnx.ValueInfoProto:

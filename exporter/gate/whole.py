@@ -140,7 +140,9 @@ def _computed(model: onnx.ModelProto, reference: Reference) -> list[str]:
     A tensor that enters the blocks as the model's own input needs no comparison, and one that no block reads may
     have been dropped.
     """
-    known = tensor_names(model) - {value.name for value in model.graph.input}
+    inputs = {value.name for value in model.graph.input}
+    passed_on = {node.output[0] for node in model.graph.node if node.op_type == "Identity" and node.input[0] in inputs}
+    known = tensor_names(model) - inputs - passed_on
     required = {OUTPUT, *(f"{block}.output" for block in reference.blocks)}
     return [name for name in reference.thresholds if name in known or name in required]
 

@@ -13,7 +13,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.inputs import TransformerInputs
+from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan
 from exporter.quantize import quantize_model, round_to_nearest
 from exporter.to_onnx import OPSET, to_onnx
@@ -59,9 +60,11 @@ def inputs(batch: int, seed: int) -> TransformerInputs:
     mask[0, 3:] = 0
     return TransformerInputs(
         hidden_states=torch.randn(batch, 4, 8, 8, generator=generator),
-        encoder_hidden_states=torch.randn(batch, TOKENS, 24, generator=generator),
         timestep=torch.linspace(10, 900, batch),
-        encoder_attention_mask=mask,
+        conditions={
+            "encoder_hidden_states": torch.randn(batch, TOKENS, 24, generator=generator),
+            "encoder_attention_mask": mask,
+        },
     )
 
 

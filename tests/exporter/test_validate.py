@@ -125,7 +125,10 @@ def prompts() -> Prompts:
     mask = torch.ones(2, TOKENS)
     mask[1, 3:] = 0
     embeds = torch.randn(3, TOKENS, 24, generator=generator)
-    return Prompts(embeds[:2], mask, embeds[2:], torch.ones(1, TOKENS))
+    return Prompts(
+        {"encoder_hidden_states": embeds[:2], "encoder_attention_mask": mask},
+        {"encoder_hidden_states": embeds[2:], "encoder_attention_mask": torch.ones(1, TOKENS)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +157,9 @@ def test_batches_span_the_steps_with_and_without_prompt(prompts: Prompts) -> Non
     batches = captured_batches(captured, prompts)
     assert [batch.timestep.tolist() for batch in batches] == [[900.0] * 2, [650.0] * 2, [150.0] * 2]
     for batch in batches:
-        assert torch.equal(batch.encoder_hidden_states[1], prompts.negative_prompt_embeds[0])
-    assert torch.equal(batches[0].encoder_hidden_states[0], prompts.prompt_embeds[0])
-    assert torch.equal(batches[2].encoder_hidden_states[0], prompts.prompt_embeds[1])
+        assert torch.equal(batch.conditions["encoder_hidden_states"][1], prompts.negative["encoder_hidden_states"][0])
+    assert torch.equal(batches[0].conditions["encoder_hidden_states"][0], prompts.positive["encoder_hidden_states"][0])
+    assert torch.equal(batches[2].conditions["encoder_hidden_states"][0], prompts.positive["encoder_hidden_states"][1])
 
 
 def test_batches_of_one_step_without_guidance(prompts: Prompts) -> None:

@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from exporter.gate.segments import SegmentedSession
-from exporter.runtime import OnnxSession, read_model
+from exporter.onnx_files import read_model
+from exporter.runtime import OnnxSession
 
 def used(what):
     return 1024 * int(Path("/proc/self/status").read_text().partition(what + ":")[2].split()[0])
