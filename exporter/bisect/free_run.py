@@ -15,9 +15,9 @@ import numpy as np
 
 from exporter.bisect.suspect import Suspect
 from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.segments import OUTPUT
 from exporter.gate.subgraphs import cut
 from exporter.gate.table import bounded_db
-from exporter.gate.whole import OUTPUT
 from exporter.onnx_files import save_onnx
 
 # Outputs may take this part of the memory that is free: the graph's own tensors need some, too.

@@ -14,9 +14,10 @@ from exporter.bisect.suspect import Suspect
 from exporter.gate.records import LinearRecord
 from exporter.gate.rows import chosen_rows
 from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.segments import OUTPUT
 from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
 from exporter.gate.table import GateRow, bounded_db
-from exporter.gate.whole import OUTPUT, compare_blocks, compare_end_to_end, model_feeds
+from exporter.gate.whole import compare_blocks, compare_end_to_end, model_feeds
 from exporter.onnx_files import save_onnx
 from exporter.passes.layer_table import LayerEntry
 
