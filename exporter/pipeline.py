@@ -98,6 +98,8 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     captured = job.timed("capture", captured_inputs, source)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
+    # The codes, a byte each; the quantized model holds them packed.
+    del calibrated
     exported = job.timed("export", exported_graph, source, quantized)
     ranged = job.recipe.compute == "fp16"
     amax = job.timed("ranges", largest_amax, source, captured, exported) if ranged else None

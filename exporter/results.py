@@ -22,6 +22,7 @@ from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
 from exporter.scale_comparison import summarize
 from exporter.source import Source
+from exporter.stages import output_bytes
 
 
 def metrics_of(
@@ -37,7 +38,7 @@ def metrics_of(
     return Metrics(
         target=job.target.name,
         kernels=job.target.kernels,
-        size=Size(source.plan.fp32_bytes, engine.stat().st_size),
+        size=Size(source.plan.fp32_bytes, output_bytes(engine)),
         fidelity=None if fidelity is None else Fidelity.of(*fidelity),
         quality=Quality(
             evaluation.noise.mean_db,

@@ -10,7 +10,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.files import sha256_of, write_text_atomically
+from exporter.files import write_text_atomically
+from exporter.onnx_files import checksum_of, rename_data
 from exporter.tensor_files import atomic_tensor_path
 
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
@@ -57,13 +58,15 @@ class WorkDir:
         """Path of `name` made under `key`, and whether it was reused.
 
         An earlier file is reused when its seal carries the same key and the file's checksum still holds; else
-        `make(temporary_path)` writes it anew.
+        `make(temporary_path)` writes it anew, a large ONNX graph with a second file for its weights
+        (`exporter.onnx_files`).
         """
         path = self.file(name)
         if self.is_current(path, key):
             return path, True
         with atomic_tensor_path(path) as temporary:
             make(temporary)
+            rename_data(temporary, path)
         self.seal(path, key)
         return path, False
 
@@ -73,13 +76,13 @@ class WorkDir:
             return False
         try:
             seal = json.loads(_seal(path).read_text(encoding="utf-8"))
-            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == sha256_of(path)
+            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == checksum_of(path)
         except (OSError, ValueError):
             return False
 
     def seal(self, path: Path, key: str) -> None:
         """Note what a finished file was made under."""
-        seal = {"key": key, "sha256": sha256_of(path)}
+        seal = {"key": key, "sha256": checksum_of(path)}
         write_text_atomically(_seal(path), json.dumps(seal, indent=1) + "\n")
 
 
