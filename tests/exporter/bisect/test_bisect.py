@@ -262,3 +262,7 @@ def test_what_cannot_be_bisected_is_refused_with_what_can_be_done(
     assert main(["bisect", str(tmp_path / "alone.onnx")]) == 2
     assert "no reference" in capsys.readouterr().err
     assert main(["bisect", str(tmp_path / "absent.onnx")]) == 2
+    for name in ("x.bundle", "x.bundle/lowered.cpu.onnx"):
+        capsys.readouterr()
+        assert main(["bisect", str(tmp_path / name)]) == 2
+        assert "NAME.work/lowered.TARGET.onnx" in capsys.readouterr().err
