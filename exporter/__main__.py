@@ -1,6 +1,6 @@
 """`python -m exporter` is the `fp4export` command."""
 
-from exporter.cli import run
+from exporter.entry import run
 
 if __name__ == "__main__":
     run()

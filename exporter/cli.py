@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from exporter import __version__
+from exporter.cli_bisect import bisect, ranges, validate
+from exporter.cli_bundle import export_to_bundle, is_bundle, refuse_lists
+from exporter.cli_embed import embed_prompts
+from exporter.cli_evaluate import evaluate
 from exporter.cli_onnx import MODEL_SUFFIX, inspect_file, quantize
-from exporter.errors import EnvironmentLacksError, Fp4ExportError, InputError
+from exporter.cli_sample import sample
+from exporter.device.program import BUILD_SUMMARY, DOCTOR_SUMMARY
+from exporter.device.program import main as device_main
+from exporter.errors import InputError
+from exporter.failures import EXIT_INTERRUPTED, describe_failure, fail
 from exporter.targets import resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
 
-EXIT_INTERNAL = 1
-EXIT_INTERRUPTED = 130
-
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
-RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6). MODEL.onnx is a
-plain ONNX model, whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
+RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6,
+hunyuan_dit_v1_1_w4a6, hunyuan_dit_v1_2_w4a6, dit_xl_2_256_w4a6, dit_xl_2_512_w4a6). MODEL.onnx is a plain ONNX model,
+whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
 decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
-or for the one that --target names.
+or for the one that --target names; .bundle is a folder with everything that devices need to build and check engines.
 
 \b
 Examples:
@@ -37,9 +41,17 @@ Examples:
   fp4export my.yaml -o my.onnx --set calibration.steps=10 --set layers.0.weight=e3m0
   fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
+  fp4export my.yaml -o my.bundle --target orin,h100,cpu
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
+  fp4export embed pixart_alpha_w4a6 --prompts captions.txt -o prompts.safetensors
   fp4export validate digits.onnx
   fp4export inspect digits.onnx
+  fp4export bisect digits.onnx
+  fp4export ranges my.yaml -o my.plan
+  fp4export sample digits.onnx -o digits.png --compare
+  fp4export evaluate digits.onnx --prompts recipes/digits/prompts.safetensors -o quality
+  fp4export build my.work/lowered.orin.onnx -o my.plan --target orin    (on the Orin)
+  fp4export doctor
 
 \b
 Targets:
@@ -67,6 +79,21 @@ Exit codes:
 """
 
 
+_OTHER_FORMS = (
+    "MODEL.onnx --format FORMAT -o OUT [OPTIONS]",
+    "embed RECIPE|MODEL_DIR --prompts FILE -o OUT",
+    "sample OUT -o DIR",
+    "evaluate OUT --prompts FILE -o DIR",
+    "build MODEL.onnx -o OUT [OPTIONS]",
+    "validate FILE",
+    "inspect FILE [--json]",
+    "bisect FILE [--json]",
+    "ranges RECIPE -o OUT [OPTIONS]",
+    "doctor [--json]",
+)
+_ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
 class _ExportByDefault(click.Group):
     """A group whose words that are no command start a job: ``fp4export digits -o …``, ``fp4export model.onnx …``."""
 
@@ -78,7 +105,7 @@ class _ExportByDefault(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "RECIPE -o OUT [OPTIONS]")
-        for form in ("MODEL.onnx --format FORMAT -o OUT [OPTIONS]", "validate FILE", "inspect FILE [--json]"):
+        for form in _OTHER_FORMS:
             formatter.write_usage(ctx.command_path, form, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -126,12 +153,22 @@ def command() -> None:
 
 command.add_command(quantize)
 command.add_command(inspect_file)
+command.add_command(validate)
+command.add_command(bisect)
+command.add_command(ranges)
+command.add_command(embed_prompts)
+command.add_command(sample)
+command.add_command(evaluate)
 
 
 @command.command(name="export", hidden=True, short_help="Export a recipe (what happens without a command).")
 @click.argument("recipe")
 @OUTPUT
-@click.option("--target", metavar="TARGET", help="The machine that OUT is for, instead of the recipe's.")
+@click.option(
+    "--target",
+    metavar="TARGET",
+    help="The machine that OUT is for, instead of the recipe's; for a bundle also several: orin,h100.",
+)
 @click.option("--seed", type=int, metavar="N", help="Seed of the calibration, instead of the recipe's.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe; may be repeated."
@@ -159,6 +196,22 @@ def export(
     debug: bool,
 ) -> None:
     """Export RECIPE to OUT; `fp4export --help` tells the whole story."""
+    if is_bundle(output):
+        export_to_bundle(
+            recipe,
+            output,
+            overrides,
+            target,
+            seed,
+            work_dir=work_dir,
+            dry_run=dry_run,
+            validate=not no_validate,
+            keep_graphs=keep_graphs,
+            fresh=fresh,
+            progress=open_progress(quiet=quiet),
+        )
+        return
+    refuse_lists(target, output)
     from exporter.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, target, seed)
@@ -183,17 +236,18 @@ def export(
         _print_result(result)
 
 
-@command.command(short_help="Repeat the validation of an engine that an export wrote.")
-@click.argument("file")
-@QUIET
-@DEBUG
-def validate(file: str, *, quiet: bool, debug: bool) -> None:
-    """Compare FILE, written by an earlier export, with the reference saved in its work folder."""
-    from exporter.pipeline import validate_output
+@command.command(name="build", short_help=BUILD_SUMMARY, context_settings=_ALL_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def build(words: tuple[str, ...]) -> int:
+    """Hand everything to the program that devices have."""
+    return device_main(["build", *words])
 
-    if not Path(file).is_file():
-        raise InputError(f"{file}: no such file; validate takes an output that fp4export wrote")
-    validate_output(file, progress=open_progress(quiet=quiet))
+
+@command.command(name="doctor", short_help=DOCTOR_SUMMARY, context_settings=_ALL_WORDS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def doctor(words: tuple[str, ...]) -> int:
+    """Hand everything to the program that devices have."""
+    return device_main(["doctor", *words])
 
 
 def _print_result(result: ExportResult) -> None:
@@ -225,32 +279,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         return _run(words)
-    except Fp4ExportError as error:
-        return _fail(str(error), error.exit_code, debug=debug)
     except (KeyboardInterrupt, click.Abort):
         note = "interrupted; finished stages are kept in the work folder: run the same command again to go on"
-        return _fail(note, EXIT_INTERRUPTED, debug=debug)
+        return fail(note, EXIT_INTERRUPTED, debug=debug)
     except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}", InputError.exit_code, debug=debug)
-    except ImportError as error:
-        return _fail(f"a package is missing: {error}", EnvironmentLacksError.exit_code, debug=debug)
-    except MemoryError:
-        return _fail("this machine has too little memory", EnvironmentLacksError.exit_code, debug=debug)
+        return fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a defect must not look like bad input
-        note = f"internal: {type(error).__name__}: {error}; please report it with what --debug prints"
-        return _fail(note, EXIT_INTERNAL, debug=debug)
+        return fail(*describe_failure(error), debug=debug)
 
 
 def _run(words: list[str]) -> int:
     answer: Any = command.main(words, prog_name="fp4export", standalone_mode=False)
     return answer if isinstance(answer, int) else 0
-
-
-def _fail(message: str, code: int, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo("error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
-    return code

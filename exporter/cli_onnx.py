@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from exporter.cli_bundle import inspect_bundle, is_bundle
 from exporter.targets import AUTO, resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
@@ -77,7 +78,7 @@ def quantize(
             click.echo(line)
 
 
-@click.command(name="inspect", short_help="Show what is in an .onnx file or an engine.")
+@click.command(name="inspect", short_help="Show what is in an .onnx file, an engine or a bundle.")
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @DEBUG
@@ -85,8 +86,11 @@ def inspect_file(file: str, *, as_json: bool, debug: bool) -> None:
     """Show FILE's quantized layers, sizes, operators, and node counts before and after every pass.
 
     FILE is a graph or an output of fp4export, any other .onnx file, or an engine, which is shown through the graph
-    that it was built from.
+    that it was built from; or a bundle, whose files are all checked first.
     """
+    if is_bundle(file):
+        inspect_bundle(file, as_json=as_json)
+        return
     from pathlib import Path
 
     from exporter.inspection.report import inspect_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -13,22 +14,25 @@ from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.container_product import ContainerProduct, foldable_multipliers
-from plugins.containers import CONTAINERS, FP8, FP16, INT4, INT8, Container, fits
+from plugins.containers import CONTAINERS, FP8, FP16, INT4, INT8, Container, activation_factor, fits
 from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
+from plugins.packed_linear.descriptor import PACKED_FORMATS, GroupFactors, PackedLinear, VariantError
+from plugins.token_quantize.variant import MAX_K
 
 # The hardware's own types, values and scales together.
+_ALL_PLUGINS = ("int8", "fp8", "fp16")
 _BLOCK_CONTAINERS: Mapping[str, str] = MappingProxyType({"nvfp4": "fp4", "mx": "mxfp8"})
 
 
 def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: Target) -> str:
-    """The container's name: ``int8``, ``fp8``, ``int4``, ``fp4``, ``mxfp8`` or ``fp32``.
+    """The container's name: ``int8``, ``fp8``, ``fp16``, ``int4``, ``fp4``, ``mxfp8`` or ``fp32``.
 
     INT8 where the layer is exact there, else FP8 where the target has it and it holds every operand, else, on a CPU,
-    FP32; what the scheme asks for instead, if it is one of those. Sums in FP8 and FP32 are rounded as FP32's are,
-    unless `ContainerProduct.exact` says otherwise. Block scaling runs in the type that has it, on a CPU in FP32. FP16
-    is not chosen: TensorRT accumulates in FP32 only what it then rounds to FP16. Raises `InputError` naming the layer,
-    why the target refuses, and what would work.
+    FP32; what the scheme asks for instead, if it is one of those. Sums in FP8, FP16 and FP32 are rounded as FP32's are,
+    unless `ContainerProduct.exact` says otherwise. Block scaling runs in the type that has it, on a CPU in FP32.
+    TensorRT accumulates in FP32 only what it then rounds to FP16, so FP16 is for plugins: where there is no FP8, and
+    for weights alone. Raises `InputError` naming the layer, why the target refuses, and what would work.
     """
     container = _container(scheme, in_features, target)
     if container is None:
@@ -39,9 +43,14 @@ def choose_container(layer: str, scheme: LayerScheme, in_features: int, target: 
         ]
         raise InputError(
             f"{layer}: target {target.name} cannot run {_described(scheme)}: {_refusal(scheme, in_features, target)}; "
-            f"targets that can: {', '.join(others) or 'none'}"
+            f"targets that can: {', '.join(others) or 'none'}{_plugin_advice(scheme, in_features, target)}"
         )
     return container
+
+
+def has_kernel(scheme: LayerScheme, in_features: int) -> bool:
+    """Whether there is a plugin of ours that multiplies such a layer, in some container."""
+    return scheme.scales not in BLOCK_SCALINGS and bool(_plugin_containers(scheme, in_features, _ALL_PLUGINS))
 
 
 def container_product(
@@ -108,12 +117,60 @@ def _containers(scheme: LayerScheme, in_features: int, target: Target) -> tuple[
     in_int8 = ("int8",) if container_product(scheme, in_features, INT8).exact else ()
     if target.engine == "onnxruntime":
         return (*in_int8, "fp32")
+    if target.kernels == "plugin" and has_kernel(scheme, in_features):
+        return _plugin_containers(scheme, in_features, target.containers)
     if scheme.activation_format == HIGH_PRECISION:
         return _weight_only(scheme, target)
     if scheme.scales == "group":
         return ()
     in_fp8 = "fp8" in target.containers and container_product(scheme, in_features, FP8).holds_operands
     return (*in_int8, "fp8") if in_fp8 else in_int8
+
+
+def _plugin_containers(scheme: LayerScheme, in_features: int, containers: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `containers` that a plugin can multiply the layer in, best first.
+
+    Group scales, free ones or multipliers, belong to a group's partial sum there, not to its weights.
+    """
+    if scheme.weight_format not in PACKED_FORMATS or in_features > MAX_K:
+        return ()
+    if scheme.activation_format == HIGH_PRECISION:
+        return tuple(name for name in containers if name == "fp16")
+    whole = replace(scheme, scales="channel") if scheme.scales == "group" else scheme
+    activations = get_format(scheme.activation_format)
+    possible = {
+        "int8": container_product(whole, in_features, INT8).exact,
+        "fp8": container_product(whole, in_features, FP8).holds_operands,
+        # FP16 operands are decoded from E4M3's bytes.
+        "fp16": activation_factor(activations, FP8) is not None,
+    }
+    return tuple(name for name in containers if possible.get(name) and _is_described(scheme, in_features, name))
+
+
+def _is_described(scheme: LayerScheme, in_features: int, container: str) -> bool:
+    """Whether there is such an operator: an INT8 kernel may multiply more than numerators, so its sums are shorter."""
+    factors: Mapping[str, GroupFactors] = {"foldable": "multipliers", "group": "scales"}
+    try:
+        PackedLinear(
+            scheme.weight_format,
+            container,
+            "fp32",
+            n=1,
+            k=in_features,
+            group_size=scheme.group_size,
+            group_factors=factors.get(scheme.scales, ""),
+        )
+    except VariantError:
+        return False
+    return True
+
+
+def _plugin_advice(scheme: LayerScheme, in_features: int, target: Target) -> str:
+    """What `kernels: plugin` would change, if anything."""
+    if target.kernels == "plugin" or not target.plugin_containers:
+        return ""
+    able = _container(scheme, in_features, target.with_kernels("plugin")) is not None
+    return "; on this one `kernels: plugin` can" if able else ""
 
 
 def _weight_only(scheme: LayerScheme, target: Target) -> tuple[str, ...]:
@@ -149,7 +206,7 @@ def _refusal(scheme: LayerScheme, in_features: int, target: Target) -> str:
     in_int8 = container_product(scheme, in_features, INT8)
     if in_int8.holds_operands:
         return f"{in_int8.reason}; keep the layer in high precision with a rule `weight: none`"
-    if container_product(scheme, in_features, FP16).holds_operands:
+    if target.kernels == "native" and container_product(scheme, in_features, FP16).holds_operands:
         works += " (fp16 would hold them, but TensorRT rounds the sums of FP16 products to FP16)"
     for name in (scheme.weight_format, scheme.activation_format):
         if not any(fits(get_format(name), container) for container in held):

@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from exporter.compute import check_compute
 from exporter.container_choice import accumulator_text, exact_text
-from exporter.models.loading import get_adapter, model_shapes, skeleton
+from exporter.job import fitted_target
+from exporter.models.families import recipe_adapter
+from exporter.models.loading import model_shapes, skeleton
 from exporter.models.location import locate_config
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.recipe import Recipe
@@ -34,13 +35,17 @@ class Description:
 def describe(recipe: Recipe, output: str | Path) -> Description:
     """Plan `recipe` for `output` from the model's config alone; writes nothing. Raises `InputError`."""
     path = Path(output)
-    choice = resolve_target(recipe.target, path)
-    check_compute(recipe.name, recipe.compute, choice.target)
+    return describe_for(recipe, path, resolve_target(recipe.target, path))
+
+
+def describe_for(recipe: Recipe, path: Path, choice: TargetChoice) -> Description:
+    """`describe` for a target that is chosen already."""
+    choice = fitted_target(recipe, choice)
     found = locate_config(recipe)
-    model = skeleton(found.content, recipe.model.family, found.file)
-    adapter = get_adapter(recipe.model.family)
+    adapter = recipe_adapter(recipe.model)
+    model = skeleton(found.content, adapter, found.file)
     adapter.latent_shape(model, recipe.model.resolution)
-    plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, choice.target)
+    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), choice.target)
     return Description(
         path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing, plan.vnni_note(choice.target)))
     )
@@ -65,6 +70,7 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"output  {description.output}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
+    console.print(f"kernels {target.kernels}", markup=False, highlight=False)
     console.print(layer_plan_table(plan.layers, target))
     for line in exactness(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

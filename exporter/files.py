@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from exporter.errors import InputError
 
 _CHUNK = 1 << 20
@@ -34,8 +32,6 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         _open_to_others(temporary)
         os.replace(temporary, final)
-    except SafetensorError as error:
-        raise InputError(f"{final}: cannot be written: {error}") from error
     except OSError as error:
         # Copying names the source first; an error about any other file is not ours to explain.
         if error.filename is not None and str(temporary) not in (error.filename, error.filename2):

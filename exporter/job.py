@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from exporter.build import missing_builder
 from exporter.compute import check_compute
+from exporter.device.requirements import missing_builder
 from exporter.errors import InputError
+from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.targets import Target, TargetChoice, resolve_target
 from exporter.workdir import WorkDir
 
+STAGE_BEGINS, STAGE_ENDS = "stage %s begins", "stage %s ends"
+"""Messages of this module's logger, by which a tool can tell what is being done."""
+
+_LOG = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -49,9 +55,13 @@ class Job:
 
     def timed(self, name: str, stage: Callable[Concatenate[Job, _P], _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run `stage(self, …)` and note its wall time under `name`."""
+        _LOG.debug(STAGE_BEGINS, name)
         start = time.perf_counter()
         result = stage(self, *args, **kwargs)
+        return_freed_memory()
+        release_mapped_weights()
         self.seconds[name] = time.perf_counter() - start
+        _LOG.debug(STAGE_ENDS, name)
         return result
 
 
@@ -66,13 +76,28 @@ def open_job(
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
-    Raises `InputError` for an output that cannot be written and a compute type that the target lacks, before any work
-    is done.
+    Raises `InputError` for an output that cannot be written, and a compute type or kernels that the target lacks,
+    before any work is done.
     """
-    check_compute(recipe.name, recipe.compute, resolve_target(recipe.target, Path(output)).target)
+    target = chosen_target(recipe, output).target
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
-    progress.note(f"computing in {recipe.compute}")
+    choice = replace(choice, target=target)
+    progress.note(f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels")
     return Job(recipe, Path(output), choice, work, keep_graphs, progress)
+
+
+def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:
+    """The machine that a recipe and an output mean, with the recipe's kernels, and why.
+
+    Raises `InputError` for an output, a compute type or kernels that the machine does not have.
+    """
+    return fitted_target(recipe, resolve_target(recipe.target, output))
+
+
+def fitted_target(recipe: Recipe, choice: TargetChoice) -> TargetChoice:
+    """The chosen machine with the recipe's kernels. Raises `InputError` for a compute type or kernels that it lacks."""
+    check_compute(recipe.name, recipe.compute, choice.target)
+    return replace(choice, target=choice.target.with_kernels(recipe.kernels))
 
 
 def open_work(
@@ -85,17 +110,25 @@ def open_work(
     choice = resolve_target(target, output)
     if output.is_dir():
         raise InputError(f"{output}: is a folder; give the output another name")
+    work = open_work_dir(output, work_dir, fresh=fresh)
+    progress.note(f"target {choice.target.name} ({choice.reason})")
+    missing = missing_builder(choice.target)
+    if missing:
+        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
+    return choice, work
+
+
+def open_work_dir(output: Path, work_dir: str | Path | None, *, fresh: bool) -> WorkDir:
+    """Open the work folder, NAME.work beside `output` unless `work_dir` is another.
+
+    Raises `InputError` where one of them cannot be written.
+    """
     folder = Path(work_dir) if work_dir is not None else output.with_name(f"{output.stem}.work")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
     _check_folder(output, output.parent)
     _check_folder(folder, folder if folder.is_dir() else folder.parent)
-    progress.note(f"target {choice.target.name} ({choice.reason})")
-    work = WorkDir.open(folder, fresh=fresh)
-    missing = missing_builder(choice.target)
-    if missing:
-        progress.note(f"warning: {missing}: everything up to the lowered graph will be made")
-    return choice, work
+    return WorkDir.open(folder, fresh=fresh)
 
 
 def _check_folder(path: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from exporter.files import write_text_atomically
 from exporter.gate.table import GateResult, bounded_db
 from exporter.plan import LayerPlan
 from exporter.scale_comparison import ScaleSummary
+from exporter.targets import Kernels
 
 _PACKAGES = (
     "fp4export",
@@ -126,7 +127,10 @@ class ComputeFigures:
 
 @dataclass(frozen=True)
 class Metrics:
-    """One export's figures; `fidelity` is None without validation, `quality` None without evaluation."""
+    """One export's figures; `fidelity` is None without validation, `quality` None without evaluation.
+
+    `kernels` says whose multiply: ONNX Runtime's or TensorRT's own ("native"), or plugins.
+    """
 
     target: str
     size: Size
@@ -137,12 +141,14 @@ class Metrics:
     layers: tuple[LayerContainer, ...] = ()
     scales: tuple[ScaleSummary, ...] = ()
     compute: ComputeFigures = ComputeFigures()
+    kernels: Kernels = "native"
 
     def to_json(self) -> str:
         """The document as indented JSON. Raises `jsonschema.ValidationError` if it breaks the schema."""
         document = {
             "target": self.target,
             "compute": asdict(self.compute),
+            "kernels": self.kernels,
             "size": asdict(self.size),
             "fidelity": None if self.fidelity is None else asdict(self.fidelity),
             "quality": None if self.quality is None else asdict(self.quality),

@@ -9,26 +9,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
-from exporter.job import open_job
+from exporter.job import Job, open_job
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
-from exporter.ranges import largest_amax
+from exporter.ranges import Amax, largest_amax
 from exporter.recipe import Recipe
 from exporter.results import write_results
-from exporter.source import load_source
+from exporter.source import Source, load_source
 from exporter.stages import (
     build,
     calibrated_weights,
     captured_inputs,
     check_fidelity,
+    compiled_kernels,
     exported_graph,
     fake_quantized,
     lowered_graph,
     runnable_graph,
 )
 from exporter.validate import validate_output as validate_again
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an engine is made of: the exported and the lowered graph, `runnable` in ONNX Runtime, and the reference.
+
+    `fidelity` is the gate's result with the quantization error that it is judged against, None without validation;
+    `amax` the largest number that FP16 must hold, None for other compute types.
+    """
+
+    source: Source
+    quantized: nn.Module
+    exported: Path
+    lowered: Path
+    runnable: Path
+    fidelity: tuple[GateResult, float] | None
+    amax: Amax | None
 
 
 @dataclass(frozen=True)
@@ -60,21 +80,31 @@ def export(
     `exporter.errors`; the output is written only after validation has passed.
     """
     job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress or NullProgress())
+    made = prepare(job, validate=validate)
+    engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
+    evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
+    report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.amax)
+    fidelity = made.fidelity[0] if made.fidelity else None
+    return ExportResult(engine, report, metrics, job.work.path, fidelity, evaluation)
+
+
+def prepare(job: Job, *, validate: bool) -> Prepared:
+    """Every stage up to the graph that the engine is built from, validated unless `validate` is False."""
     source = job.timed("load", load_source)
     captured = job.timed("capture", captured_inputs, source)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
+    # The codes, a byte each; the quantized model holds them packed.
+    del calibrated
     exported = job.timed("export", exported_graph, source, quantized)
-    ranged = recipe.compute == "fp16"
+    ranged = job.recipe.compute == "fp16"
     amax = job.timed("ranges", largest_amax, source, captured, exported) if ranged else None
     lowered = job.timed("lower", lowered_graph, source, exported)
     runnable = runnable_graph(job, lowered)
     graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
-    engine = job.timed("build", build, lowered, runnable, validated=validate)
-    evaluation = job.timed("evaluate", evaluate, source, quantized, runnable)
-    report, metrics = write_results(job, source, engine, evaluation, fidelity, amax)
-    return ExportResult(engine, report, metrics, job.work.path, fidelity[0] if fidelity else None, evaluation)
+    job.timed("kernels", compiled_kernels, lowered)
+    return Prepared(source, quantized, exported, lowered, runnable, fidelity, amax)
 
 
 def validate_output(output: str | Path, progress: Progress | None = None) -> GateResult:

@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from exporter.compute import COMPUTE_TYPES, Compute
-from exporter.container_choice import choose_container, container_product, needs_vnni, scale_multipliers
+from exporter.container_choice import (
+    choose_container,
+    container_product,
+    has_kernel,
+    needs_vnni,
+    scale_multipliers,
+)
 from exporter.errors import InputError, did_you_mean
 from exporter.presets import LayerScheme, preset_scheme, resolve_rule
-from exporter.recipe import LayerRule, Recipe, Scales
+from exporter.recipe import HIGH_PRECISION, LayerRule, Recipe, Scales
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
 from plugins.formats import get_format
+from plugins.packed_linear.layout import Layout
 from plugins.packing import words_per_row
 
 _FP32_BYTES = 4
@@ -99,16 +106,23 @@ class LayerPlan:
         """Size of weights and biases in the model as it is."""
         return LinearShape(self.out_features, self.in_features, self.has_bias).parameters * _FP32_BYTES
 
+    def is_plugin(self, target: Target) -> bool:
+        """Whether a plugin of ours multiplies the layer on the target."""
+        return target.kernels == "plugin" and has_kernel(self.scheme, self.in_features)
+
     def stored_bytes(self, target: Target) -> int:
         """Expected size in the output: weights, scales, group multipliers and bias.
 
-        ONNX Runtime's file keeps packed codes and a byte per group multiplier; TensorRT's engines hold weights in
-        their container, group scales folded in; block scales are a byte each there.
+        ONNX Runtime's file, and plugins, keep packed codes and a byte per group multiplier; TensorRT's own kernels have
+        weights in their container, group scales folded in; block scales are a byte each there.
         """
-        if target.engine == "onnxruntime":
-            bits = get_format(self.weight_format).bits
-            weights = self.out_features * words_per_row(self.in_features, bits) * _WORD_BYTES
-            folded = self.out_features * self.groups if self.scales == "foldable" else 0
+        fmt = get_format(self.weight_format)
+        folded = self.out_features * self.groups if self.scales == "foldable" else 0
+        if self.is_plugin(target):
+            layout = Layout(fmt, self.in_features, self.group_size, twos_complement=False)
+            weights = self.out_features * layout.words * _WORD_BYTES
+        elif target.engine == "onnxruntime":
+            weights = self.out_features * words_per_row(self.in_features, fmt.bits) * _WORD_BYTES
         else:
             weights = self.out_features * self.in_features // (2 if self.container in ("int4", "fp4") else 1)
             folded = 0
@@ -171,6 +185,7 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
             kept[name] = shape.parameters
         else:
             layers.append(plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
+    _check_compute_of_weight_only(recipe, layers, target)
     if not layers:
         raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
     parameters = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
@@ -182,6 +197,15 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
         + sum(kept.values()) * COMPUTE_TYPES[recipe.compute].bytes,
         compute=recipe.compute,
     )
+
+
+def _check_compute_of_weight_only(recipe: Recipe, layers: Sequence[LayerPlan], target: Target) -> None:
+    for layer in layers:
+        if layer.is_plugin(target) and layer.activation_format == HIGH_PRECISION and recipe.compute == "fp32":
+            raise InputError(
+                f"{recipe.name}: {layer.name}: plugins multiply weights alone with fp16 or bf16 activations; use "
+                "`compute: fp16` (or bf16), or `kernels: native`"
+            )
 
 
 def _winner(name: str, rules: Sequence[LayerRule]) -> int | None:

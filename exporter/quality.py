@@ -17,7 +17,8 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.errors import InputError
 from exporter.gate.snr import power_ratio_db, snr_db
 from exporter.gate.table import bounded_db
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.plan import Plan
 from exporter.progress import Progress
@@ -113,7 +114,7 @@ class LayerQuality:
 
 @torch.no_grad()
 def layer_rows(
-    original: nn.Module, adapter: PixArtAdapter, plan: Plan, batches: Sequence[TransformerInputs]
+    original: nn.Module, adapter: Adapter, plan: Plan, batches: Sequence[TransformerInputs]
 ) -> dict[str, Tensor]:
     """Token rows [R, K] that reach every planned layer of the original model, given `batches` of its inputs."""
     names = [layer.name for layer in plan.layers]

@@ -18,10 +18,11 @@ from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.job import Job
+from exporter.onnx_files import read_model
 from exporter.passes.compute_type import AMAX_PREFIX, probe_amax
 from exporter.passes.driver import run_passes
 from exporter.passes.surgery import has_given_name
-from exporter.runtime import OnnxSession, read_model
+from exporter.runtime import OnnxSession
 from exporter.source import Source
 from exporter.stages import calibration_key
 from exporter.targets import Target
@@ -43,10 +44,17 @@ class Amax:
 
 
 def largest_amax(job: Job, source: Source, captured: CalibrationSet, exported: Path) -> Amax:
-    """The largest number that FP16 would store, over all captured inputs; measurements are sealed in the work folder.
+    """The largest number that FP16 would store, over all captured inputs.
 
     Raises `InputError` naming the first tensor that comes within `HEADROOM` of FP16's largest number.
     """
+    largest = check_amax(job.recipe.name, measured_ranges(job, source, captured, exported), job.target)
+    job.progress.note(f"fp16 holds the calibration inputs' numbers: at most {largest.value:.4g}, at {largest.place}")
+    return largest
+
+
+def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported: Path) -> tuple[Amax, ...]:
+    """`measure_amax` over all captured inputs, sealed in the work folder."""
 
     def make(path: Path) -> None:
         with job.progress.task("measuring ranges", len(captured)) as task:
@@ -63,10 +71,7 @@ def largest_amax(job: Job, source: Source, captured: CalibrationSet, exported: P
 
     key = key_of(stage="ranges", calibrated=calibration_key(job, source), target=job.target.name)
     path, _ = job.work.obtain("ranges.json", key, make)
-    found = [Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    largest = check_amax(job.recipe.name, found, job.target)
-    job.progress.note(f"fp16 holds the calibration inputs' numbers: at most {largest.value:.4g}, at {largest.place}")
-    return largest
+    return tuple(Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
 
 
 def measure_amax(exported: Path, target: Target, feeds: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[Amax, ...]:

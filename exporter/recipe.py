@@ -12,18 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
 from exporter.explain import explain
+from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
-from exporter.targets import AUTO, TARGETS
+from exporter.targets import AUTO, TARGETS, Kernels
 from exporter.yaml_text import dump_yaml
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 
-ContainerChoice = Literal["auto", "int8", "fp8"]
+ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
 
 HIGH_PRECISION = "none"
 
@@ -64,29 +65,16 @@ def _known(name: str, kind: str, names: Sequence[str]) -> str:
     return name
 
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, le=_LARGEST_SEED)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
-    """The transformer to export."""
-
-    family: Literal["pixart"] = "pixart"
-    weights: Text = Field(description="the directory with the transformer in diffusers' layout, or a Hub id")
-    resolution: Count | None = Field(
-        default=None, description="side of the latent (image side / 8 for PixArt); unset: the config's sample_size"
-    )
-
-
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """How the sampler runs whose transformer inputs calibrate the rounding."""
 
-    prompts: Text = Field(description="the safetensors file with the prompt embeddings")
+    prompts: Text | None = Field(default=None, description="the safetensors file with the prompt embeddings")
+    classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="class labels to draw, in families that take labels; unset: spread over all classes"
+    )
     scheduler: Scheduler = "DPMSolverMultistepScheduler"
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance: Annotated[float, Field(ge=0)] = 4.5
@@ -94,7 +82,7 @@ class CalibrationSection(_Section):
     seed: Seed = 0
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
 
     name: Literal["fp4dit", "rtn"] = "fp4dit"
@@ -118,7 +106,7 @@ class MethodSection(_Section):
         return self
 
 
-class LayerRule(_Section):
+class LayerRule(Section):
     """Formats for the layers whose module path matches; the first matching rule wins.
 
     What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision.
@@ -155,7 +143,7 @@ class LayerRule(_Section):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What the report measures on the finished model."""
 
     samples: Count = Field(default=1000, description="guided samples that the classifier judges")
@@ -165,13 +153,17 @@ class EvaluationSection(_Section):
     grid: Annotated[int, Field(ge=1, le=400)] = Field(default=20, description="samples shown in the report")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe; `source_dir` is the folder that its relative paths start from."""
 
     model: ModelSection
     target: Annotated[str, AfterValidator(_target)] = AUTO
     compute: Compute = Field(
         default="fp32", description="what a TensorRT engine computes in outside its quantized linears"
+    )
+    kernels: Kernels = Field(
+        default="native",
+        description="what runs quantized linears in a TensorRT engine: its own kernels, or plugins with packed weights",
     )
     preset: Preset | None = None
     storage: Storage = Field(
@@ -181,7 +173,7 @@ class Recipe(_Section):
         default="auto",
         description="number type that quantized layers are multiplied in; auto: the target's best",
     )
-    calibration: CalibrationSection
+    calibration: CalibrationSection = CalibrationSection()
     method: MethodSection = MethodSection()
     layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()
     evaluation: EvaluationSection = EvaluationSection()
@@ -202,6 +194,23 @@ class Recipe(_Section):
     def resolve_path(self, path: str) -> Path:
         """A path of the recipe (relative to its folder, or absolute, or with ~) as an absolute one."""
         return Path(os.path.normpath(self._source_dir / Path(path).expanduser()))
+
+    @model_validator(mode="after")
+    def _says_what_to_draw(self) -> Recipe:
+        family, given = self.model.family, self.calibration
+        if family in LABELLED_FAMILIES and given.prompts is not None:
+            raise ValueError(
+                f"calibration.prompts: family {family} draws class labels and needs no embeddings; leave it out, or "
+                "give calibration.classes"
+            )
+        if family not in LABELLED_FAMILIES and given.classes is not None:
+            raise ValueError(f"calibration.classes: family {family} draws prompts, not class labels")
+        if family not in LABELLED_FAMILIES and given.prompts is None:
+            raise ValueError(
+                "calibration.prompts: missing; it is the safetensors file with the prompt embeddings, as fp4export "
+                "embed makes it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quantizes_something(self) -> Recipe:

@@ -22,6 +22,7 @@ from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
 from exporter.scale_comparison import summarize
 from exporter.source import Source
+from exporter.stages import output_bytes
 
 
 def metrics_of(
@@ -36,7 +37,8 @@ def metrics_of(
     the largest number that FP16 must hold."""
     return Metrics(
         target=job.target.name,
-        size=Size(source.plan.fp32_bytes, engine.stat().st_size),
+        kernels=job.target.kernels,
+        size=Size(source.plan.fp32_bytes, output_bytes(engine)),
         fidelity=None if fidelity is None else Fidelity.of(*fidelity),
         quality=Quality(
             evaluation.noise.mean_db,
@@ -71,7 +73,8 @@ def write_results(
     report = Report(
         title=job.output.name,
         summary=f"{Path(job.recipe.name).stem} for {job.target.name} ({job.choice.reason}): "
-        f"{len(source.plan.layers)} quantized layers, {job.recipe.compute} outside them{_reached(amax)}",
+        f"{len(source.plan.layers)} quantized layers{' as plugins' * (job.target.kernels == 'plugin')}, "
+        f"{job.recipe.compute} outside them{_reached(amax)}",
         metrics=metrics,
         gate=None if fidelity is None else fidelity[0],
         noise=evaluation.noise,

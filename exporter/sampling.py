@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from exporter.errors import InputError, did_you_mean
-from exporter.models.pixart import TransformerInputs
+from exporter.models.adapter import LINEAR_NOISE
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import SCHEDULERS
@@ -24,14 +25,8 @@ if TYPE_CHECKING:
 Denoiser = Callable[[TransformerInputs], Tensor]
 """Transformer inputs of batch B → the noise prediction [B, C, H, W]."""
 
-# The noise schedule that PixArt-alpha and PixArt-Sigma were trained with, for a checkpoint without a scheduler.
-_TRAINING_NOISE: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-}
+
+_PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,20 @@ class DenoiserCall:
     inputs: TransformerInputs
 
 
-def make_scheduler(name: str, config_file: Path | None, steps: int) -> SchedulerMixin:
+def make_scheduler(
+    name: str, config_file: Path | None, steps: int, training_noise: Mapping[str, Any] | None = LINEAR_NOISE
+) -> SchedulerMixin:
     """Make diffusers' scheduler `name`, set to `steps`, with the noise schedule of the checkpoint's `config_file`.
 
-    Without a file the schedule is PixArt's. Raises `InputError` for an unknown name, a broken file, or steps that the
-    schedule does not have.
+    Without a file the schedule is `training_noise`, the family's. Raises `InputError` for an unknown name, a missing or
+    broken file, or steps that the schedule does not have.
     """
     import diffusers
 
     if name not in SCHEDULERS:
         raise InputError(f"unknown scheduler {name!r}{did_you_mean(name, SCHEDULERS)}")
     # Latents leave [-1, 1], to which DDIM and DDPM clip unless a config says otherwise.
-    config = {"clip_sample": False} | (_TRAINING_NOISE if config_file is None else _read_config(config_file))
+    config = {"clip_sample": False, **_noise_schedule(config_file, training_noise)}
     scheduler_class = getattr(diffusers, name)
     known = inspect.signature(scheduler_class.__init__).parameters
     try:
@@ -76,6 +73,17 @@ def make_scheduler(name: str, config_file: Path | None, steps: int) -> Scheduler
     return cast("SchedulerMixin", scheduler)
 
 
+def _noise_schedule(config_file: Path | None, training_noise: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if config_file is not None:
+        return _read_config(config_file)
+    if training_noise is None:
+        raise InputError(
+            "model.weights: scheduler/scheduler_config.json is missing, and this family's versions differ in their "
+            "noise schedules; give the whole pipeline's folder"
+        )
+    return training_noise
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -83,9 +91,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: a scheduler's config is a JSON object")
-    if config.get("prediction_type", "epsilon") != "epsilon":
+    if config.get("prediction_type", "epsilon") not in _PREDICTIONS:
         raise InputError(
-            f"{path}: prediction_type {config['prediction_type']!r}: only models that predict the noise ('epsilon')"
+            f"{path}: prediction_type {config['prediction_type']!r}: only models that predict the noise ('epsilon') or "
+            "a velocity ('v_prediction', 'flow_prediction')"
         )
     return config
 
@@ -137,7 +146,7 @@ class _Trajectories:
     ) -> Tensor:
         """Return the latents [b, C, H, W] of this batch after all steps."""
         generators = [torch.Generator().manual_seed(seed + int(sample)) for sample in self.samples]
-        device = self.prompts.prompt_embeds.device
+        device = self.prompts.device
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         scheduler.set_timesteps(steps, device=device)
         latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
@@ -154,7 +163,7 @@ class _Trajectories:
         wanted = self.indices[self.samples]
         if self.guidance == 1.0:
             return self._call(step, self.samples, wanted, latents, timestep)
-        negative = torch.full_like(wanted, -1) if len(self.prompts.negative_prompt_embeds) == 1 else -1 - wanted
+        negative = torch.full_like(wanted, -1) if self.prompts.negatives == 1 else -1 - wanted
         both = self._call(
             step, self.samples.repeat(2), torch.cat([negative, wanted]), torch.cat([latents, latents]), timestep
         )
@@ -172,18 +181,4 @@ def transformer_inputs(
     latents: Tensor, timesteps: Tensor, prompt_indices: Tensor, prompts: Prompts
 ) -> TransformerInputs:
     """Gather one call's inputs: latents [B, C, H, W], timesteps [B], prompt indices int64 [B] as `DenoiserCall` has."""
-    rows = prompt_indices.to(prompts.prompt_embeds.device)
-    return TransformerInputs(
-        hidden_states=latents,
-        encoder_hidden_states=_gather(prompts.prompt_embeds, prompts.negative_prompt_embeds, rows),
-        timestep=timesteps.to(latents),
-        encoder_attention_mask=_gather(prompts.prompt_attention_mask, prompts.negative_prompt_attention_mask, rows).to(
-            latents
-        ),
-    )
-
-
-def _gather(positive: Tensor, negative: Tensor, rows: Tensor) -> Tensor:
-    """Rows of `positive`, and where an index is negative row -1 - index of `negative`."""
-    is_negative = (rows < 0).reshape(-1, *[1] * (positive.ndim - 1))
-    return torch.where(is_negative, negative[(-1 - rows).clamp(min=0)], positive[rows.clamp(min=0)])
+    return TransformerInputs(latents, timesteps.to(latents), prompts.gather(prompt_indices))

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.files import sha256_of
 from exporter.job import Job
-from exporter.models.config import PixArtConfig
-from exporter.models.loading import get_adapter, load_transformer, model_shapes
+from exporter.models.adapter import Adapter
+from exporter.models.families import recipe_adapter
+from exporter.models.generic import GenericAdapter
+from exporter.models.inputs import TransformerInputs
+from exporter.models.loading import load_transformer, model_shapes
 from exporter.models.location import CONFIG, ModelFiles, locate_model
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
-from exporter.models.prompts import Prompts, load_prompts
+from exporter.models.prompts import Prompts, class_prompts, load_prompts
 from exporter.models.weight_files import weight_files
 from exporter.plan import Plan, plan_layers
 from exporter.quality import class_accuracy
-from exporter.recipe import CalibrationSection
+from exporter.recipe import CalibrationSection, Recipe
+from exporter.sampling import transformer_inputs
 
 # Inputs, targets, outputs by rounding to nearest and as learned, and the next block's inputs.
 _BLOCK_COPIES = 5
@@ -32,7 +35,7 @@ class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read."""
 
     model: nn.Module
-    adapter: PixArtAdapter
+    adapter: Adapter
     prompts: Prompts
     plan: Plan
     files: ModelFiles
@@ -43,6 +46,13 @@ class Source:
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
         """The original's noise prediction."""
         return partial(self.adapter.predict_noise, self.model)
+
+    def example_inputs(self, batch: int) -> TransformerInputs:
+        """Inputs of the sizes that the export is for: noise, with the first prompts in turn."""
+        latents = torch.randn(batch, *self.latent_shape, generator=torch.Generator().manual_seed(0))
+        timesteps = torch.linspace(999.0, 1.0, batch).round()
+        inputs = transformer_inputs(latents, timesteps, torch.arange(batch) % self.prompts.count, self.prompts)
+        return self.adapter.with_conditions(self.model, inputs)
 
     def layer_facts(self) -> list[dict[str, object]]:
         """What codes and scales depend on, per layer: everything but the containers' names."""
@@ -57,20 +67,22 @@ def load_source(job: Job) -> Source:
     """Load and check all that the recipe names, before anything takes long. Raises `InputError`."""
     recipe = job.recipe
     files = locate_model(recipe)
-    adapter = get_adapter(recipe.model.family)
-    model = load_transformer(files.transformer, recipe.model.family)
-    prompts_file = recipe.resolve_path(recipe.calibration.prompts)
-    prompts = load_prompts(prompts_file, adapter.caption_dim(model))
-    plan = plan_layers(recipe, model_shapes(model), adapter.high_precision, job.target)
+    adapter = recipe_adapter(recipe.model)
+    model = load_transformer(files.transformer, adapter, recipe.model.variant)
+    prompts = _prompts(recipe, adapter, model)
+    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), job.target)
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
     if recipe.method.name == "fp4dit":
-        check_memory(recipe.calibration, adapter.config(model), latent_shape, installed_memory())
-    read = {file.name: file for file in (files.transformer / CONFIG, *weight_files(files.transformer))}
-    read["prompts"] = prompts_file
+        skips = sum(map(len, adapter.skips(model).values()))
+        check_memory(recipe.calibration, adapter.block_output_size(model, latent_shape), skips, installed_memory())
+    weights = weight_files(files.transformer, recipe.model.variant)
+    read = {file.name: file for file in (files.transformer / CONFIG, *weights)}
+    if recipe.calibration.prompts is not None:
+        read["prompts"] = recipe.resolve_path(recipe.calibration.prompts)
     if files.scheduler is not None:
         read["scheduler"] = files.scheduler
-    return Source(
+    source = Source(
         model=model,
         adapter=adapter,
         prompts=prompts,
@@ -79,19 +91,33 @@ def load_source(job: Job) -> Source:
         latent_shape=latent_shape,
         identity={name: sha256_of(file) for name, file in read.items()},
     )
+    if isinstance(adapter, GenericAdapter):
+        adapter.check(model, source.example_inputs(batch=2))
+    return source
 
 
-def check_memory(
-    settings: CalibrationSection, config: PixArtConfig, latent_shape: tuple[int, int, int], available: int
-) -> None:
+def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
+    """The embeddings that the recipe names, or class labels."""
+    settings, conditions = recipe.calibration, adapter.conditions(model)
+    if settings.prompts is not None:
+        return load_prompts(recipe.resolve_path(settings.prompts), conditions)
+    (label,) = conditions
+    classes = settings.classes or [index * label.classes // settings.samples for index in range(settings.samples)]
+    if max(classes) >= label.classes:
+        raise InputError(
+            f"{recipe.name}: calibration.classes: {max(classes)} is over the model's last class, {label.classes - 1}"
+        )
+    return class_prompts(label, classes, adapter.negative_label(model))
+
+
+def check_memory(settings: CalibrationSection, block_output: int, skips: int, available: int) -> None:
     """Raise `EnvironmentLacksError` if block reconstruction would hold more than `available` bytes.
 
-    A block's inputs, targets and outputs are kept for every captured input: [calls, tokens, width] in float32.
+    A block's inputs, targets and outputs, of `block_output` numbers per sample, are kept in float32 for every captured
+    input; so are the outputs of both networks that `skips` blocks take later.
     """
-    _, height, width = latent_shape
-    tokens = height * width // config.patch_size**2
     calls = settings.steps * (1 if settings.guidance == 1.0 else 2)
-    per_trajectory = _BLOCK_COPIES * calls * tokens * config.inner_dim * 4
+    per_trajectory = (_BLOCK_COPIES + 2 * skips) * calls * block_output * 4
     if settings.samples * per_trajectory > available:
         raise EnvironmentLacksError(
             f"calibration.samples: {settings.samples} trajectories need about "

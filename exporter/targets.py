@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from exporter.errors import InputError, did_you_mean
+from exporter.gpu import Gpu, local_gpu
 
 Engine = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Kernels = Literal["native", "plugin"]
 
 AUTO = "auto"
 DEFAULT_RTX = "rtx-sm89"
 SUFFIXES: Mapping[Engine, tuple[str, ...]] = MappingProxyType(
     {"onnxruntime": (".onnx",), "tensorrt-rtx": (".plan", ".engine"), "tensorrt": (".plan", ".engine")}
 )
-
-_GPU_QUERY_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,9 @@ class Target:
     `containers` are the ones it multiplies in (fp32 and fp16 aside), best first. `parsers` are the TensorRT releases
     whose ONNX parsers must all take its graphs: releases in between take what the first and the last do. Without
     `fp32_products` the builder has no matrix product whose result is FP32, so that all have FP16 results.
+
+    `kernels` says whose kernels multiply: TensorRT's own, or this project's as plugins, which multiply in
+    `plugin_containers` (none where the engine takes no plugins); `containers` are those of the kernels chosen.
     """
 
     name: str
@@ -38,6 +39,24 @@ class Target:
     containers: tuple[str, ...]
     parsers: tuple[str, ...] = ()
     fp32_products: bool = True
+    plugin_containers: tuple[str, ...] = ()
+    kernels: Kernels = "native"
+
+    def with_kernels(self, kernels: Kernels) -> Target:
+        """The same machine with these kernels. Raises `InputError` where its engine takes no plugins."""
+        if kernels == self.kernels:
+            return self
+        if kernels == "native":
+            return get_target(self.name)
+        if not self.plugin_containers:
+            able = ", ".join(target.name for target in _TABLE if target.plugin_containers)
+            reason = (
+                "TensorRT-RTX has no plugins"
+                if self.engine == "tensorrt-rtx"
+                else "ONNX Runtime has no kernels of ours"
+            )
+            raise InputError(f"target {self.name} takes `kernels: native` only, since {reason}; plugins run on: {able}")
+        return replace(self, kernels=kernels, containers=self.plugin_containers)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -53,17 +72,14 @@ class TargetChoice:
     reason: str
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """The first GPU of this machine."""
-
-    name: str
-    compute_capability: tuple[int, int]
-
-
 _INT = ("int8", "int4")
 _FLOAT8 = ("int8", "fp8", "int4")
 _BLACKWELL = ("int8", "fp8", "int4", "fp4", "mxfp8")
+
+# FP16 multiplies what only FP8 would hold, where there is no FP8, and weights alone.
+_PLUGIN_INT = ("int8", "fp16")
+_PLUGIN_FLOAT8 = ("int8", "fp8", "fp16")
+_PLUGIN_BLACKWELL = ("int8", "fp8", "fp16", "fp4", "mxfp8")
 
 # TensorRT-RTX's parser takes what TensorRT 11's does. A Jetson Orin has 10.3 (JetPack 6) or 11 (JetPack 7.2 and later).
 _RTX = ("11",)
@@ -78,12 +94,12 @@ _TABLE = (
     Target("rtx-sm89", "tensorrt-rtx", (8, 9), _FLOAT8, _RTX),
     Target("rtx-sm120", "tensorrt-rtx", (12, 0), _BLACKWELL, _RTX),
     Target("rtx-sm121", "tensorrt-rtx", (12, 1), _BLACKWELL, _RTX),
-    Target("orin", "tensorrt", (8, 7), _INT, _TENSORRT),
-    Target("l4", "tensorrt", (8, 9), _FLOAT8, _TENSORRT),
-    Target("h100", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
-    Target("h200", "tensorrt", (9, 0), _FLOAT8, _TENSORRT),
-    Target("b200", "tensorrt", (10, 0), _BLACKWELL, ("11",)),
-    Target("thor", "tensorrt", (11, 0), _BLACKWELL, ("11",)),
+    Target("orin", "tensorrt", (8, 7), _INT, _TENSORRT, plugin_containers=_PLUGIN_INT),
+    Target("l4", "tensorrt", (8, 9), _FLOAT8, _TENSORRT, plugin_containers=_PLUGIN_FLOAT8),
+    Target("h100", "tensorrt", (9, 0), _FLOAT8, _TENSORRT, plugin_containers=_PLUGIN_FLOAT8),
+    Target("h200", "tensorrt", (9, 0), _FLOAT8, _TENSORRT, plugin_containers=_PLUGIN_FLOAT8),
+    Target("b200", "tensorrt", (10, 0), _BLACKWELL, ("11",), plugin_containers=_PLUGIN_BLACKWELL),
+    Target("thor", "tensorrt", (11, 0), _BLACKWELL, ("11",), plugin_containers=_PLUGIN_BLACKWELL),
 )
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TABLE})
 
@@ -105,7 +121,10 @@ def resolve_target(name: str, output: Path | str) -> TargetChoice:
     known = tuple(dict.fromkeys(entry for entries in SUFFIXES.values() for entry in entries))
     if suffix not in known:
         found = f"unknown suffix {suffix!r}" if suffix else "no suffix"
-        raise InputError(f"{output}: {found}; an output ends in .onnx (ONNX Runtime), .plan or .engine (TensorRT)")
+        raise InputError(
+            f"{output}: {found}; an output ends in .onnx (ONNX Runtime), .plan or .engine "
+            "(TensorRT), or .bundle (of a recipe)"
+        )
     if name != AUTO:
         target = get_target(name)
         if suffix not in target.suffixes:
@@ -125,32 +144,8 @@ def _target_of_gpu(gpu: Gpu | None) -> TargetChoice:
     if gpu is None:
         return TargetChoice(default, "auto: no GPU here, so the default; another with --target")
     fitting = [entry for entry in _TABLE if entry.compute_capability == gpu.compute_capability]
-    version = ".".join(str(part) for part in gpu.compute_capability)
+    version = gpu.capability_text
     if not fitting:
         reason = f"auto: the default, since no target fits the {gpu.name} here (compute capability {version})"
         return TargetChoice(default, reason)
     return TargetChoice(fitting[0], f"auto: the {gpu.name} here (compute capability {version})")
-
-
-def local_gpu() -> Gpu | None:
-    """The first NVIDIA GPU that nvidia-smi lists, None where there is neither."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, "--query-gpu=compute_cap,name", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(  # noqa: S603 - a fixed command line
-            command, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_gpu(answer.stdout)
-
-
-def parse_gpu(listing: str) -> Gpu | None:
-    """The first line of nvidia-smi's ``compute_cap, name`` listing, None if it is not such a line."""
-    capability, _, name = listing.partition("\n")[0].partition(",")
-    major, _, minor = capability.strip().partition(".")
-    if not (major.isdecimal() and minor.isdecimal() and name.strip()):
-        return None
-    return Gpu(name.strip(), (int(major), int(minor)))

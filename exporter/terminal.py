@@ -17,7 +17,11 @@ _PIPED_WIDTH = 160
 QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 OUTPUT = click.option(
-    "-o", "--output", required=True, metavar="OUT", help="The engine: NAME.onnx, NAME.plan or NAME.engine."
+    "-o",
+    "--output",
+    required=True,
+    metavar="OUT",
+    help="The engine: NAME.onnx, NAME.plan, NAME.engine; or NAME.bundle.",
 )
 WORK_DIR = click.option(
     "--work-dir", metavar="DIR", help="Where finished stages are kept (default: NAME.work beside OUT)."

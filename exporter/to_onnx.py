@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
 from torch import Tensor, nn
 
-from exporter.errors import InputError
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs, shared_inputs
+from exporter.onnx_files import save_onnx
 from exporter.symbolic import symbolic_boundary
+from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions
 
 # Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
 OPSET = 21
-# A protobuf file cannot exceed 2 GiB.
-LARGEST_GRAPH_BYTES = 2_000_000_000
 
 
-def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs, path: Path) -> None:
-    """Export `model` (its quantized linears as custom nodes) to the file `path`.
+def to_onnx(
+    model: nn.Module, adapter: Adapter, example: TransformerInputs, path: Path, final: Path | None = None
+) -> None:
+    """Export `model` (its quantized linears as custom nodes) to the file `path`, which becomes `final` later if given.
 
     `example` fixes every size but the batch, which must be at least 2 (torch specialises sizes 0 and 1). Inputs
     keep the adapter's names, the output is called `sample`, and every block's inputs and output carry a
-    `FloatBoundary` marker with the block's module path. Raises `InputError` when the graph would exceed 2 GB.
+    `FloatBoundary` marker with the block's module path. Weights too large for one file go to a second one, see
+    `save_onnx`.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size > LARGEST_GRAPH_BYTES:
-        raise InputError(f"the exported graph would hold {size / 1e9:.1f} GB, over ONNX's 2 GB: quantize more layers")
-    module = adapter.forward_module(model)
+    module = adapter.forward_module(model, example)
     names = adapter.input_names(model)
     inputs = example.as_dict()
     arguments = tuple(inputs[name] for name in names)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    with torch.no_grad(), _boundaries(adapter.blocks(model)), _quiet():
-        program = torch.export.export(
-            module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False
-        )
+    each = tuple({0: batch} for _ in arguments)
+    # One parameter that takes all (*tensors) has one entry for all.
+    shapes = (each,) if len(inspect.signature(module.forward).parameters) < len(arguments) else each
+    with torch.no_grad(), _boundaries(adapter.blocks(model), adapter.skips(model)), _quiet():
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, input_names=names, output_names=["sample"], verbose=False
         )
@@ -50,22 +52,30 @@ def to_onnx(model: nn.Module, adapter: PixArtAdapter, example: TransformerInputs
         raise RuntimeError("torch.onnx.export returned no program")
     graph = exported.model_proto
     _tidy(graph, module, model)
+    write_transformer_config(graph, type(model).__name__, cast(Any, model).config)
     attach_functions(graph)
-    onnx.save(graph, path)
+    save_onnx(graph, path, final=final)
 
 
 @contextmanager
-def _boundaries(blocks: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Mark every block's tensor inputs and its output while the model is being traced."""
+def _boundaries(blocks: list[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]]) -> Iterator[None]:
+    """Mark every block's float inputs and its output while the model is being traced.
+
+    What a block takes from an earlier one by a skip is that one's output, marked already.
+    """
     handles = []
     for name, block in blocks:
 
         def mark_inputs(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+            _module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            name: str = name,
+            taken: Collection[str] = tuple(skips.get(name, ())),
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden, *rest = args
             shared = {
-                key: symbolic_boundary(value, f"blocks.{key}") if isinstance(value, Tensor) else value
+                key: symbolic_boundary(value, f"blocks.{key}") if key in shared_inputs(kwargs, taken) else value
                 for key, value in kwargs.items()
             }
             return (symbolic_boundary(hidden, f"{name}.input"), *rest), shared

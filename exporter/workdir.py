@@ -10,7 +10,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.files import atomic_path, sha256_of, write_text_atomically
+from exporter.files import write_text_atomically
+from exporter.onnx_files import checksum_of, rename_data
+from exporter.tensor_files import atomic_tensor_path
 
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
 
@@ -56,24 +58,33 @@ class WorkDir:
         """Path of `name` made under `key`, and whether it was reused.
 
         An earlier file is reused when its seal carries the same key and the file's checksum still holds; else
-        `make(temporary_path)` writes it anew.
+        `make(temporary_path)` writes it anew, a large ONNX graph with a second file for its weights
+        (`exporter.onnx_files`).
         """
         path = self.file(name)
-        if not self.fresh and self._sealed_under(path, key):
+        if self.is_current(path, key):
             return path, True
-        with atomic_path(path) as temporary:
+        with atomic_tensor_path(path) as temporary:
             make(temporary)
-        seal = {"key": key, "sha256": sha256_of(path)}
-        write_text_atomically(self._seal(path), json.dumps(seal, indent=1) + "\n")
+            rename_data(temporary, path)
+        self.seal(path, key)
         return path, False
 
-    @staticmethod
-    def _seal(path: Path) -> Path:
-        return path.with_name(path.name + ".seal")
-
-    def _sealed_under(self, path: Path, key: str) -> bool:
+    def is_current(self, path: Path, key: str) -> bool:
+        """Whether the file is sealed under this key, is still what was sealed, and may be reused."""
+        if self.fresh:
+            return False
         try:
-            seal = json.loads(self._seal(path).read_text(encoding="utf-8"))
-            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == sha256_of(path)
+            seal = json.loads(_seal(path).read_text(encoding="utf-8"))
+            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == checksum_of(path)
         except (OSError, ValueError):
             return False
+
+    def seal(self, path: Path, key: str) -> None:
+        """Note what a finished file was made under."""
+        seal = {"key": key, "sha256": checksum_of(path)}
+        write_text_atomically(_seal(path), json.dumps(seal, indent=1) + "\n")
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(path.name + ".seal")

@@ -22,6 +22,10 @@ from plugins.float_boundary import Boundary
 from plugins.float_dequantize.descriptor import DequantizeValues, DequantizeWeight
 from plugins.float_gemm.descriptor import Gemm
 from plugins.float_quantize.descriptor import OnlineQuantize, Quantize
+from plugins.gelu_quantize.descriptor import GeluQuantize
+from plugins.norm_quantize.descriptor import NormQuantize
+from plugins.packed_linear.descriptor import PackedLinear
+from plugins.token_quantize.descriptor import TokenQuantize
 
 __all__ = [
     "BODY_OPSET",
@@ -33,10 +37,14 @@ __all__ = [
     "Boundary",
     "DequantizeValues",
     "DequantizeWeight",
+    "GeluQuantize",
     "Gemm",
+    "NormQuantize",
     "OnlineQuantize",
+    "PackedLinear",
     "Quantize",
     "QuantizeBlocks",
+    "TokenQuantize",
     "UnknownOperatorError",
     "Variant",
     "attach_functions",
@@ -47,7 +55,19 @@ __all__ = [
     "plugin_attributes",
 ]
 
-VARIANTS = (OnlineQuantize, Quantize, QuantizeBlocks, DequantizeValues, DequantizeWeight, Gemm, Boundary)
+VARIANTS = (
+    OnlineQuantize,
+    Quantize,
+    QuantizeBlocks,
+    DequantizeValues,
+    DequantizeWeight,
+    Gemm,
+    Boundary,
+    TokenQuantize,
+    GeluQuantize,
+    NormQuantize,
+    PackedLinear,
+)
 """Every operator; `parse` asks them in turn."""
 
 

@@ -1,4 +1,4 @@
-"""Write the documentation's table of containers from the code that chooses them, so that it cannot drift from it.
+"""Write the documentation's tables of containers from the code that chooses them, so that it cannot drift from it.
 
 `python -m tools.container_table` rewrites docs/recipes.md between the two markers; `--check` only compares (exit 1).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -29,11 +30,17 @@ def container(scheme: LayerScheme, target: Target) -> str:
         return "–"
 
 
-def table() -> str:
-    """The Markdown table, one row per preset, one column per run of neighbouring targets that agree on all of them."""
+def tables() -> str:
+    """The Markdown tables of TensorRT's own kernels (and ONNX Runtime's) and of plugins."""
+    plugins = [target.with_kernels("plugin") for target in TARGETS.values() if target.plugin_containers]
+    return f"{table(TARGETS.values())}\n\nWith `kernels: plugin`:\n\n{table(plugins)}"
+
+
+def table(machines: Iterable[Target]) -> str:
+    """One row per preset, one column per run of neighbouring targets that agree on all of them."""
     columns = []
     for choices, targets in groupby(
-        TARGETS.values(), lambda target: (target.engine, *(container(scheme, target) for scheme in PRESETS.values()))
+        machines, lambda target: (target.engine, *(container(scheme, target) for scheme in PRESETS.values()))
     ):
         columns.append((", ".join(target.name for target in targets), choices[1:]))
     lines = [
@@ -46,10 +53,10 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """The page's text with the table between its markers."""
+    """The page's text with the tables between its markers."""
     before, _, rest = page.partition(START)
     after = rest.partition(END)[2]
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    return f"{before}{START}\n{tables()}\n{END}{after}"
 
 
 def main() -> int:

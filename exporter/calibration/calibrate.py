@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatis
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
-from exporter.models.pixart import PixArtAdapter
+from exporter.calibration.scales import one_thread
+from exporter.memory import release_mapped_weights
+from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
-from exporter.plan import Plan
+from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
 from exporter.quantize import (
     BlockStatistics,
@@ -25,10 +28,13 @@ from exporter.quantize import (
 )
 from exporter.recipe import MethodSection
 
+# After so many layers the original's weights, which are not looked at again, leave the memory.
+_LAYERS_AT_ONCE = 16
+
 
 def calibrate(
     model: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     plan: Plan,
     calibration_set: CalibrationSet,
     prompts: Prompts,
@@ -44,9 +50,11 @@ def calibrate(
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
-    largest_gram = LARGEST_GRAM if needs_gram else 0
-    inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
+    inputs: Mapping[str, InputStatistics] = {}
+    if method.name != "rtn" or _looks_at_inputs(plan, method):
+        needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
+        largest_gram = LARGEST_GRAM if needs_gram else 0
+        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
     weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
@@ -56,14 +64,29 @@ def calibrate(
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
+def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
+    """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
+    static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
+    return static or method.scale_search != "absmax"
+
+
 def _nearest(
     model: nn.Module, plan: Plan, inputs: Mapping[str, InputStatistics], method: MethodSection, progress: Progress
 ) -> dict[str, QuantizedWeight]:
-    weights = {}
-    with progress.task("scales", len(plan.layers)) as task:
-        for layer in plan.layers:
+    """One layer per core at a time: each works on its own in operations too small to be shared out."""
+
+    def quantized(layer: LayerPlan) -> QuantizedWeight:
+        with one_thread():
             weight = planned_linear(model, layer).weight.detach()
-            weights[layer.name] = nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
+            return nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
+
+    cores = torch.get_num_threads()
+    with progress.task("scales", len(plan.layers)) as task, ThreadPoolExecutor(cores) as pool:
+        weights = {}
+        for layer, weight in zip(plan.layers, pool.map(quantized, plan.layers), strict=True):
+            weights[layer.name] = weight
+            if len(weights) % _LAYERS_AT_ONCE == 0:
+                release_mapped_weights()
             task.advance()
     return weights
 
@@ -121,7 +144,13 @@ class _Walk:
         if not shares_inputs:
             quantized = self._run.block_inputs(self._quantized, self._quantized.get_submodule(first))
         statistics = []
+        skips = self._run.adapter.skips(self._model)
+        wanted = {source for taken in skips.values() for source in taken.values()}
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
         for name, block in blocks:
+            given = {argument: kept.pop(source) for argument, source in skips.get(name, {}).items()}
+            original = original.with_skips({argument: outputs[0] for argument, outputs in given.items()})
+            quantized = quantized.with_skips({argument: outputs[1] for argument, outputs in given.items()})
             targets = original.outputs(block)
             layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
             unit = Unit(name, self._quantized.get_submodule(name), layers)
@@ -130,6 +159,8 @@ class _Walk:
                 statistics.append(block_statistics)
             else:
                 outputs = quantized.outputs(unit.module)
+            if name in wanted:
+                kept[name] = (targets, outputs)
             original, quantized = original.advanced(targets), quantized.advanced(outputs)
         return statistics
 

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.files import atomic_path
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.progress import Progress
 from exporter.recipe import CalibrationSection
 from exporter.sampling import DenoiserCall, make_scheduler, sample, transformer_inputs
+from exporter.tensor_files import atomic_tensor_path
 
 _DTYPES = {
     "hidden_states": torch.float32,
@@ -51,7 +52,7 @@ class CalibrationSet:
 
     def save(self, path: Path) -> None:
         """Write the set as safetensors; the same set gives the same bytes."""
-        with atomic_path(path) as temporary:
+        with atomic_tensor_path(path) as temporary:
             save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, temporary)
 
     @classmethod
@@ -77,7 +78,7 @@ class CalibrationSet:
 
 def capture_trajectories(
     model: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     prompts: Prompts,
     settings: CalibrationSection,
     progress: Progress,
@@ -101,8 +102,8 @@ def capture_trajectories(
     sample(
         partial(adapter.predict_noise, model),
         prompts,
-        torch.arange(trajectories) % len(prompts.prompt_embeds),
-        make_scheduler(settings.scheduler, scheduler_config, settings.steps),
+        torch.arange(trajectories) % prompts.count,
+        make_scheduler(settings.scheduler, scheduler_config, settings.steps, adapter.training_noise),
         steps=settings.steps,
         guidance=settings.guidance,
         seed=seed,

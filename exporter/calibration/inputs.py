@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 
 BATCH = 32
@@ -25,21 +26,22 @@ _GRAM_TOKENS = 2048
 class BlockInputs:
     """Inputs of a block for all M samples.
 
-    `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, and
-    `constants` the keyword arguments that are not tensors.
+    `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, `constants` the
+    keyword arguments that are not tensors, and `skips` the outputs [M, ...] of earlier blocks that this one takes.
     """
 
     hidden: Tensor
     shared: Mapping[str, Tensor]
     constants: Mapping[str, Any]
+    skips: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def run(self, block: nn.Module, indices: Tensor | slice) -> Tensor:
         """Run `block` on the samples at `indices`."""
-        shared = {name: tensor[indices] for name, tensor in self.shared.items()}
-        output: Tensor = block(self.hidden[indices], **shared, **self.constants)
+        tensors = {name: tensor[indices] for name, tensor in {**self.shared, **self.skips}.items()}
+        output: Tensor = block(self.hidden[indices], **tensors, **self.constants)
         return output
 
     @torch.no_grad()
@@ -49,8 +51,12 @@ class BlockInputs:
         return torch.cat([self.run(block, slice(start, start + BATCH)) for start in starts])
 
     def advanced(self, hidden: Tensor) -> BlockInputs:
-        """Return the next block's inputs: `hidden` is the output of this one."""
+        """Return the next block's inputs, without skips: `hidden` is the output of this one."""
         return BlockInputs(hidden, self.shared, self.constants)
+
+    def with_skips(self, skips: Mapping[str, Tensor]) -> BlockInputs:
+        """Return the same inputs with outputs of earlier blocks, by keyword argument."""
+        return replace(self, skips=skips)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class InputStatistics:
 class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model."""
 
-    adapter: PixArtAdapter
+    adapter: Adapter
     calibration_set: CalibrationSet
     prompts: Prompts
 

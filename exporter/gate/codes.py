@@ -23,13 +23,14 @@ LARGEST_MISMATCH_FRACTION = 1e-4
 def encode_values(values: Floats, fmt: Format, encoding: str) -> npt.NDArray[np.generic]:
     """The tensor that a graph gives for these values of `fmt`; the inverse of `exporter.passes.encodings.decode`.
 
-    FP8 is given as bytes, as ONNX Runtime returns it. Raises ValueError for an unknown encoding.
+    FP8 is given as bytes, as ONNX Runtime returns it, or as signed bytes ("fp8_bytes"). Raises ValueError for an
+    unknown encoding.
     """
     if encoding == "float32":
         return values
-    if encoding == "fp8":
+    if encoding in ("fp8", "fp8_bytes"):
         numbers = (values.astype(np.float64) / unit_of(fmt, "fp8")).astype(np.float32)
-        return numbers.astype(FP8.dtype).view(np.uint8)
+        return numbers.astype(FP8.dtype).view(np.uint8 if encoding == "fp8" else np.int8)
     numerators = np.rint(values.astype(np.float64) / fmt.step).astype(np.int64)
     if encoding == "uint8":
         return (numerators + fmt.max_numerator).astype(np.uint8)

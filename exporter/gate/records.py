@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from exporter.compute import COMPUTE_TYPES, Compute
 from exporter.errors import InputError
-from exporter.files import atomic_path, write_text_atomically
+from exporter.files import write_text_atomically
 from exporter.gate.table import Stage
+from exporter.tensor_files import atomic_tensor_path
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -144,7 +145,7 @@ class Reference:
             "sensitivity_db": self.sensitivity_db,
             "rounding": None if self.rounding is None else asdict(self.rounding),
         }
-        with atomic_path(folder / TENSORS) as temporary:
+        with atomic_tensor_path(folder / TENSORS) as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, temporary)
         write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 

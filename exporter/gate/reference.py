@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,8 @@ from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs, shared_inputs
 from exporter.progress import Progress
 
 # Where nothing is quantized on the way, two float32 computations agree at least this well.
@@ -38,7 +39,7 @@ OUTPUT = "sample"
 def record_reference(
     original: nn.Module,
     quantized: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     batches: Sequence[TransformerInputs],
     progress: Progress,
     compute: Compute = "fp32",
@@ -101,7 +102,7 @@ class _Measured:
 def _measure(
     original: nn.Module,
     quantized: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     inputs: TransformerInputs,
     seen: dict[str, Tensor],
 ) -> _Measured:
@@ -117,7 +118,7 @@ def _measure(
 
     forced = []
     for model, given in ((original, inputs), (quantized, shaken)):
-        with _forced(adapter.blocks(model), seen) as own:
+        with _forced(adapter.blocks(model), adapter.skips(model), seen) as own:
             own[OUTPUT] = adapter.forward(model, given)
         forced.append(own)
     free = distance(OUTPUT, adapter.forward(original, inputs), adapter.forward(quantized, shaken))
@@ -132,7 +133,7 @@ def _rounding(
     compute: Compute,
     products: Compute,
     quantized: nn.Module,
-    adapter: PixArtAdapter,
+    adapter: Adapter,
     inputs: TransformerInputs,
     seen: dict[str, Tensor],
 ) -> Rounding:
@@ -140,7 +141,7 @@ def _rounding(
     blocks = adapter.blocks(quantized)
     given = {name: rounded(tensor, compute) for name, tensor in seen.items()}
     with stored_in(compute, quantized, blocks, products):
-        with _forced(blocks, given) as own:
+        with _forced(blocks, adapter.skips(quantized), given) as own:
             own[OUTPUT] = adapter.forward(quantized, inputs)
         free = adapter.forward(quantized, inputs)
     boundaries = {name: bounded_db(snr_db(as_array(seen[name]), as_array(own[name]))) for name in seen}
@@ -185,7 +186,7 @@ def _boundaries(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, T
 
     def keep_inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[f"{first_name}.input"] = args[0]
-        seen.update(_shared(kwargs))
+        seen.update(_shared(kwargs, ()))
 
     with ExitStack() as hooks:
         hooks.callback(first.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
@@ -198,24 +199,28 @@ def _boundaries(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, T
         yield seen
 
 
-def _shared(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    return {_SHARED_PREFIX + name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+def _shared(kwargs: dict[str, Any], skips: Collection[str]) -> dict[str, Tensor]:
+    return {_SHARED_PREFIX + name: value for name, value in shared_inputs(kwargs, skips).items()}
 
 
 @contextmanager
-def _forced(blocks: Sequence[tuple[str, nn.Module]], given: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Let every block, and what follows the last, see the `given` tensors; collect what the model itself computes."""
+def _forced(
+    blocks: Sequence[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]], given: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Let every block, and what follows the last, see the `given` tensors; collect what the model itself computes.
+
+    What comes by a skip is an earlier block's output, so it is given already.
+    """
     own: dict[str, Tensor] = {}
 
     def enter(
-        name: str, kwargs: dict[str, Any], args: tuple[Any, ...], hidden: Tensor
+        name: str, kwargs: dict[str, Any], args: tuple[Any, ...], hidden: Tensor, taken: Collection[str]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if name not in own:
             own[name] = args[0]
-        own.update({key: value for key, value in _shared(kwargs).items() if key not in own})
-        forced = {
-            key: given[_SHARED_PREFIX + key] if isinstance(value, Tensor) else value for key, value in kwargs.items()
-        }
+        shared = _shared(kwargs, taken)
+        own.update({key: value for key, value in shared.items() if key not in own})
+        forced = {key: given.get(_SHARED_PREFIX + key, value) for key, value in kwargs.items()}
         return (hidden, *args[1:]), forced
 
     with ExitStack() as hooks:
@@ -229,8 +234,9 @@ def _forced(blocks: Sequence[tuple[str, nn.Module]], given: dict[str, Tensor]) -
                 kwargs: dict[str, Any],
                 hidden: Tensor = hidden,
                 hidden_name: str = hidden_name,
+                taken: Collection[str] = tuple(skips.get(name, ())),
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                return enter(hidden_name, kwargs, args, hidden)
+                return enter(hidden_name, kwargs, args, hidden, taken)
 
             def after(_module: nn.Module, _args: Any, output: Tensor, name: str = output_name) -> Tensor:
                 own[name] = output

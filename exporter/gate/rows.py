@@ -33,6 +33,11 @@ def as_array(tensor: Tensor) -> npt.NDArray[Any]:
     return np.ascontiguousarray(tensor.numpy(force=True))
 
 
+def chosen_rows(length: int, most: int) -> Tensor:
+    """Which of `length` token rows are recorded, int64: at most so many, spread over all."""
+    return torch.linspace(0, length - 1, min(most, length)).round().long()
+
+
 @dataclass
 class LinearInputs:
     """Token rows of every quantized linear's input, rounded to `compute`, gathered over several batches.
@@ -67,7 +72,7 @@ class LinearInputs:
         if not isinstance(module, QuantLinear):
             raise TypeError(f"{type(module).__name__} is no QuantLinear")
         flat = args[0].reshape(-1, args[0].shape[-1])
-        chosen = torch.linspace(0, len(flat) - 1, min(self.per_batch, len(flat))).round().long()
+        chosen = chosen_rows(len(flat), self.per_batch)
         self.rows.setdefault(module.layer, []).append(rounded(flat[chosen].clone(), self.compute))
         self.ranks[module.layer] = args[0].ndim
 

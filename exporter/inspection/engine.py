@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.build import check_rtx_engine, read_rtx_header
+from exporter.device.rtx_file import check_rtx_engine, read_rtx_header
 from exporter.errors import InputError
 from exporter.onnx_files import checksum_of
 from exporter.origin import Origin, origin_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +15,11 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.inspection.engine import look_at_engine
 from exporter.inspection.layers import LayersView, LayerView, plain_layers, table_layers, unfused_layers
-from exporter.onnx_files import total_bytes
+from exporter.onnx_files import nodes_of, read_model, total_bytes
 from exporter.onnx_input.model import GraphState, state_of
 from exporter.passes.history import PassResult, read_pass_history
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
-from exporter.runtime import read_model
 from exporter.targets import SUFFIXES
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -122,12 +121,4 @@ def _totals(model: onnx.ModelProto, view: LayersView, size: int) -> Totals:
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """The graph's nodes and those of its subgraphs, without function bodies."""
-    return _with_subgraphs(model.graph.node)
-
-
-def _with_subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _with_subgraphs(graph.node)
+    return nodes_of(model.graph.node)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,35 +13,27 @@ from torch import Tensor, nn
 
 from exporter.errors import EnvironmentLacksError, InputError, did_you_mean
 from exporter.explain import explain
-from exporter.models.config import PixArtConfig
+from exporter.models.adapter import Adapter
+from exporter.models.families import ADAPTERS
+from exporter.models.generic import ANY_CLASS
 from exporter.models.location import CONFIG, read_config
-from exporter.models.pixart import PixArtAdapter
 from exporter.models.weight_files import read_tensors, weight_files
 from exporter.plan import LinearShape, ModelShapes
-
-ADAPTERS: Mapping[str, PixArtAdapter] = MappingProxyType({"pixart": PixArtAdapter()})
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_NAMED = 3
 
 
-def get_adapter(family: str) -> PixArtAdapter:
-    """The adapter of a model family. Raises `InputError`."""
-    if family not in ADAPTERS:
-        raise InputError(f"unknown family {family!r}{did_you_mean(family, ADAPTERS)}")
-    return ADAPTERS[family]
-
-
-def load_transformer(transformer: Path, family: str) -> nn.Module:
+def load_transformer(transformer: Path, adapter: Adapter, variant: str | None = None) -> nn.Module:
     """The model in the directory `transformer` (see `find_model`): float32, in eval mode, without gradients.
 
     Half-precision checkpoints are widened. Tensors are read one by one straight into place, so the peak is little
     over the model's own size. Raises `InputError`.
     """
     config = read_config(transformer)
-    model = skeleton(config, family, transformer / CONFIG)
+    model = skeleton(config, adapter, transformer / CONFIG)
     wanted = model.state_dict()
-    files = weight_files(transformer)
+    files = weight_files(transformer, variant)
     state: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in read_tensors(file):
@@ -50,21 +42,24 @@ def load_transformer(transformer: Path, family: str) -> nn.Module:
     if missing:
         raise InputError(f"{transformer}: the weights lack {_named(missing)} that {CONFIG} asks for")
     model.load_state_dict(state, strict=True, assign=True)
+    adapter.share_weights(model)
     return model.eval().requires_grad_(False)
 
 
-def skeleton(config: dict[str, Any], family: str, file: Path) -> nn.Module:
+def skeleton(config: dict[str, Any], adapter: Adapter, file: Path) -> nn.Module:
     """The model that a config describes, its parameters without memory. Raises `InputError` naming `file`."""
-    adapter = get_adapter(family)
     name = config.get("_class_name")
-    if name != adapter.class_name:
+    if adapter.class_name not in (name, ANY_CLASS):
         found = f"_class_name is {name!r}" if name is not None else "there is no _class_name"
         supported = ", ".join(f"{entry.family} ({entry.class_name})" for entry in ADAPTERS.values())
-        raise InputError(f"{file}: {found}, but family {family} is {adapter.class_name}; supported: {supported}")
+        raise InputError(
+            f"{file}: {found}, but family {adapter.family} is {adapter.class_name}; supported: {supported}; "
+            "family generic takes others that a recipe describes; docs/architecture.md shows how to add one"
+        )
     try:
         adapter.parse_config(config)
     except ValidationError as error:
-        problem = explain(error, PixArtConfig)
+        problem = explain(error, adapter.config_class)
         place = f"{problem.path}: " if problem.path else ""
         raise InputError(f"{file}: {place}{problem.message}") from error
     try:
@@ -75,12 +70,13 @@ def skeleton(config: dict[str, Any], family: str, file: Path) -> nn.Module:
         raise EnvironmentLacksError(f"diffusers cannot be imported: {error}; pip install diffusers") from error
 
 
-def model_shapes(model: nn.Module) -> ModelShapes:
-    """Shapes of the model's linear layers and parameter counts of everything else; no weights are needed."""
+def model_shapes(model: nn.Module, adapter: Adapter) -> ModelShapes:
+    """Shapes of the linear layers that can be quantized and parameter counts of everything else; no weights needed."""
     linears: dict[str, LinearShape] = {}
     others: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        fixed = any(fnmatchcase(name, pattern) for pattern in adapter.never_quantized)
+        if isinstance(module, nn.Linear) and not fixed:
             linears[name] = LinearShape(module.out_features, module.in_features, module.bias is not None)
             continue
         for key, parameter in module.named_parameters(recurse=False):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporter.errors import EnvironmentLacksError, InputError
-from exporter.models.weight_files import has_weights
+from exporter.models.weight_files import has_weights, weight_patterns
 from exporter.recipe import Recipe
 
 CONFIG = "config.json"
@@ -18,8 +19,9 @@ TRANSFORMER = "transformer"
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_CONFIG = 1 << 20
+_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+_ENCODER_PATTERNS = tuple(f"{folder}*/{name}" for folder in ("text_encoder", "tokenizer") for name in _ENCODER_FILES)
 _CONFIG_PATTERNS = (f"{TRANSFORMER}/{CONFIG}", "scheduler/*.json", "model_index.json")
-_WEIGHT_PATTERNS = (f"{TRANSFORMER}/*.safetensors", f"{TRANSFORMER}/*.json")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def locate_model(recipe: Recipe) -> ModelFiles:
     Raises `InputError`, or `EnvironmentLacksError` when the Hub cannot give the model.
     """
     directory = _local_directory(recipe)
-    return find_model(_download(recipe.model.weights) if directory is None else directory)
+    return find_model(_download(recipe.model.weights, recipe.model.variant) if directory is None else directory)
 
 
 def locate_config(recipe: Recipe) -> FoundConfig:
@@ -72,6 +74,19 @@ def locate_config(recipe: Recipe) -> FoundConfig:
     with tempfile.TemporaryDirectory() as cache:
         transformer = find_model(_download(hub_id, config_only=True, cache=cache)).transformer
         return FoundConfig(name, read_config(transformer), f"{hub_id} will be downloaded from the Hub")
+
+
+def locate_pipeline(given: str, start: Path) -> Path:
+    """The folder of a whole pipeline, text encoders included: a directory (relative to `start`) or a Hub id.
+
+    A transformer's own folder stands for the pipeline around it. Raises as `locate_model` does.
+    """
+    path = start / Path(given).expanduser()
+    if not path.is_dir():
+        if not _HUB_ID.fullmatch(given):
+            raise InputError(f"{path}: no such directory")
+        return _snapshot(given, (*_CONFIG_PATTERNS, *_ENCODER_PATTERNS))
+    return path.parent if path.resolve().name == TRANSFORMER else path
 
 
 def _local_directory(recipe: Recipe) -> Path | None:
@@ -126,14 +141,19 @@ def _cached_config(hub_id: str) -> Path | None:
     return Path(found).parents[1] if isinstance(found, str) else None
 
 
-def _download(hub_id: str, *, config_only: bool = False, cache: str | None = None) -> Path:
+def _download(hub_id: str, variant: str | None = None, *, config_only: bool = False, cache: str | None = None) -> Path:
+    weights = () if config_only else weight_patterns(variant)
+    return _snapshot(hub_id, (*_CONFIG_PATTERNS, *(f"{TRANSFORMER}/{name}" for name in weights)), cache)
+
+
+def _snapshot(hub_id: str, patterns: Sequence[str], cache: str | None = None) -> Path:
+    """The folder with the repository's files that fit `patterns`, fetched where the Hub's cache lacks them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_CONFIG_PATTERNS, *(() if config_only else _WEIGHT_PATTERNS)]
     advice = "download it where there is a network and give the folder: --set model.weights=DIR"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, cache_dir=cache))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), cache_dir=cache))
     except HFValidationError as error:
         raise InputError(f"model.weights: {hub_id}: neither a directory nor a Hub id") from error
     except HfHubHTTPError as error:

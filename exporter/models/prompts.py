@@ -1,8 +1,8 @@
-"""Prompt embeddings: computed once by the text encoder, stored in safetensors, all that calibration needs of it."""
+"""What trajectories are conditioned on: prompt embeddings from a safetensors file, or class labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,96 +10,126 @@ import torch
 from torch import Tensor
 
 from exporter.errors import InputError
+from exporter.models.inputs import Condition
 from exporter.models.weight_files import read_tensors
 
-_EMBEDS = "prompt_embeds"
-_MASK = "prompt_attention_mask"
-_NEGATIVE_EMBEDS = "negative_prompt_embeds"
-_NEGATIVE_MASK = "negative_prompt_attention_mask"
 _LABELS = "labels"
-_REQUIRED = (_EMBEDS, _MASK, _NEGATIVE_EMBEDS, _NEGATIVE_MASK)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Embeddings of P prompts of S tokens, float32, with masks of 1 (a token) and 0 (padding).
+    """P prompts as the transformer takes them, by the names of its inputs.
 
-    prompt_embeds [P, S, D], prompt_attention_mask [P, S]; the negative ones are the same for all prompts,
-    [1, S, D] and [1, S], or one each, [P, S, D] and [P, S]; labels int64 [P] are what a classifier should see.
+    `positive` tensors are [P, ...]: embeddings float32, masks float32 of 1 (a token) and 0 (padding), class labels
+    int64; the `negative` ones are the same for all prompts, [1, ...], or one each, [P, ...]; labels int64 [P] are what
+    a classifier should see.
     """
 
-    prompt_embeds: Tensor
-    prompt_attention_mask: Tensor
-    negative_prompt_embeds: Tensor
-    negative_prompt_attention_mask: Tensor
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor]
     labels: Tensor | None = None
 
     @property
     def count(self) -> int:
         """How many prompts."""
-        return int(self.prompt_embeds.shape[0])
+        return len(next(iter(self.positive.values())))
 
     @property
-    def tokens(self) -> int:
-        """Length S of every prompt, padding included."""
-        return int(self.prompt_embeds.shape[1])
+    def negatives(self) -> int:
+        """How many rows the negative tensors have: 1 or `count`."""
+        return len(next(iter(self.negative.values())))
 
-    def conditional(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings and masks of the prompts at `indices` int64 [B]."""
-        return self.prompt_embeds[indices], self.prompt_attention_mask[indices]
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.positive.values())).device
 
-    def unconditional(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative embeddings and masks that go with the prompts at `indices` int64 [B]."""
-        rows = indices if self.negative_prompt_embeds.shape[0] > 1 else torch.zeros_like(indices)
-        return self.negative_prompt_embeds[rows], self.negative_prompt_attention_mask[rows]
+    def gather(self, indices: Tensor) -> dict[str, Tensor]:
+        """Input name → rows at `indices` int64 [B]: of `positive`, and for an index below 0 row -1 - index of
+        `negative`."""
+        rows = indices.to(self.device)
+        return {name: _gather(tensor, self.negative[name], rows) for name, tensor in self.positive.items()}
 
 
-def load_prompts(path: Path, caption_dim: int) -> Prompts:
-    """Read and check a prompt file; `caption_dim` is the width D that the model takes. Raises `InputError`."""
+def _gather(positive: Tensor, negative: Tensor, rows: Tensor) -> Tensor:
+    is_negative = (rows < 0).reshape(-1, *[1] * (positive.ndim - 1))
+    return torch.where(is_negative, negative[(-1 - rows).clamp(min=0)], positive[rows.clamp(min=0)])
+
+
+def class_prompts(condition: Condition, classes: Sequence[int], negative: int) -> Prompts:
+    """Class labels as prompts, `negative` for none. The caller has checked that they are below `condition.classes`."""
+    labels = torch.tensor(classes, dtype=torch.int64)
+    return Prompts({condition.input: labels}, {condition.input: torch.tensor([negative])}, labels)
+
+
+def load_prompts(path: Path, conditions: Sequence[Condition]) -> Prompts:
+    """Read and check a prompt file, which must hold all `conditions`. Raises `InputError`."""
+    wanted = [key for condition in conditions for key in (condition.key, condition.negative_key)]
     if not path.is_file():
-        raise InputError(f"{path}: no such file; calibration.prompts is a safetensors file with {', '.join(_REQUIRED)}")
+        raise InputError(f"{path}: no such file; calibration.prompts is a safetensors file with {', '.join(wanted)}")
     tensors = dict(read_tensors(path))
-    for name in _REQUIRED:
+    for name in wanted:
         if name not in tensors:
             raise InputError(f"{path}: {name} is missing; the file holds {', '.join(tensors) or 'nothing'}")
-    count = _check_embeds(path, tensors, caption_dim)
-    masks = {name: _mask(path, name, tensors) for name in (_MASK, _NEGATIVE_MASK)}
+    loaded = {name: tensor for condition in conditions for name, tensor in _pair(path, tensors, condition)}
+    counts = {len(loaded[condition.key]) for condition in conditions}
+    if len(counts) > 1:
+        sizes = ", ".join(f"{condition.key} {len(loaded[condition.key])}" for condition in conditions)
+        raise InputError(f"{path}: different numbers of prompts: {sizes}")
+    negatives = {len(loaded[condition.negative_key]) for condition in conditions}
+    if len(negatives) > 1:
+        sizes = ", ".join(f"{condition.negative_key} {len(loaded[condition.negative_key])}" for condition in conditions)
+        raise InputError(f"{path}: different numbers of negative prompts: {sizes}")
     return Prompts(
-        prompt_embeds=tensors[_EMBEDS].to(torch.float32),
-        prompt_attention_mask=masks[_MASK],
-        negative_prompt_embeds=tensors[_NEGATIVE_EMBEDS].to(torch.float32),
-        negative_prompt_attention_mask=masks[_NEGATIVE_MASK],
-        labels=_labels(path, tensors, count),
+        {condition.input: loaded[condition.key] for condition in conditions},
+        {condition.input: loaded[condition.negative_key] for condition in conditions},
+        _labels(path, tensors, counts.pop()),
     )
 
 
-def _check_embeds(path: Path, tensors: Mapping[str, Tensor], caption_dim: int) -> int:
-    """Check both embeddings' types, shapes and values; returns the number of prompts."""
-    for name in (_EMBEDS, _NEGATIVE_EMBEDS):
-        tensor = tensors[name]
-        if tensor.ndim != 3 or tensor.numel() == 0 or tensor.dtype not in _FLOATS:
-            raise InputError(
-                f"{path}: {name} is {_described(tensor)}; expected floats [prompts, tokens, {caption_dim}]"
-            )
-        if tensor.shape[2] != caption_dim:
-            raise InputError(
-                f"{path}: {name} is {tensor.shape[2]} wide, but the model takes captions {caption_dim} wide"
-            )
-        if not bool(torch.isfinite(tensor.to(torch.float32)).all()):
-            raise InputError(f"{path}: {name} holds {_not_finite(tensor)}")
-    (count, tokens, _), negative = tensors[_EMBEDS].shape, tensors[_NEGATIVE_EMBEDS].shape
-    if negative[0] not in (1, count) or negative[1] != tokens:
+def _pair(path: Path, tensors: Mapping[str, Tensor], condition: Condition) -> list[tuple[str, Tensor]]:
+    """The condition's tensor and its negative one, checked, each with its name."""
+    pairs = []
+    for name in (condition.key, condition.negative_key):
+        if condition.kind == "mask":
+            embeds = condition.of if name == condition.key else f"negative_{condition.of}"
+            pairs.append((name, _mask(path, name, tensors[name], embeds, tensors[embeds])))
+        else:
+            pairs.append((name, _embeds(path, name, tensors[name], condition)))
+    (_, positive), (_, negative) = pairs
+    count = len(positive)
+    if len(negative) not in (1, count) or negative.shape[1:] != positive.shape[1:]:
+        shape = ", ".join([f"1 or {count}", *map(str, positive.shape[1:])])
         raise InputError(
-            f"{path}: {_NEGATIVE_EMBEDS} is {list(negative)}; with {_EMBEDS} {list(tensors[_EMBEDS].shape)} it must be "
-            f"[1 or {count}, {tokens}, {caption_dim}]"
+            f"{path}: {condition.negative_key} is {list(negative.shape)}; with {condition.key} {list(positive.shape)} "
+            f"it must be [{shape}]"
         )
-    return count
+    return pairs
 
 
-def _mask(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def _embeds(path: Path, name: str, tensor: Tensor, condition: Condition) -> Tensor:
+    """The embeddings in float32, if they have the condition's shape and all of them are finite."""
+    shape = condition.shape
+    if tensor.ndim != 1 + len(shape) or tensor.numel() == 0 or tensor.dtype not in _FLOATS:
+        axes = ", ".join(["prompts", *("tokens" if size is None else str(size) for size in shape)])
+        raise InputError(f"{path}: {name} is {_described(tensor)}; expected floats [{axes}]")
+    if shape and shape[-1] is not None and tensor.shape[-1] != shape[-1]:
+        raise InputError(
+            f"{path}: {name} is {tensor.shape[-1]} wide, but the model takes captions {shape[-1]} wide as "
+            f"{condition.input}"
+        )
+    for size, wanted in zip(tensor.shape[1:], shape, strict=True):
+        if wanted not in (None, size):
+            raise InputError(f"{path}: {name} is {list(tensor.shape)}, but the model takes {wanted} tokens, not {size}")
+    values = tensor.to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{path}: {name} holds {_not_finite(tensor)}")
+    return values
+
+
+def _mask(path: Path, name: str, mask: Tensor, embeds_name: str, embeds: Tensor) -> Tensor:
     """The mask as float32 ones and zeros, at least one token in every row."""
-    mask, embeds = tensors[name], tensors[name.replace("attention_mask", "embeds")]
     if mask.shape != embeds.shape[:2]:
         raise InputError(f"{path}: {name} is {_described(mask)}; its embeddings ask for {list(embeds.shape[:2])}")
     values = mask.to(torch.float32)

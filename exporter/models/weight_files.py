@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from torch import Tensor
 from exporter.errors import InputError
 
 _STEM = "diffusion_pytorch_model"
-_INDEX = f"{_STEM}.safetensors.index.json"
+# One file, and the index of several, with a variant in their names.
+_VARIANT_NAMES = (
+    re.compile(rf"{_STEM}\.(\w+)\.safetensors"),
+    re.compile(rf"{_STEM}\.safetensors\.index\.(\w+)\.json"),
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_ADVICE = (
     "a pickle can run any code when it is opened; convert it to safetensors where you trust it "
@@ -29,15 +34,33 @@ def has_weights(transformer: Path) -> bool:
     return any(transformer.glob("*.safetensors"))
 
 
-def weight_files(transformer: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint: one, or the shards of an index. Raises `InputError`."""
-    index = transformer / _INDEX
+def weight_patterns(variant: str | None) -> tuple[str, ...]:
+    """Patterns of the names that a checkpoint's files have, one or several, and their index."""
+    part = f".{variant}" if variant else ""
+    return f"{_STEM}{part}.safetensors", f"{_STEM}{part}-*.safetensors", f"{_STEM}.safetensors.index{part}.json"
+
+
+def weight_files(transformer: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that make up the checkpoint: one, or the shards of an index.
+
+    `variant` is what diffusers puts into their names, as in ``diffusion_pytorch_model.fp16.safetensors``. Raises
+    `InputError`.
+    """
+    part = f".{variant}" if variant else ""
+    index = transformer / f"{_STEM}.safetensors.index{part}.json"
     if index.is_file():
         return _shards(index)
-    single = transformer / f"{_STEM}.safetensors"
+    single = transformer / f"{_STEM}{part}.safetensors"
     if single.is_file():
         return [single]
     files = sorted(transformer.glob("*.safetensors"))
+    variants = sorted(_variants(transformer))
+    if variant or variants:
+        there = ", ".join(variants) or "none"
+        fix = (
+            "leave model.variant out" if not variants else f"set model.variant, as in --set model.variant={variants[0]}"
+        )
+        raise InputError(f"{transformer}: there is no {single.name}; variants here: {there}; {fix}")
     if len(files) == 1:
         return files
     if files:
@@ -47,6 +70,12 @@ def weight_files(transformer: Path) -> list[Path]:
     if pickles:
         raise InputError(f"{pickles[0]}: refused: {_PICKLE_ADVICE}")
     raise InputError(f"{transformer}: there is no {_STEM}.safetensors; only the config is here")
+
+
+def _variants(transformer: Path) -> set[str]:
+    """The variants that the folder holds."""
+    names = [file.name for file in transformer.iterdir() if file.is_file()]
+    return {found[1] for name in names for pattern in _VARIANT_NAMES if (found := pattern.fullmatch(name))}
 
 
 def _shards(index: Path) -> list[Path]:

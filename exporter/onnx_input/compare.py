@@ -23,14 +23,14 @@ from exporter.gate.runs import run_graph
 from exporter.gate.snr import power_ratio_db, snr_db
 from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage, bounded_db
-from exporter.onnx_files import save_onnx
+from exporter.onnx_files import read_model, save_onnx
 from exporter.onnx_input.linears import FoundLinear
 from exporter.onnx_input.probe import Probed
 from exporter.passes.driver import Pass, run_passes
 from exporter.passes.layer_table import read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.quantize import QuantLinear
-from exporter.runtime import OnnxSession, read_model
+from exporter.runtime import OnnxSession
 from exporter.targets import Target
 
 Arrays = Mapping[str, npt.NDArray[Any]]

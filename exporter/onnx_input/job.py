@@ -7,11 +7,11 @@ from pathlib import Path
 
 import onnx
 
-from exporter.build import build_engine
+from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.gate.table import GateResult
 from exporter.job import open_work
-from exporter.onnx_files import data_path, external_files, save_onnx, total_bytes
+from exporter.onnx_files import data_path, external_files, read_model, save_onnx, total_bytes
 from exporter.onnx_input.compare import Graphs, compare_graphs
 from exporter.onnx_input.foreign import ForeignModel
 from exporter.onnx_input.model import GraphState, read_source, state_of
@@ -23,7 +23,6 @@ from exporter.passes import lowering_passes, run_passes
 from exporter.passes.emulate import emulation_passes
 from exporter.progress import NullProgress, Progress
 from exporter.quantize import QuantLinear
-from exporter.runtime import read_model
 from exporter.targets import AUTO, Target, resolve_target
 from exporter.validate import conclude
 from exporter.workdir import WorkDir
@@ -181,4 +180,5 @@ def _write(lowered: Path, output: Path, target: Target, progress: Progress) -> N
     if target.engine == "onnxruntime":
         save_onnx(onnx.load(lowered), output)
     else:
-        build_engine(lowered, output, target, progress)
+        # No inputs are saved, and a folder that an earlier export left is about another graph.
+        build_engine(lowered, output, target, progress, BuildOptions(acceptance=False))

@@ -11,11 +11,11 @@ import onnx
 from onnx import inliner, version_converter
 
 from exporter.errors import InputError
+from exporter.onnx_files import read_model
 from exporter.passes.driver import OPSETS, run_passes
 from exporter.passes.inference import is_large, skeleton
 from exporter.passes.layer_table import TARGET_KEY
 from exporter.passes.squeezes import drop_noop_squeezes
-from exporter.runtime import read_model
 from exporter.targets import Target
 from plugins.op import is_ours
 

@@ -20,10 +20,15 @@ from exporter.passes.half import store_exactly_in_half
 from exporter.passes.half_products import multiply_in_fp16
 from exporter.passes.history import PassResult
 from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
+from exporter.passes.lower_plugins import lower_to_plugins
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
 from exporter.passes.modulation import fold_modulation_offsets
 from exporter.passes.noops import drop_noops
 from exporter.passes.packing import pack_weights
+from exporter.passes.plugins.compute_type import plugins_in_bf16, plugins_in_fp16
+from exporter.passes.plugins.epilogues import fuse_gelu_epilogue, fuse_residual
+from exporter.passes.plugins.quantizers import fuse_gelu_quantize, fuse_norm_quantize
+from exporter.passes.plugins.separate import separate_containers
 from exporter.passes.refuse import refuse_unsupported
 from exporter.passes.shapes import fold_shapes
 from exporter.passes.sharing import share_activation_quantizers
@@ -39,6 +44,8 @@ __all__ = [
     "CPU_PASSES",
     "CPU_PASSES_IN_BYTES",
     "HALF_PRODUCT_PASSES",
+    "PLUGIN_COMPUTE_PASSES",
+    "PLUGIN_PASSES",
     "TENSORRT_PASSES",
     "WAIST_PASSES",
     "Keep",
@@ -77,12 +84,28 @@ COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(
     {"fp32": (), "fp16": (compute_in_fp16,), "bf16": (compute_in_bf16,)}
 )
 
+# The fusions come first, on FP32, and what has no kernel of ours is lowered as without plugins.
+PLUGIN_PASSES: tuple[Pass, ...] = (
+    separate_containers,
+    lower_to_plugins,
+    fuse_norm_quantize,
+    fuse_gelu_quantize,
+    fuse_gelu_epilogue,
+    fuse_residual,
+)
+PLUGIN_COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(
+    {"fp32": (), "fp16": (plugins_in_fp16,), "bf16": (plugins_in_bf16,)}
+)
+
 
 def lowering_passes(target: Target, compute: Compute = "fp32", storage: Storage = "packed") -> tuple[Pass, ...]:
     """The passes that turn the waist into the target's own operators, other than linears in the compute type.
 
-    `storage` says how ONNX Runtime's file keeps weights of 4 bits; engines hold them in their container anyway.
+    `storage` says how ONNX Runtime's file keeps weights of 4 bits; engines hold them in their container, unless the
+    target's kernels are plugins.
     """
+    if target.kernels == "plugin":
+        return (*PLUGIN_PASSES, *COMPUTE_PASSES[compute], *PLUGIN_COMPUTE_PASSES[compute], *TENSORRT_PASSES)
     if target.engine != "onnxruntime":
         passes = TENSORRT_PASSES if target.fp32_products else HALF_PRODUCT_PASSES
         return (*COMPUTE_PASSES[compute], *passes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.container_choice import choose_container, container_product
+from exporter.container_choice import choose_container, container_product, has_kernel
 from exporter.errors import InputError
 from exporter.passes.surgery import array_of, variant_of
 from exporter.presets import LayerScheme
@@ -27,10 +27,10 @@ def choose_containers(graph: gs.Graph, target: Target) -> int:
         gemm = variant_of(node, Gemm)
         if gemm is None:
             continue
-        asked = node.attrs["container"] or AUTO_CONTAINER
-        scheme = LayerScheme(gemm.weight_format, gemm.group_size, scales_of(gemm), gemm.activation_format, asked)
+        scheme = scheme_of(node, gemm)
         container = choose_container(node.attrs["layer"], scheme, gemm.count, target)
-        _check_multipliers(node, gemm, scheme, container, target)
+        if not (target.kernels == "plugin" and has_kernel(scheme, gemm.count)):
+            _check_multipliers(node, gemm, scheme, container, target)
         changed += node.attrs["container"] != container
         node.attrs["container"] = container
     return changed
@@ -47,6 +47,12 @@ def forget_containers(graph: gs.Graph, target: Target) -> int:
             node.attrs["container"] = ""
             changed += 1
     return changed
+
+
+def scheme_of(node: gs.Node, gemm: Gemm) -> LayerScheme:
+    """How the layer of a FloatGemm node is quantized, with the container that the node has so far."""
+    asked = node.attrs["container"] or AUTO_CONTAINER
+    return LayerScheme(gemm.weight_format, gemm.group_size, scales_of(gemm), gemm.activation_format, asked)
 
 
 def scales_of(gemm: Gemm) -> Scales:

@@ -155,11 +155,12 @@ def _store_constants(lowered: Iterable[gs.Node], chosen: set[int], compute: Comp
                 _check_constant(tensor, node, compute, fix)
                 alone = all(id(reader) in chosen for reader in tensor.outputs)
                 name = tensor.name if alone else f"{tensor.name}.{compute.name}"
-                stored[id(tensor)] = _constant(name, np.asarray(tensor.values).astype(compute.dtype))
+                stored[id(tensor)] = typed_constant(name, np.asarray(tensor.values).astype(compute.dtype))
             node.inputs[index] = stored[id(tensor)]
 
 
-def _constant(name: str, array: np.ndarray[Any, Any]) -> gs.Constant:
+def typed_constant(name: str, array: np.ndarray[Any, Any]) -> gs.Constant:
+    """An initializer of the array's type, which may be BF16."""
     onnx_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     return low_bit_constant(name, array, onnx_type) if onnx_type == TensorProto.BFLOAT16 else gs.Constant(name, array)
 

@@ -17,6 +17,7 @@ from exporter.passes.layer_table import (
     LayerEntry,
     layer_table,
     read_layer_table,
+    updated_table,
     with_encodings,
     write_layer_table,
 )
@@ -63,7 +64,7 @@ def _run(
         done.append(run.__name__)
         changed = run(graph, target)
         graph.cleanup()
-        table = layer_table(graph) or table
+        table = updated_table(table, layer_table(graph))
         results.append(PassResult(run.__name__, changed, len(graph.nodes)))
         if keep is not None:
             keep(run.__name__, index, _export(graph, model, table, target, (*before, *results)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from exporter.passes.driver import Pass
 from exporter.passes.emulate_blocks import emulate_blocks
 from exporter.passes.emulate_compute import round_to_compute_type
+from exporter.passes.plugins.open import open_plugins
 from exporter.targets import Target
 
 EMULATED = "emulated"
@@ -21,7 +22,9 @@ EMULATION_PASSES: tuple[Pass, ...] = (emulate_blocks, round_to_compute_type)
 
 def emulation_passes(target: Target) -> tuple[Pass, ...]:
     """The passes that stand in for the target's types; none where ONNX Runtime is the target itself."""
-    return () if target.engine == "onnxruntime" else EMULATION_PASSES
+    if target.engine == "onnxruntime":
+        return ()
+    return (open_plugins, *EMULATION_PASSES) if target.kernels == "plugin" else EMULATION_PASSES
 
 
 def relation_to_engine(compared: Path) -> str:

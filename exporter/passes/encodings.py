@@ -11,7 +11,7 @@ import numpy.typing as npt
 from plugins.containers import CONTAINERS, activation_factor
 from plugins.formats import Format
 
-ENCODINGS = ("float32", "uint8", "int8", "fp8")
+ENCODINGS = ("float32", "uint8", "int8", "fp8", "fp8_bytes")
 
 
 def unit_of(fmt: Format, container: str) -> float:
@@ -30,14 +30,15 @@ def unit_of(fmt: Format, container: str) -> float:
 def decode(raw: npt.NDArray[Any], fmt: Format, encoding: str) -> npt.NDArray[np.float32]:
     """The values, float32, of a tensor of quantized activations in one of the `ENCODINGS`.
 
-    uint8 has the format's largest numerator as its zero point. fp8 is taken as bytes or as ml_dtypes' E4M3.
+    uint8 has the format's largest numerator as its zero point. fp8 is taken as bytes or as ml_dtypes' E4M3,
+    fp8_bytes is that in INT8 tensors.
     """
     unit, zero = np.float32(1), np.float32(0)
     if encoding == "uint8":
         unit, zero = np.float32(fmt.step), np.float32(fmt.max_numerator)
     elif encoding == "int8":
         unit = np.float32(fmt.step)
-    elif encoding == "fp8":
+    elif encoding in ("fp8", "fp8_bytes"):
         raw, unit = raw.view(ml_dtypes.float8_e4m3fn), np.float32(unit_of(fmt, "fp8"))
     elif encoding != "float32":
         raise ValueError(f"unknown encoding {encoding!r}; valid: {', '.join(ENCODINGS)}")

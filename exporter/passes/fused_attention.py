@@ -12,17 +12,20 @@ from exporter.targets import Target
 
 _HEADS_FIRST = [0, 2, 1, 3]
 _HEADS_FIRST_TURNED = [0, 2, 3, 1]
+_TURNED = [0, 1, 3, 2]
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """A tensor [B, T, H·D], which the graph reads split into heads, times a factor."""
+    """Heads of an attention, times a factor: split from a tensor [B, T, H·D], or, where the graph goes on computing
+    with the split heads, as a tensor [B, H, T, D] itself (`is_split`)."""
 
-    whole: gs.Tensor
+    tensor: gs.Tensor
     tokens: int
     heads: int
     width: int
     factor: float
+    is_split: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ def fuse_attention(graph: gs.Graph, target: Target) -> int:
     """Split heads → (Q·c)·Kᵀ → [+ mask] → Softmax → ·V → merge heads ⇒ MultiHeadAttention(Q, K, V, mask).
 
     When Reshape and Transpose split and merge the heads, their sizes are known, and nothing else reads the scores or
-    what becomes of them. ONNX Runtime computes the operator tile by tile and never writes all scores to memory, unless
-    there is a mask; that must be one row for all queries, is widened once, and serves all blocks. Equal up to FP32
-    rounding. For ONNX Runtime; TensorRT fuses the parts itself.
+    what becomes of them. Split queries and keys that are normalized or rotated first are merged again for the operator,
+    which copies them once. ONNX Runtime computes the operator tile by tile and never writes all scores to memory,
+    unless there is a mask; that must be one row for all queries, is widened once, and serves all blocks. Equal up to
+    FP32 rounding. For ONNX Runtime; TensorRT fuses the parts itself.
     """
     if target.engine != "onnxruntime":
         return 0
@@ -74,7 +78,7 @@ def _match(graph: gs.Graph, softmax: gs.Node) -> _Attention | None:
     same_heads = query.heads == key.heads == value.heads and query.width == key.width
     # A product broadcasts a batch of one, the operator does not; batches of unknown size go by many names.
     batches = {
-        size if isinstance(size, int) else None for size in (part.whole.shape[0] for part in (query, key, value))
+        size if isinstance(size, int) else None for size in (part.tensor.shape[0] for part in (query, key, value))
     }
     same_batch = len(batches) == 1
     if (
@@ -89,14 +93,19 @@ def _match(graph: gs.Graph, softmax: gs.Node) -> _Attention | None:
 
 
 def _heads(tensor: gs.Tensor, permutation: list[int]) -> _Heads | None:
-    """`tensor` as a factor times Transpose(Reshape(whole [B, T, H·D], [.., T, H, D]))."""
+    """`tensor` as a factor times Transpose(Reshape(x [B, T, H·D], [.., T, H, D])), else times a [B, H, T, D]."""
     factor, node = 1.0, producer(tensor)
     while node is not None and node.op == "Mul":
         scalar = next((entry for entry in node.inputs if _is_scalar(entry)), None)
         if scalar is None:
             return None
         factor *= float(scalar.values.item())
-        node = producer(next(entry for entry in node.inputs if entry is not scalar))
+        tensor = next(entry for entry in node.inputs if entry is not scalar)
+        node = producer(tensor)
+    return _from_whole(node, permutation, factor) or _from_split(tensor, permutation, factor)
+
+
+def _from_whole(node: gs.Node | None, permutation: list[int], factor: float) -> _Heads | None:
     if node is None or node.op != "Transpose" or list(node.attrs.get("perm", [])) != permutation:
         return None
     split = producer(node.inputs[0])
@@ -108,6 +117,22 @@ def _heads(tensor: gs.Tensor, permutation: list[int]) -> _Heads | None:
     if whole.shape is None or list(whole.shape[1:]) != [tokens, heads * width]:
         return None
     return _Heads(whole, tokens, heads, width, factor)
+
+
+def _from_split(tensor: gs.Tensor, permutation: list[int], factor: float) -> _Heads | None:
+    """`tensor` [B, H, T, D] itself, or for keys what Transpose turned into [B, H, D, T]."""
+    if permutation == _HEADS_FIRST_TURNED:
+        node = producer(tensor)
+        if node is None or node.op != "Transpose" or list(node.attrs.get("perm", [])) != _TURNED:
+            return None
+        tensor = node.inputs[0]
+        whole = _from_whole(producer(tensor), _HEADS_FIRST, factor)
+        if whole is not None:
+            return whole
+    if tensor.shape is None or len(tensor.shape) != 4 or not all(isinstance(size, int) for size in tensor.shape[1:]):
+        return None
+    heads, tokens, width = tensor.shape[1:]
+    return _Heads(tensor, tokens, heads, width, factor, is_split=True)
 
 
 def _is_scalar(tensor: gs.Tensor) -> bool:
@@ -139,7 +164,7 @@ def _last(graph: gs.Graph, weighted: gs.Node) -> gs.Node | None:
 def _replace(graph: gs.Graph, found: _Attention, masks: dict[tuple[int, int], gs.Tensor]) -> None:
     result = found.last.outputs[0]
     found.last.outputs.clear()
-    inputs = [found.query.whole, found.key.whole, found.value.whole]
+    inputs = [_merged(graph, part) for part in (found.query, found.key, found.value)]
     if found.mask is not None:
         none = gs.Variable.empty()
         inputs += [none, none, _widened(graph, found.mask, found.query.tokens, masks)]
@@ -147,6 +172,19 @@ def _replace(graph: gs.Graph, found: _Attention, masks: dict[tuple[int, int], gs
     node = gs.Node("MultiHeadAttention", f"attention.{result.name}", attributes, inputs, [result])
     node.domain = CONTRIB_DOMAIN
     graph.nodes.append(node)
+
+
+def _merged(graph: gs.Graph, part: _Heads) -> gs.Tensor:
+    """The heads side by side, as the operator takes them: [B, T, H·D]."""
+    if not part.is_split:
+        return part.tensor
+    name = f"{part.tensor.name}.merged"
+    turned = gs.Variable(f"{name}.turned", part.tensor.dtype)
+    merged = gs.Variable(name, part.tensor.dtype)
+    sizes = gs.Constant(f"{name}.shape", np.array([-1, part.tokens, part.heads * part.width], np.int64))
+    graph.nodes.append(gs.Node("Transpose", turned.name, {"perm": _HEADS_FIRST}, [part.tensor], [turned]))
+    graph.nodes.append(gs.Node("Reshape", name, {}, [turned, sizes], [merged]))
+    return merged
 
 
 def _widened(graph: gs.Graph, mask: gs.Tensor, queries: int, masks: dict[tuple[int, int], gs.Tensor]) -> gs.Tensor:

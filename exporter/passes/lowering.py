@@ -118,7 +118,7 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
     for node in list(graph.nodes):
         new: list[gs.Node] = []
         layer = layer_of(node)
-        if online_quantizer(node) is not None and _read_by_gemms(graph, node):
+        if online_quantizer(node) is not None and read_by_gemms(graph, node):
             values = node.outputs[0]
             for quantizer in _quantizers(node):
                 made, activation = quantize(quantizer, splicer)
@@ -203,7 +203,8 @@ def append_epilogue(body: Body, product: str, factors: Sequence[str], *, has_bia
         body.op("Identity", product, output="y")
 
 
-def _read_by_gemms(graph: gs.Graph, node: gs.Node) -> bool:
+def read_by_gemms(graph: gs.Graph, node: gs.Node) -> bool:
+    """Whether FloatGemm nodes with constant weights, and nothing else, read what a quantizer makes."""
     readers = [reader for tensor in node.outputs for reader in tensor.outputs]
     lowerable = all(layer_of(reader) is not None for reader in readers)
     return bool(readers) and lowerable and not any(is_output(graph, tensor) for tensor in node.outputs)

@@ -19,6 +19,13 @@ NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fuse_attention": ("merge_transposes",),
         "multiply_in_fp16": ("lower_to_tensorrt",),
         "lower_to_tensorrt": ("choose_containers", "pack_weights"),
+        "lower_to_plugins": ("choose_containers", "pack_weights", "separate_containers"),
+        "fuse_norm_quantize": ("lower_to_plugins",),
+        "fuse_gelu_quantize": ("lower_to_plugins",),
+        "fuse_gelu_epilogue": ("lower_to_plugins", "fuse_gelu_quantize"),
+        "fuse_residual": ("lower_to_plugins", "fuse_gelu_epilogue"),
+        "plugins_in_fp16": ("compute_in_fp16", "fuse_residual"),
+        "plugins_in_bf16": ("compute_in_bf16", "fuse_residual"),
     }
 )
 """Pass → passes that come before it, in the same run or in one whose result this graph is.

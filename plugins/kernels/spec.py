@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Constant: TypeAlias = int | float | str | bool
+Constant: TypeAlias = int | float | str | bool | None
 Scalar: TypeAlias = Literal["rows", "rows_per_sample"]
 
 
@@ -43,8 +43,9 @@ class KernelSpec:
     """A kernel with its formats, sizes and tile fixed, for any compute capability that has its instructions.
 
     `source` is ``package.module:function``, a function that Triton compiles. Its parameters, in TensorRT's order, are
-    `inputs`, then `scalars` (int32), then `outputs`, then the constants by name. `scalars` are ``rows``, and
-    ``rows_per_sample`` where a modulation row serves several tokens (the second dimension of the first input).
+    `inputs`, then `scalars` (int32), then `outputs`; `constants` take theirs by name, wherever they stand, and None
+    takes the place of an argument that this operator does not have. `scalars` are ``rows``, and ``rows_per_sample``
+    where a modulation row serves several tokens: rows divided by how many rows the last input has.
     `name` is unique among all kernels: it is the PTX entry's and the file's name.
     """
 

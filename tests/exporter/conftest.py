@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from safetensors.torch import save_file
 
 from exporter.cli import main
@@ -22,6 +24,14 @@ method: {name: fp4dit, iterations: 6, batch_size: 4}
 evaluation: {trajectories: 2, grid: 3}
 """
 TOKENS, CAPTION = 6, 20
+INDEX = {
+    "_class_name": "PixArtSigmaPipeline",
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +70,22 @@ def tiny_export(tiny_job: Path) -> Path:
     output = tiny_job / "tiny.onnx"
     assert main([str(tiny_job / "tiny.yaml"), "-o", str(output), "--keep-graphs", "--quiet"]) == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny job's transformer in a pipeline with an autoencoder that doubles the sides."""
+    root = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(tiny_job / "model" / "transformer", root / "transformer")
+    DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.02).save_pretrained(root / "scheduler")
+    torch.manual_seed(1)
+    AutoencoderKL(
+        latent_channels=3,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        layers_per_block=1,
+    ).save_pretrained(root / "vae")
+    (root / "model_index.json").write_text(json.dumps(INDEX))
+    return root

@@ -14,8 +14,8 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import load_file, save_file
 
-from exporter.build import check_rtx_engine
 from exporter.cli import main
+from exporter.device.rtx_file import check_rtx_engine
 from exporter.errors import FidelityError
 from exporter.gate.table import GateResult
 from exporter.metrics import read_metrics

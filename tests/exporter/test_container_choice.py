@@ -5,12 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exporter.container_choice import choose_container, container_product, needs_vnni, scale_multipliers
+from exporter.container_choice import (
+    choose_container,
+    container_product,
+    has_kernel,
+    needs_vnni,
+    scale_multipliers,
+)
 from exporter.errors import InputError
 from exporter.presets import PRESETS, LayerScheme
 from exporter.targets import TARGETS
 from plugins.containers import CONTAINERS, FP8, INT8, Container
 from plugins.formats import get_format
+from plugins.token_quantize.variant import MAX_K
 
 W4A6, W4A8, W8A8, W4A16 = (PRESETS[name] for name in ("w4a6", "w4a8", "w8a8", "w4a16"))
 GROUPED = LayerScheme("e2m1", 128, "group", "e2m3")
@@ -87,6 +94,66 @@ def test_a_refusal_names_the_layer_the_reason_and_targets_that_work(
         choose_container("blocks.3.to_q", scheme, 1152, TARGETS[target])
     assert f"blocks.3.to_q: target {target} cannot run" in str(caught.value)
     assert works in str(caught.value).rpartition("targets that can:")[2]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "container"),
+    [
+        (W4A6, "orin", "int8"),
+        (W4A8, "orin", "fp16"),
+        (W4A8, "l4", "fp8"),
+        (GROUPED, "orin", "int8"),
+        (replace(GROUPED, activation_format="e4m3"), "h100", "fp8"),
+        (W4A16, "orin", "fp16"),
+        (replace(INT4_ONLY, weight_format="e2m1"), "thor", "fp16"),
+        (replace(W4A6, container="fp8"), "h100", "fp8"),
+        (replace(W4A6, container="fp16"), "orin", "fp16"),
+        (LayerScheme("e2m3", 64, "group", "e3m2"), "orin", "fp16"),
+        (W8A8, "l4", "fp8"),
+        (PRESETS["nvfp4"], "b200", "fp4"),
+    ],
+)
+def test_the_container_of_plugins(scheme: LayerScheme, target: str, container: str) -> None:
+    machine = TARGETS[target].with_kernels("plugin")
+    assert choose_container("layer", scheme, 1152, machine) == container
+    packed = scheme.weight_format != "e4m3" and scheme.scales != "nvfp4"
+    assert has_kernel(scheme, 1152) == packed
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (W8A8, "e4m3 values do not fit int8"),
+        (LayerScheme("e2m1", 0, "channel", "e3m4"), "e3m4 values do not fit int8"),
+        (replace(W4A6, container="fp8"), "exact there in int8 or fp16"),
+        (PRESETS["nvfp4"], "multiplies no blocks"),
+        (LayerScheme("int8", 128, "group", "int8"), "free group scales do not factor out"),
+    ],
+)
+def test_what_plugins_cannot_run(scheme: LayerScheme, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        choose_container("layer", scheme, 1152, TARGETS["orin"].with_kernels("plugin"))
+
+
+def test_tokens_longer_than_a_kernel_holds_are_lowered_without_plugins() -> None:
+    assert has_kernel(W4A6, MAX_K)
+    assert not has_kernel(W4A6, MAX_K + 128)
+    assert choose_container("layer", W4A6, MAX_K + 128, TARGETS["orin"].with_kernels("plugin")) == "int8"
+
+
+def test_int8_sums_of_a_kernel_may_be_shorter_than_the_containers() -> None:
+    scheme = LayerScheme("e1m2", 128, "foldable", "e2m3")
+    assert container_product(scheme, 8448, INT8).exact
+    assert choose_container("layer", scheme, 8448, TARGETS["orin"].with_kernels("plugin")) == "fp16"
+    assert choose_container("layer", scheme, 8320, TARGETS["orin"].with_kernels("plugin")) == "int8"
+
+
+def test_a_refusal_tells_what_plugins_can() -> None:
+    with pytest.raises(InputError, match="; on this one `kernels: plugin` can"):
+        choose_container("layer", W4A8, 1152, TARGETS["orin"])
+    with pytest.raises(InputError) as caught:
+        choose_container("layer", W8A8, 1152, TARGETS["orin"])
+    assert "plugin" not in str(caught.value)
 
 
 def test_sums_too_long_for_the_accumulator_do_not_use_integers() -> None:

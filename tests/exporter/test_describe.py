@@ -66,6 +66,43 @@ def test_the_published_recipes_plan_on_every_kind_of_target(recipe: str, target:
     assert {layer.weight_format for layer in layers if not layer.name.endswith("ff.net.0.proj")} == {base}
 
 
+HUNYUAN = {
+    "_class_name": "HunyuanDiT2DModel",
+    "attention_head_dim": 88,
+    "hidden_size": 1408,
+    "mlp_ratio": 4.3637,
+    "num_layers": 4,
+    "sample_size": 128,
+}
+DIT = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "out_channels": 8}
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx-sm89", "orin"])
+@pytest.mark.parametrize(
+    ("recipe", "config", "layers", "kept"),
+    [
+        ("hunyuan_dit_v1_1_w4a6", HUNYUAN, 4 * 11 + 1 + 2, "time_extra_emb.style_embedder"),
+        (
+            "hunyuan_dit_v1_2_w4a6",
+            {**HUNYUAN, "use_style_cond_and_image_meta_size": False},
+            4 * 11 + 1 + 2,
+            "time_extra_emb.pooler.q_proj",
+        ),
+        ("dit_xl_2_256_w4a6", {**DIT, "sample_size": 32}, 2 * 7, "proj_out_1"),
+        ("dit_xl_2_512_w4a6", {**DIT, "sample_size": 64}, 2 * 7, "transformer_blocks.1.norm1.emb.class_embedder"),
+    ],
+)
+def test_the_recipes_of_other_families_plan_from_a_config_alone(
+    recipe: str, config: dict[str, Any], layers: int, kept: str, target: str, tmp_path: Path
+) -> None:
+    config = {"in_channels": 4, "num_attention_heads": 16, "patch_size": 2, **config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    description = described(recipe, tmp_path, tmp_path / ("x.onnx" if target == "cpu" else "x.plan"), target=target)
+    assert len(description.plan.layers) == layers
+    assert any(name.startswith(kept) for name, _ in description.plan.high_precision)
+    assert "holds no safetensors" in description.warnings[0]
+
+
 def test_everything_is_printed_and_nothing_written(config_only: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     description = described("pixart_alpha_w4a6", config_only, tmp_path / "absent" / "out.onnx")

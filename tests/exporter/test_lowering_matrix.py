@@ -18,11 +18,15 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.build import build_engine, check_rtx_engine
 from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.scales import choose_scales
 from exporter.compute import product_type
 from exporter.container_choice import choose_container
+from exporter.device.build import build_engine
+from exporter.device.child import WorkerError, run_worker
+from exporter.device.jobs import EngineJob
+from exporter.device.profiles import BatchRange, profile_shapes
+from exporter.device.rtx_file import check_rtx_engine
 from exporter.errors import InputError
 from exporter.models.loading import load_transformer, model_shapes
 from exporter.models.pixart import PixArtAdapter
@@ -56,7 +60,7 @@ class Matrix:
     """The waist graphs of the tiny model, cut to its first block, each traced once."""
 
     def __init__(self, job: Path, folder: Path) -> None:
-        self.model = load_transformer(job / "model" / "transformer", "pixart")
+        self.model = load_transformer(job / "model" / "transformer", PixArtAdapter())
         self.model.transformer_blocks = self.model.transformer_blocks[:1]  # type: ignore[index]
         self.adapter = PixArtAdapter()
         self.folder = folder
@@ -74,7 +78,7 @@ class Matrix:
             "container": scheme.container,
         }
         recipe = {"model": {"weights": "w"}, "calibration": {"prompts": "p"}, "layers": [rule]}
-        shapes = model_shapes(self.model)
+        shapes = model_shapes(self.model, self.adapter)
         return plan_layers(Recipe.model_validate(recipe), shapes, self.adapter.high_precision, TARGETS[target])
 
     def lowered(self, name: str, target: str) -> onnx.ModelProto:
@@ -191,9 +195,12 @@ def test_every_other_engine_is_built(matrix: Matrix, name: str, target: str, tmp
 @needs_rtx
 def test_turing_has_fp16_products_because_the_builder_refuses_others(matrix: Matrix, tmp_path: Path) -> None:
     """The day this fails, `fp32_products` of rtx-sm75 can go."""
-    onnx.save(matrix.lowered("w4a6", "rtx-sm80"), tmp_path / "lowered.onnx")
-    with pytest.raises(InputError, match="FP32 GEMM is not supported"):
-        build_engine(tmp_path / "lowered.onnx", tmp_path / "out.plan", TARGETS["rtx-sm75"], NullProgress())
+    lowered = matrix.lowered("w4a6", "rtx-sm80")
+    onnx.save(lowered, tmp_path / "lowered.onnx")
+    shapes = profile_shapes(lowered, BatchRange())
+    job = EngineJob(str(tmp_path / "lowered.onnx"), str(tmp_path / "out.plan"), True, (7, 5), shapes)
+    with pytest.raises(WorkerError, match="FP32 GEMM is not supported"):
+        run_worker("build", job, "building", NullProgress())
 
 
 def test_the_documentation_s_table_is_the_generated_one() -> None:

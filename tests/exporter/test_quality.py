@@ -15,7 +15,8 @@ from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.errors import InputError
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.inputs import TransformerInputs
+from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
@@ -36,7 +37,7 @@ def held_out() -> CalibrationSet:
 
 @pytest.fixture
 def prompts() -> Prompts:
-    return Prompts(torch.ones(1, 2, 3), torch.ones(1, 2), torch.zeros(1, 2, 3), torch.ones(1, 2))
+    return Prompts({"encoder_hidden_states": torch.ones(1, 2, 3)}, {"encoder_hidden_states": torch.zeros(1, 2, 3)})
 
 
 def test_snr_per_step_and_side(held_out: CalibrationSet, prompts: Prompts) -> None:
@@ -45,7 +46,7 @@ def test_snr_per_step_and_side(held_out: CalibrationSet, prompts: Prompts) -> No
 
     def quantized(inputs: TransformerInputs) -> torch.Tensor:
         """Off by a tenth at step 0, exact at step 1, off by a hundredth with a prompt at step 2."""
-        with_prompt = inputs.encoder_hidden_states[:, 0, 0]
+        with_prompt = inputs.conditions["encoder_hidden_states"][:, 0, 0]
         error = 0.1 * (inputs.timestep == 900) + 0.01 * (inputs.timestep == 100) * with_prompt
         return inputs.hidden_states * (1 + error).reshape(-1, 1, 1, 1)
 

@@ -41,7 +41,18 @@ def test_paths_start_from_the_recipe(smallest: Path, monkeypatch: pytest.MonkeyP
     assert recipe.resolve_path("~/x") == Path.home() / "x"
 
 
-@pytest.mark.parametrize("name", ["digits", "pixart_alpha_w4a6", "pixart_sigma_w4a6"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        "pixart_alpha_w4a6",
+        "pixart_sigma_w4a6",
+        "hunyuan_dit_v1_1_w4a6",
+        "hunyuan_dit_v1_2_w4a6",
+        "dit_xl_2_256_w4a6",
+        "dit_xl_2_512_w4a6",
+    ],
+)
 def test_shipped_recipes_load_by_name_from_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import InputError
-from exporter.models.pixart import TransformerInputs
+from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.recipe import SCHEDULERS
 from exporter.sampling import DenoiserCall, make_scheduler, sample
@@ -22,13 +22,13 @@ SHAPE = (1, 4, 4)
 def prompts() -> Prompts:
     """Prompt p says p + 1 everywhere, the negative prompt 0."""
     says = torch.arange(1.0, 5.0)[:, None, None].expand(4, 3, 2).clone()
-    return Prompts(says, torch.ones(4, 3), torch.zeros(1, 3, 2), torch.ones(1, 3))
+    return Prompts({"encoder_hidden_states": says}, {"encoder_hidden_states": torch.zeros(1, 3, 2)})
 
 
 def denoiser(inputs: TransformerInputs) -> Tensor:
     """The exact noise of data that is the prompt's constant everywhere, under PixArt's schedule."""
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[inputs.timestep.long()][:, None, None, None]
-    data = inputs.encoder_hidden_states[:, 0, 0][:, None, None, None]
+    data = inputs.conditions["encoder_hidden_states"][:, 0, 0][:, None, None, None]
     return (inputs.hidden_states - alphas.sqrt() * data) / (1 - alphas).sqrt()
 
 
@@ -78,7 +78,7 @@ def test_guidance_calls_negative_prompts_first_and_guidance_1_leaves_them_out(pr
     assert [call.step for call in calls] == list(range(10))
     assert calls[0].prompts.tolist() == [-1, -1, 1, 3]
     assert calls[0].samples.tolist() == [0, 1, 0, 1]
-    assert calls[0].inputs.encoder_hidden_states[:, 0, 0].tolist() == [0.0, 0.0, 2.0, 4.0]
+    assert calls[0].inputs.conditions["encoder_hidden_states"][:, 0, 0].tolist() == [0.0, 0.0, 2.0, 4.0]
     assert torch.equal(calls[0].inputs.hidden_states[:2], calls[0].inputs.hidden_states[2:])
     assert calls[0].inputs.timestep.dtype == torch.float32
     calls.clear()
@@ -100,7 +100,7 @@ def test_the_checkpoints_noise_schedule_is_used_with_any_scheduler(tmp_path: Pat
     [
         ("{", "cannot be read as JSON"),
         ("[1]", "a JSON object"),
-        ('{"prediction_type": "v_prediction"}', "only models that predict the noise"),
+        ('{"prediction_type": "sample"}', "only models that predict the noise"),
         ('{"beta_schedule": "parabolic"}', "does not configure a DDIMScheduler"),
         ('{"num_train_timesteps": "many"}', "does not configure a DDIMScheduler"),
         ('{"num_train_timesteps": 4}', "5 is more than the 4 steps"),

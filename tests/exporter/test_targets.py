@@ -4,7 +4,8 @@ import pytest
 
 from exporter import targets
 from exporter.errors import InputError
-from exporter.targets import AUTO, DEFAULT_RTX, TARGETS, Gpu, get_target, parse_gpu, resolve_target
+from exporter.gpu import Gpu
+from exporter.targets import AUTO, DEFAULT_RTX, TARGETS, get_target, resolve_target
 
 
 @pytest.fixture
@@ -20,6 +21,20 @@ def here(monkeypatch: pytest.MonkeyPatch):
 def test_an_unknown_target_suggests_one() -> None:
     with pytest.raises(InputError, match="unknown target 'rtx-sm88'; did you mean 'rtx-sm89'"):
         get_target("rtx-sm88")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_plugins_are_for_tensorrt(name: str) -> None:
+    target = TARGETS[name]
+    assert target.with_kernels("native") is target
+    if target.engine == "tensorrt":
+        plugin = target.with_kernels("plugin")
+        assert (plugin.kernels, plugin.containers) == ("plugin", target.plugin_containers)
+        assert plugin.with_kernels("plugin") is plugin
+        assert plugin.with_kernels("native") == target
+    else:
+        with pytest.raises(InputError, match=f"target {name} takes `kernels: native` only.*orin, l4, h100"):
+            target.with_kernels("plugin")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -62,17 +77,3 @@ def test_auto_is_the_gpu_here_or_the_default(here, gpu: Gpu | None, name: str, s
     choice = resolve_target(AUTO, f"out{suffix}")
     assert choice.target.name == name
     assert said in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("listing", "gpu"),
-    [
-        ("8.9, NVIDIA L4\n9.0, NVIDIA H100\n", Gpu("NVIDIA L4", (8, 9))),
-        ("12.0, NVIDIA GeForce RTX 5090", Gpu("NVIDIA GeForce RTX 5090", (12, 0))),
-        ("No devices were found\n", None),
-        ("[N/A], NVIDIA Something", None),
-        ("", None),
-    ],
-)
-def test_the_answer_of_nvidia_smi(listing: str, gpu: Gpu | None) -> None:
-    assert parse_gpu(listing) == gpu

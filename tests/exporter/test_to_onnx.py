@@ -13,7 +13,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.inputs import TransformerInputs
+from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan
 from exporter.quantize import quantize_model, round_to_nearest
 from exporter.to_onnx import OPSET, to_onnx
@@ -59,9 +60,11 @@ def inputs(batch: int, seed: int) -> TransformerInputs:
     mask[0, 3:] = 0
     return TransformerInputs(
         hidden_states=torch.randn(batch, 4, 8, 8, generator=generator),
-        encoder_hidden_states=torch.randn(batch, TOKENS, 24, generator=generator),
         timestep=torch.linspace(10, 900, batch),
-        encoder_attention_mask=mask,
+        conditions={
+            "encoder_hidden_states": torch.randn(batch, TOKENS, 24, generator=generator),
+            "encoder_attention_mask": mask,
+        },
     )
 
 
@@ -117,7 +120,7 @@ def test_graph_has_the_waist_s_nodes_names_and_attributes(tmp_path: Path) -> Non
     assert {function.name for function in graph.functions} == {node.op_type for node in ours}
     for value in (*graph.graph.input, *graph.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert "transformer_blocks.0.attn1.to_q.codes" in {tensor.name for tensor in graph.graph.initializer}
+    assert "transformer_blocks.0.attn1.to_q.words" in {tensor.name for tensor in graph.graph.initializer}
 
 
 def test_tracing_leaves_no_hooks_behind(tmp_path: Path) -> None:

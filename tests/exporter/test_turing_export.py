@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from exporter.build import check_rtx_engine
 from exporter.cli import main
+from exporter.device.rtx_file import check_rtx_engine
 from exporter.errors import FidelityError
 from exporter.gate.table import GateResult
 from exporter.progress import NullProgress

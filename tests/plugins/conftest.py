@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from plugins.formats import Format
 from plugins.op import DOMAIN, Variant, attach_functions
+from tests.plugins.triton_interpreter import TritonInterpreter
 
 Arrays = dict[str, npt.NDArray[Any]]
 IR_VERSION = 10
@@ -37,6 +38,14 @@ def probe() -> Callable[[Format], npt.NDArray[np.float32]]:
         return np.concatenate([positive, -positive])
 
     return numbers
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[TritonInterpreter]:
+    """Triton's interpreter, started when the first test asks for it."""
+    process = TritonInterpreter()
+    yield process
+    process.close()
 
 
 def value_info(name: str, dtype: np.dtype[Any], rank: int) -> onnx.ValueInfoProto:

@@ -11,9 +11,14 @@ import plugins
 FORBIDDEN = ("torch", "tensorrt", "tensorrt_rtx", "triton", "exporter", "onnxruntime", "onnx_graphsurgeon", "diffusers")
 
 
+def is_device_code(path: Path) -> bool:
+    """Functions that Triton compiles are in a room's kernel.py and in device_*.py, which no other module imports."""
+    return path.name == "kernel.py" or path.name.startswith("device_")
+
+
 def test_importing_every_module_loads_no_heavy_package() -> None:
     root = Path(plugins.__file__).parent
-    files = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
+    files = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py") if not is_device_code(path)]
     modules = sorted(".".join(path.parts).removesuffix(".__init__") for path in files)
     assert "plugins.op" in modules
     program = f"""

@@ -53,7 +53,7 @@ def _dynamic(folder: Path, progress: Progress) -> NoiseSnr:
     source = load_source(job)
     held_out = held_out_inputs(job, source)
     plain, quantized = folder / "digits.fp32.onnx", folder / "digits.int8.onnx"
-    export_float(source.model, plain, tokens=source.prompts.tokens)
+    export_float(source.model, plain, tokens=source.prompts.positive["encoder_hidden_states"].shape[1])
     quantize_dynamically(plain, quantized)
     engine = graph_denoiser(source, OnnxSession(quantized))
     return noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, progress)

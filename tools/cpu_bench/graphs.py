@@ -94,9 +94,8 @@ def export_float(model: nn.Module, path: Path, *, tokens: int) -> None:
     example = adapter.example_inputs(model, batch=2, tokens=tokens)
     arguments = tuple(example.as_dict().values())
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(
-        adapter.forward_module(model), arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False
-    )
+    module = adapter.forward_module(model, example)
+    program = torch.export.export(module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False)
     exported = torch.onnx.export(
         program,
         dynamo=True,

@@ -58,10 +58,11 @@ def prompts() -> Prompts:
     mask = torch.ones(3, 6)
     mask[1, 4:] = 0
     return Prompts(
-        prompt_embeds=torch.randn(3, 6, 24, generator=generator),
-        prompt_attention_mask=mask,
-        negative_prompt_embeds=torch.randn(1, 6, 24, generator=generator),
-        negative_prompt_attention_mask=torch.ones(1, 6),
+        {"encoder_hidden_states": torch.randn(3, 6, 24, generator=generator), "encoder_attention_mask": mask},
+        {
+            "encoder_hidden_states": torch.randn(1, 6, 24, generator=generator),
+            "encoder_attention_mask": torch.ones(1, 6),
+        },
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.errors import InputError
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.inputs import TransformerInputs
+from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.progress import NullProgress
 from exporter.recipe import CalibrationSection
@@ -146,11 +147,7 @@ def test_a_truncated_or_missing_file_is_refused(captured: CalibrationSet, tmp_pa
 
 
 def test_one_negative_prompt_each_goes_with_its_own_prompt(captured: CalibrationSet, prompts: Prompts) -> None:
-    own = replace(
-        prompts,
-        negative_prompt_embeds=prompts.prompt_embeds + 100,
-        negative_prompt_attention_mask=prompts.prompt_attention_mask,
-    )
+    own = replace(prompts, negative={name: tensor + 100 for name, tensor in prompts.positive.items()})
     some = CalibrationSet(
         captured.hidden_states[:4],
         captured.timesteps[:4],
@@ -158,7 +155,6 @@ def test_one_negative_prompt_each_goes_with_its_own_prompt(captured: Calibration
         captured.step_index[:4],
     )
     inputs = some.inputs(torch.arange(4), own)
-    expected = torch.stack(
-        [own.prompt_embeds[2], own.negative_prompt_embeds[0], own.negative_prompt_embeds[2], own.prompt_embeds[0]]
-    )
-    assert torch.equal(inputs.encoder_hidden_states, expected)
+    positive, negative = own.positive["encoder_hidden_states"], own.negative["encoder_hidden_states"]
+    expected = torch.stack([positive[2], negative[0], negative[2], positive[0]])
+    assert torch.equal(inputs.conditions["encoder_hidden_states"], expected)

@@ -19,7 +19,15 @@ def tokens(rows: int = 6, width: int = 32) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "encoding"),
-    [("e2m3", "uint8"), ("e2m3", "int8"), ("e2m3", "fp8"), ("e4m3", "fp8"), ("e3m4", "float32"), ("int8", "uint8")],
+    [
+        ("e2m3", "uint8"),
+        ("e2m3", "int8"),
+        ("e2m3", "fp8"),
+        ("e4m3", "fp8"),
+        ("e4m3", "fp8_bytes"),
+        ("e3m4", "float32"),
+        ("int8", "uint8"),
+    ],
 )
 def test_encodings_decode_to_the_values(name: str, encoding: str) -> None:
     fmt = get_format(name)

@@ -12,7 +12,8 @@ from exporter.errors import FidelityError
 from exporter.gate.records import LinearRecord, Reference
 from exporter.gate.reference import EXACT_DB, record_reference
 from exporter.gate.rows import PROBE_ROWS
-from exporter.models.pixart import PixArtAdapter, TransformerInputs
+from exporter.models.inputs import TransformerInputs
+from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
 from exporter.quantize import QuantLinear, quantize_model, round_to_nearest
@@ -107,7 +108,7 @@ def test_boundaries_are_what_flows_between_the_blocks(reference: Reference, w4a6
     for model in reference.models:
         assert set(names) <= set(model.boundaries)
         inputs = {name: torch.from_numpy(array) for name, array in model.inputs.items()}
-        output = ADAPTER.forward(w4a6, TransformerInputs(**inputs))
+        output = ADAPTER.forward(w4a6, TransformerInputs.from_dict(inputs))
         assert np.array_equal(model.boundaries["sample"], output.numpy())
     assert set(reference.thresholds) == set(reference.models[0].boundaries)
 

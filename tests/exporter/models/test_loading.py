@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.models.loading import get_adapter, load_transformer, model_shapes, skeleton
+from exporter.models.loading import load_transformer, model_shapes, skeleton
 from exporter.models.location import read_config
+from exporter.models.pixart import PixArtAdapter
 
 ModelMaker = Callable[[str], nn.Module]
+
+ADAPTER = PixArtAdapter()
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAME = "transformer_blocks.1.attn2.to_k.weight"
@@ -39,26 +42,26 @@ def configure(folder: Path, **changes: Any) -> None:
 def test_the_model_computes_what_diffusers_computes(
     make_model: ModelMaker, checkpoint: Callable[..., Path], name: str
 ) -> None:
-    model = load_transformer(checkpoint(name), "pixart")
+    model = load_transformer(checkpoint(name), ADAPTER)
     reference = make_model(name)
-    inputs = get_adapter("pixart").example_inputs(model, batch=2, tokens=3)
+    inputs = ADAPTER.example_inputs(model, batch=2, tokens=3)
     with torch.no_grad():
         expected = reference(
             inputs.hidden_states,
-            encoder_hidden_states=inputs.encoder_hidden_states,
+            encoder_hidden_states=inputs.conditions["encoder_hidden_states"],
             timestep=inputs.timestep,
-            encoder_attention_mask=inputs.encoder_attention_mask,
-            added_cond_kwargs={"resolution": inputs.resolution, "aspect_ratio": inputs.aspect_ratio},
+            encoder_attention_mask=inputs.conditions["encoder_attention_mask"],
+            added_cond_kwargs={name: inputs.conditions.get(name) for name in ("resolution", "aspect_ratio")},
             return_dict=False,
         )[0]
-    assert torch.equal(get_adapter("pixart").forward(model, inputs), expected)
+    assert torch.equal(ADAPTER.forward(model, inputs), expected)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(make_model: ModelMaker, checkpoint: Callable[..., Path], dtype: torch.dtype) -> None:
-    model = load_transformer(checkpoint("small", dtype=dtype), "pixart")
+    model = load_transformer(checkpoint("small", dtype=dtype), ADAPTER)
     expected = make_model("small").to(dtype).float().state_dict()
     state = model.state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
@@ -68,7 +71,7 @@ def test_half_precision_is_widened(make_model: ModelMaker, checkpoint: Callable[
 def test_shards_load_as_one(make_model: ModelMaker, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("small", shard="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    state = load_transformer(folder, "pixart").state_dict()
+    state = load_transformer(folder, ADAPTER).state_dict()
     assert all(torch.equal(state[name], value) for name, value in make_model("small").state_dict().items())
 
 
@@ -77,7 +80,7 @@ def test_a_missing_shard_is_named(checkpoint: Callable[..., Path]) -> None:
     last = sorted(folder.glob("*.safetensors"))[-1]
     last.unlink()
     with pytest.raises(InputError, match=f"names {last.name}, which is not there"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +90,15 @@ def test_a_broken_index_is_named(checkpoint: Callable[..., Path], content: str) 
     folder = checkpoint("small")
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match=r"index\.json: "):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 def test_shapes_of_a_config_alone_are_those_of_the_model(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("micro")
-    model = load_transformer(folder, "pixart")
+    model = load_transformer(folder, ADAPTER)
     (folder / WEIGHTS).unlink()
-    shapes = model_shapes(skeleton(read_config(folder), "pixart", folder / "config.json"))
-    assert shapes == model_shapes(model)
+    shapes = model_shapes(skeleton(read_config(folder), ADAPTER, folder / "config.json"), ADAPTER)
+    assert shapes == model_shapes(model, ADAPTER)
     total = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
     assert total == sum(parameter.numel() for parameter in model.parameters())
 
@@ -106,7 +109,7 @@ def test_a_truncated_file_is_named(checkpoint: Callable[..., Path], keep: int) -
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:keep])
     with pytest.raises(InputError, match=rf"{WEIGHTS}: (damaged or incomplete safetensors|is empty)"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "weights.pt"])
@@ -114,7 +117,7 @@ def test_pickles_are_refused_by_name(checkpoint: Callable[..., Path], name: str)
     folder = checkpoint("small")
     (folder / WEIGHTS).rename(folder / name)
     with pytest.raises(InputError, match=rf"{name}: refused: a pickle can run any code"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04\x14\x00\x08\x08" + b"x" * 50, b"\x80\x02}q\x00X\x01\x00" + b"x" * 50])
@@ -122,27 +125,27 @@ def test_pickles_are_refused_by_content(checkpoint: Callable[..., Path], content
     folder = checkpoint("small")
     (folder / WEIGHTS).write_bytes(content)
     with pytest.raises(InputError, match="is a pickle"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 def test_a_git_lfs_pointer_is_recognised(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("small")
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(InputError, match="git lfs pull"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 def test_no_weights_and_ambiguous_weights(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint("small")
     (folder / WEIGHTS).rename(folder / "only.safetensors")
-    load_transformer(folder, "pixart")
+    load_transformer(folder, ADAPTER)
     (folder / "second.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"which of only\.safetensors, second\.safetensors"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(InputError, match="only the config is here"):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_damaged_tensors_are_named(
     folder = checkpoint("small")
     edit(folder, change)
     with pytest.raises(InputError, match=message):
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def test_a_config_that_cannot_be_is_named(
     folder = checkpoint("small")
     configure(folder, **changes)
     with pytest.raises(InputError, match=message) as caught:
-        load_transformer(folder, "pixart")
+        load_transformer(folder, ADAPTER)
     assert str(folder / "config.json") in str(caught.value)
 
 
@@ -204,9 +207,4 @@ def test_a_config_for_another_size_names_the_first_tensor(checkpoint: Callable[.
     folder = checkpoint("small")
     configure(folder, num_layers=1)
     with pytest.raises(InputError, match=r"transformer_blocks\.1\.\S+ is not part of the model"):
-        load_transformer(folder, "pixart")
-
-
-def test_an_unknown_family_suggests_one() -> None:
-    with pytest.raises(InputError, match="unknown family 'pixarts'; did you mean 'pixart'"):
-        get_adapter("pixarts")
+        load_transformer(folder, ADAPTER)

@@ -11,20 +11,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.errors import InputError
+from exporter.models.inputs import Condition
 from exporter.models.prompts import load_prompts
 
 WIDTH = 8
+PIXART = (
+    Condition("encoder_hidden_states", "prompt_embeds", (None, WIDTH)),
+    Condition("encoder_attention_mask", "prompt_attention_mask", (None,), "mask", of="prompt_embeds"),
+)
 
 
 def test_prompts_load_in_float32(tmp_path: Path, prompt_tensors: dict[str, Tensor]) -> None:
     halves = {**prompt_tensors, "prompt_embeds": prompt_tensors["prompt_embeds"].half()}
     halves["prompt_attention_mask"] = prompt_tensors["prompt_attention_mask"].to(torch.int64)
     save_file(halves, tmp_path / "p.safetensors")
-    prompts = load_prompts(tmp_path / "p.safetensors", WIDTH)
-    assert (prompts.count, prompts.tokens) == (3, 5)
-    assert prompts.prompt_embeds.dtype == prompts.prompt_attention_mask.dtype == torch.float32
-    assert torch.equal(prompts.prompt_embeds, halves["prompt_embeds"].float())
-    assert torch.equal(prompts.prompt_attention_mask, prompt_tensors["prompt_attention_mask"])
+    prompts = load_prompts(tmp_path / "p.safetensors", PIXART)
+    assert (prompts.count, prompts.negatives) == (3, 1)
+    assert {tensor.dtype for tensor in prompts.positive.values()} == {torch.float32}
+    assert torch.equal(prompts.positive["encoder_hidden_states"], halves["prompt_embeds"].float())
+    assert torch.equal(prompts.positive["encoder_attention_mask"], prompt_tensors["prompt_attention_mask"])
     assert prompts.labels is not None
     assert prompts.labels.tolist() == [0, 1, 2]
 
@@ -37,21 +42,22 @@ def test_negatives_are_shared_or_one_each(
         prompt_tensors["negative_prompt_embeds"] = torch.arange(3.0)[:, None, None].repeat(1, 5, WIDTH)
         prompt_tensors["negative_prompt_attention_mask"] = torch.ones(3, 5)
     save_file(prompt_tensors, tmp_path / "p.safetensors")
-    prompts = load_prompts(tmp_path / "p.safetensors", WIDTH)
+    prompts = load_prompts(tmp_path / "p.safetensors", PIXART)
     rows = torch.tensor([2, 0])
-    embeds, mask = prompts.unconditional(rows)
+    assert prompts.negatives == (3 if own_negatives else 1)
+    without = prompts.gather(-1 - rows if own_negatives else torch.full_like(rows, -1))
     expected = prompt_tensors["negative_prompt_embeds"][rows if own_negatives else torch.zeros_like(rows)]
-    assert torch.equal(embeds, expected)
-    assert mask.shape == (2, 5)
-    embeds, mask = prompts.conditional(rows)
-    assert torch.equal(embeds, prompt_tensors["prompt_embeds"][rows])
-    assert torch.equal(mask, prompt_tensors["prompt_attention_mask"][rows])
+    assert torch.equal(without["encoder_hidden_states"], expected)
+    assert without["encoder_attention_mask"].shape == (2, 5)
+    given = prompts.gather(rows)
+    assert torch.equal(given["encoder_hidden_states"], prompt_tensors["prompt_embeds"][rows])
+    assert torch.equal(given["encoder_attention_mask"], prompt_tensors["prompt_attention_mask"][rows])
 
 
 def test_labels_are_optional(tmp_path: Path, prompt_tensors: dict[str, Tensor]) -> None:
     del prompt_tensors["labels"]
     save_file(prompt_tensors, tmp_path / "p.safetensors")
-    assert load_prompts(tmp_path / "p.safetensors", WIDTH).labels is None
+    assert load_prompts(tmp_path / "p.safetensors", PIXART).labels is None
 
 
 @pytest.mark.parametrize(
@@ -88,16 +94,16 @@ def test_wrong_prompts_are_named(
     change(prompt_tensors)
     save_file(prompt_tensors, tmp_path / "p.safetensors")
     with pytest.raises(InputError, match=message) as caught:
-        load_prompts(tmp_path / "p.safetensors", WIDTH)
+        load_prompts(tmp_path / "p.safetensors", PIXART)
     assert str(tmp_path / "p.safetensors") in str(caught.value)
 
 
 def test_files_that_are_no_prompts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such file; calibration\.prompts is a safetensors file with"):
-        load_prompts(tmp_path / "absent.safetensors", WIDTH)
+        load_prompts(tmp_path / "absent.safetensors", PIXART)
     (tmp_path / "p.pt").write_bytes(b"PK\x03\x04" + b"x" * 20)
     with pytest.raises(InputError, match="is a pickle"):
-        load_prompts(tmp_path / "p.pt", WIDTH)
+        load_prompts(tmp_path / "p.pt", PIXART)
     (tmp_path / "p.safetensors").write_bytes(b"\x00" * 7)
     with pytest.raises(InputError, match="damaged or incomplete safetensors"):
-        load_prompts(tmp_path / "p.safetensors", WIDTH)
+        load_prompts(tmp_path / "p.safetensors", PIXART)

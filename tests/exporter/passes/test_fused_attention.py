@@ -31,6 +31,7 @@ class Case:
     axis: int = -1
     show: str | None = None
     key_batch: str | int = "b"
+    normalized: bool = False
 
 
 def _model(case: Case) -> onnx.ModelProto:
@@ -48,10 +49,13 @@ def _model(case: Case) -> onnx.ModelProto:
         shape = constant(f"{x}.shape", np.array([-1, tokens, HEADS, WIDTH], np.int64))
         return node("Transpose", node("Reshape", x, shape, output=f"{x}.split"), output=f"{x}.heads", perm=permutation)
 
-    query = node(
-        "Mul", split("q", case.queries, (0, 2, 1, 3)), constant("c", np.float32(WIDTH**-0.5)), output="q.scaled"
-    )
-    keys = split("k", case.keys, case.key_permutation)
+    def normalized(x: str) -> str:
+        scale = constant(f"{x}.scale", np.linspace(0.5, 2, WIDTH, dtype=np.float32))
+        return node("LayerNormalization", x, scale, output=f"{x}.norm") if case.normalized else x
+
+    queries = normalized(split("q", case.queries, (0, 2, 1, 3)))
+    query = node("Mul", queries, constant("c", np.float32(WIDTH**-0.5)), output="q.scaled")
+    keys = normalized(split("k", case.keys, case.key_permutation))
     if case.key_permutation != (0, 2, 3, 1):
         keys = node("Transpose", keys, output="k.turned", perm=(0, 1, 3, 2))
     scores = node("MatMul", query, keys, output="scores")
@@ -88,7 +92,7 @@ def _fuse(case: Case, target: str = "cpu") -> tuple[onnx.ModelProto, int]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("case", [Case(), Case(keys=4), Case(keys=5, mask_rows=1)])
+@pytest.mark.parametrize("case", [Case(), Case(keys=4), Case(keys=5, mask_rows=1), Case(key_permutation=(0, 2, 1, 3))])
 def test_the_operator_computes_what_the_nodes_did(case: Case, batch: int) -> None:
     fused, changed = _fuse(case)
     kinds = [node.op_type for node in fused.graph.node]
@@ -99,11 +103,23 @@ def test_the_operator_computes_what_the_nodes_did(case: Case, batch: int) -> Non
     assert np.abs(found - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mask_rows", [None, 1])
+def test_normalized_heads_are_merged_for_the_operator(batch: int, mask_rows: int | None) -> None:
+    case = Case(keys=5, mask_rows=mask_rows, key_permutation=(0, 2, 1, 3), normalized=True)
+    fused, changed = _fuse(case)
+    kinds = [node.op_type for node in fused.graph.node]
+    assert changed == 1
+    assert (kinds.count("MultiHeadAttention"), kinds.count("MatMul"), kinds.count("Softmax")) == (1, 0, 0)
+    feeds = _feeds(case, batch)
+    expected, found = (OnnxSession(model).run(feeds)["y"] for model in (_model(case), fused))
+    assert np.abs(found - expected).max() < 1e-6
+
+
 @pytest.mark.parametrize(
     "case",
     [
         Case(mask_rows=7),
-        Case(key_permutation=(0, 2, 1, 3)),
         Case(output_permutation=(0, 1, 2, 3), queries=HEADS, keys=HEADS),
         Case(axis=2),
         Case(key_batch=1),
@@ -113,7 +129,6 @@ def test_the_operator_computes_what_the_nodes_did(case: Case, batch: int) -> Non
     ],
     ids=[
         "mask with a row per query",
-        "keys not turned",
         "heads not merged",
         "other axis",
         "keys of one batch",

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from exporter.passes import run_passes
+from exporter.passes.compute_type import compute_in_fp16
+from exporter.passes.emulate_compute import round_to_compute_type
 from exporter.passes.gelu import spell_out_gelu
 from exporter.targets import TARGETS
 from tests.exporter.passes.waist_graphs import WaistGraph, op_types, run, snr_db, tokens
@@ -20,6 +22,18 @@ def test_it_stays_the_same_function(approximate: str) -> None:
     assert "Gelu" not in op_types(spelt)
     x = np.clip(tokens(), -20, 20)
     assert snr_db(run(model, x)[0], run(spelt, x)[0]) > 120
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_it_is_computed_in_fp32_beside_fp16(approximate: str) -> None:
+    waist = WaistGraph()
+    minus = waist.node("Neg", "x", output="minus")
+    model = waist.model(waist.node("Neg", waist.node("Gelu", minus, output="h", approximate=approximate), output="y"))
+    low, _ = run_passes(model, (compute_in_fp16, spell_out_gelu), TARGETS["orin"])
+    x = np.clip(tokens(), -20, 20).astype(np.float16).astype(np.float32)
+    rounded, _ = run_passes(low, (round_to_compute_type,), TARGETS["orin"])
+    # One rounding of the result, not of what it is made of.
+    assert snr_db(run(model, x)[0], run(rounded, x)[0]) > 70
 
 
 def test_the_two_kinds_are_told_apart() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from exporter.compute import Compute
 from exporter.passes import (
     COMPUTE_PASSES,
     CPU_PASSES,
     CPU_PASSES_IN_BYTES,
     HALF_PRODUCT_PASSES,
+    PLUGIN_COMPUTE_PASSES,
+    PLUGIN_PASSES,
     TENSORRT_PASSES,
     WAIST_PASSES,
     fold_scales,
@@ -34,9 +37,26 @@ def test_the_tuples_are_in_order(compute: str, lowering: tuple[object, ...]) -> 
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("compute", COMPUTE_PASSES)
+def test_plugins_passes_are_in_order(compute: Compute) -> None:
+    passes = (*WAIST_PASSES, *lowering_passes(TARGETS["orin"].with_kernels("plugin"), compute))
+    names = [run.__name__ for run in passes]
+    for position, name in enumerate(names):
+        assert set(NEEDS.get(name, ())) <= set(names[:position])
+    assert len(set(names)) == len(names)
+
+
 def test_every_pass_in_the_table_exists() -> None:
-    compute = (one for some in COMPUTE_PASSES.values() for one in some)
-    passes = (*WAIST_PASSES, *CPU_PASSES, *CPU_PASSES_IN_BYTES, *TENSORRT_PASSES, *HALF_PRODUCT_PASSES, *compute)
+    compute = (one for some in (COMPUTE_PASSES, PLUGIN_COMPUTE_PASSES) for tuples in some.values() for one in tuples)
+    passes = (
+        *WAIST_PASSES,
+        *CPU_PASSES,
+        *CPU_PASSES_IN_BYTES,
+        *TENSORRT_PASSES,
+        *HALF_PRODUCT_PASSES,
+        *PLUGIN_PASSES,
+        *compute,
+    )
     known = {run.__name__ for run in passes}
     assert {*NEEDS, *(name for names in NEEDS.values() for name in names)} <= known
 

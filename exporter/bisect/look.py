@@ -1,0 +1,116 @@
+"""One graph held against the reference: its blocks, what enters its layers, and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from exporter.bisect.suspect import Suspect
+from exporter.gate.records import LinearRecord
+from exporter.gate.rows import chosen_rows
+from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
+from exporter.gate.table import GateRow, bounded_db
+from exporter.gate.whole import OUTPUT, compare_blocks, compare_end_to_end, model_feeds
+from exporter.onnx_files import save_onnx
+from exporter.passes.layer_table import LayerEntry
+
+# Within a block a right graph drifts by the codes that flip at rounding boundaries, far less than this.
+INPUT_DB = 30.0
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """What enters a quantized linear when its block is given the reference's inputs: its SNR, and how much is asked.
+
+    Layers that read the same tensor have one row, under the first one's name.
+    """
+
+    block: str
+    layer: str
+    snr_db: float
+    needed_db: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is as near to the reference as asked."""
+        return self.snr_db >= self.needed_db
+
+
+@dataclass(frozen=True)
+class Look:
+    """`blocks`: before the blocks, every block and after them, given the reference's inputs; `inputs` of the layers in
+    the blocks, in the graph's order; `end_to_end`: the output without help."""
+
+    blocks: tuple[GateRow, ...]
+    inputs: tuple[InputRow, ...]
+    end_to_end: GateRow
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing deviates."""
+        rows = [*self.blocks, self.end_to_end]
+        return all(row.passed for row in rows) and all(row.passed for row in self.inputs)
+
+
+def look_at(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> Look:
+    """Compare `model`, the suspect's or a changed one with the same tensors; files go to `folder`.
+
+    Raises `CutError` and `FidelityError` as the gate does.
+    """
+    reference, optimized = suspect.reference, suspect.optimized
+    blocks = compare_blocks(model, reference, suspect.stage, folder / "blocks.onnx", optimized=optimized)
+    inputs = [row for block in blocks if block.kind == "block" for row in _inputs(suspect, model, block, folder)]
+    whole = folder / "whole.onnx"
+    save_onnx(model, whole)
+    return Look(blocks, tuple(inputs), compare_end_to_end(whole, reference, suspect.stage, optimized=optimized))
+
+
+def _inputs(suspect: Suspect, model: onnx.ModelProto, block: GateRow, folder: Path) -> list[InputRow]:
+    """The rows of one block. Where the block as a whole deviates, its own limit is asked for."""
+    inside = {
+        entry.input: entry
+        for entry in reversed(suspect.layers)
+        if entry.layer.startswith(f"{block.name}.") and entry.input not in suspect.reference.models[0].boundaries
+    }
+    entries = [entry for entry in suspect.layers if inside.get(entry.input) is entry]
+    if not entries:
+        return []
+    outputs = _run_between_boundaries(suspect, model, entries, folder / "inputs.onnx")
+    records = {record.layer: record for record in suspect.reference.linears}
+    needed = min(INPUT_DB, block.threshold_db) if block.passed else block.threshold_db
+    return [
+        InputRow(block.name, entry.layer, _snr(records[entry.layer], [one[entry.input] for one in outputs]), needed)
+        for entry in entries
+    ]
+
+
+def _run_between_boundaries(
+    suspect: Suspect, model: onnx.ModelProto, entries: Sequence[LayerEntry], path: Path
+) -> list[Arrays]:
+    """The layers' inputs, one mapping per timestep, all boundaries given."""
+    known = tensor_names(model)
+    boundaries = suspect.reference.models[0].boundaries
+    given = [
+        GivenTensor.like(name, np.asarray(array))
+        for name, array in boundaries.items()
+        if name != OUTPUT and name in known
+    ]
+    graph = cut(model, given, [entry.input for entry in entries])
+    save_onnx(graph, path)
+    read = {value.name for value in graph.graph.input}
+    feeds = [{name: array for name, array in feed.items() if name in read} for feed in model_feeds(suspect.reference)]
+    return run_graph(path, feeds, optimized=suspect.optimized)
+
+
+def _snr(record: LinearRecord, arrays: Sequence[npt.NDArray[np.generic]]) -> float:
+    """SNR on the token rows that the reference recorded, as many of each array; the lowest where rows do not match."""
+    captured = record.x[: len(record.x) - record.probes]
+    flat = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    rows = np.concatenate([array[chosen_rows(len(array), len(captured) // len(flat)).numpy()] for array in flat])
+    return bounded_db(compare_snr([{record.layer: captured}], [{record.layer: rows}]).get(record.layer, np.nan))

@@ -1,0 +1,266 @@
+"""Lowered ONNX → TensorRT engine, checked: the whole of `fp4export build`, and the last stage of an export.
+
+TensorRT works in processes of its own, so that one that crashes loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from exporter.device.acceptance import Acceptance, find_acceptance
+from exporter.device.child import WorkerError, run_worker
+from exporter.device.engine_layers import check_layers
+from exporter.device.graph import LoweredGraph, read_lowered
+from exporter.device.jobs import EngineCheck, EngineJob
+from exporter.device.memory import estimate_memory
+from exporter.device.preflight import check_graph, check_plugins
+from exporter.device.profiles import BatchRange, profile_shapes
+from exporter.device.requirements import installed_version, missing_builder
+from exporter.device.rtx_file import check_rtx_engine
+from exporter.device.sizes import size
+from exporter.errors import EnvironmentLacksError, FidelityError, InputError
+from exporter.files import atomic_path
+from exporter.gpu import free_memory, local_gpu
+from exporter.targets import Target
+
+if TYPE_CHECKING:
+    from exporter.progress import Progress
+
+CACHE_ENDING = ".timing.cache"
+_MOST_NAMED = 3
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is built. `workspace`: most bytes of scratch memory, None for TensorRT's own limit;
+    `gate`: the folder of saved inputs and outputs, None for the one beside the graph."""
+
+    batch: BatchRange = field(default_factory=BatchRange)
+    workspace: int | None = None
+    timing_cache: bool = True
+    acceptance: bool = True
+    gate: Path | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was asked of the engine; `detail` says what was found, or why it was not asked."""
+
+    name: str
+    state: Literal["passed", "failed", "not run"]
+    detail: str
+
+    def sentence(self) -> str:
+        """One line for the terminal."""
+        return f"{self.name}: {self.state}{': ' if self.detail else ''}{self.detail}"
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """A finished engine: where, for what, how large, built by what, in how many seconds, and what was checked."""
+
+    path: Path
+    target: str
+    size_bytes: int
+    builder: str
+    seconds: float
+    checks: tuple[Check, ...]
+
+
+def build_engine(
+    lowered: Path, output: Path, target: Target, progress: Progress, options: BuildOptions | None = None
+) -> EngineInfo:
+    """Build `lowered` (ONNX in `target`'s own operators) into an engine file, which is written whole or not at all.
+
+    TensorRT-RTX targets are built on any machine, TensorRT targets on the device itself. Dynamic dimensions, which
+    are all the batch, range over `options.batch`. Where the engine's GPU is, the engine is loaded in a fresh process,
+    inspected and compared with the gate's saved outputs.
+
+    Raises:
+        EnvironmentLacksError: the builder, its version or the device is not here; the message has the command to run
+            where they are.
+        InputError: the graph is not one for this, or the builder refused it; the message names the node.
+        FidelityError: a check failed; the engine is then in NAME.rejected.plan.
+    """
+    options = options or BuildOptions()
+    rtx = target.engine == "tensorrt-rtx"
+    graph = read_lowered(lowered)
+    version = _checked_environment(graph, output, target, options)
+    shapes = profile_shapes(graph.model, options.batch)
+    _check_memory(graph, options, progress)
+    start = time.monotonic()
+    cache = timing_cache_path(output)
+    with atomic_path(output) as temporary:
+        job = EngineJob(
+            onnx=str(lowered),
+            engine=str(temporary),
+            rtx=rtx,
+            compute_capability=target.compute_capability or (0, 0),
+            shapes=shapes,
+            workspace=options.workspace,
+            plugins=graph.plugins,
+            kernels=str(graph.kernels) if graph.kernels else None,
+        )
+        # TensorRT-RTX measures nothing when it builds: its timing cache does nothing.
+        built = _build(job, cache if options.timing_cache and not rtx else None, target, progress)
+        if rtx:
+            check_rtx_engine(temporary)
+        checks = _check_engine(graph, temporary, output, target, progress, options)
+        _refuse_failed(checks, temporary, output)
+    seconds = time.monotonic() - start
+    name = f"{'TensorRT-RTX' if rtx else 'TensorRT'} {built or '.'.join(map(str, version))}"
+    for check in checks:
+        progress.note(check.sentence())
+    return EngineInfo(output, target.name, output.stat().st_size, name, seconds, checks)
+
+
+def timing_cache_path(output: Path) -> Path:
+    """Where an engine's measurements are kept: NAME.timing.cache beside NAME.plan."""
+    return output.with_name(output.stem + CACHE_ENDING)
+
+
+def device_command(lowered: Path, output: Path, target: Target, options: BuildOptions | None = None) -> str:
+    """The one command that builds the engine on the device, with numpy, onnx, polygraphy and TensorRT installed."""
+    words = ["fp4export", "build", str(lowered), "-o", str(output), "--target", target.name]
+    if options is not None and options.batch != BatchRange():
+        words += ["--batch", ":".join(map(str, (options.batch.minimum, options.batch.best, options.batch.maximum)))]
+    return shlex.join(words)
+
+
+def _checked_environment(graph: LoweredGraph, output: Path, target: Target, options: BuildOptions) -> tuple[int, int]:
+    """The builder's version, once machine and graph fit it."""
+    missing = missing_builder(target)
+    if missing:
+        if target.engine == "tensorrt-rtx":
+            advice = "then run the same command again"
+        else:
+            advice = f"on the device run: {device_command(graph.path, output, target, options)}"
+        raise EnvironmentLacksError(
+            f"target {target.name}: {missing}; the lowered graph is ready: {graph.path}; {advice}"
+        )
+    version = installed_version(rtx=target.engine == "tensorrt-rtx") or (0, 0)
+    check_graph(graph, target, version)
+    check_plugins(graph, target, version)
+    return version
+
+
+def _check_memory(graph: LoweredGraph, options: BuildOptions, progress: Progress) -> None:
+    """Note the estimate; a graph whose weights alone exceed what is free is not begun."""
+    estimate = estimate_memory(graph.model, options.batch.maximum, options.workspace)
+    gpu = local_gpu()
+    free = free_memory(gpu) if gpu is not None else None
+    progress.note(estimate.sentence(free))
+    if free is None or estimate.total <= free:
+        return
+    if estimate.weights > free:
+        raise EnvironmentLacksError(
+            f"{graph.path.name}: its weights alone are {size(estimate.weights)}, and {size(free)} of device memory are "
+            "free; end what else uses the GPU"
+        )
+    progress.note("warning: the build may run out of memory: use a smaller largest batch (--batch) or --workspace")
+
+
+def _build(job: EngineJob, cache: Path | None, target: Target, progress: Progress) -> str:
+    """Run the builder and keep its timing cache; its version."""
+    with _new_cache(cache) as new_cache:
+        earlier = str(cache) if cache is not None and cache.is_file() else None
+        job = replace(job, timing_cache=earlier, new_timing_cache=str(new_cache) if new_cache else None)
+        try:
+            result = run_worker("build", job, f"building for {target.name}", progress)
+        except WorkerError as error:
+            if _OUT_OF_MEMORY.search(str(error)):
+                raise EnvironmentLacksError(
+                    f"{job.onnx}: target {target.name}: {error}; use a smaller largest batch (--batch) or --workspace, "
+                    "or end what else uses the GPU"
+                ) from error
+            raise InputError(f"{job.onnx}: target {target.name} cannot be built: {error}") from error
+    if cache is not None:
+        progress.note(f"timing cache {cache}: {result['timing_cache']}")
+    return str(result["version"])
+
+
+@contextmanager
+def _new_cache(cache: Path | None) -> Iterator[Path | None]:
+    if cache is None:
+        yield None
+        return
+    with atomic_path(cache) as temporary:
+        yield temporary
+
+
+def _check_engine(
+    graph: LoweredGraph, engine: Path, output: Path, target: Target, progress: Progress, options: BuildOptions
+) -> tuple[Check, ...]:
+    """Load the engine in a fresh process, hold its layers against the graph's table, and compare its outputs."""
+    rtx = target.engine == "tensorrt-rtx"
+    gpu = local_gpu()
+    names = ("loaded in a fresh process", "quantized layers", "acceptance")
+    if gpu is None or gpu.compute_capability != target.compute_capability:
+        here = "no GPU here" if gpu is None else f"the GPU here is {gpu.name}"
+        return tuple(Check(name, "not run", f"{here}, and the engine is for {target.name}") for name in names)
+    layers_file = output.with_name(output.stem + ".layers.json")
+    try:
+        with atomic_path(layers_file) as temporary:
+            check = EngineCheck(str(engine), rtx, layers=str(temporary))
+            run_worker("load", check, f"loading for {target.name}", progress)
+    except WorkerError as error:
+        return (Check(names[0], "failed", str(error)), *(Check(name, "not run", "") for name in names[1:]))
+    layers = _layers_check(graph, layers_file)
+    gate = options.gate or graph.path.parent / f"gate.{graph.lowered_for.name}"
+    return (
+        Check(names[0], "passed", ""),
+        layers,
+        _acceptance_check(engine, output, gate, progress, rtx=rtx, wanted=options.acceptance),
+    )
+
+
+def _layers_check(graph: LoweredGraph, layers_file: Path) -> Check:
+    verdicts = check_layers(graph, layers_file.read_text(encoding="utf-8"))
+    wrong = [verdict for verdict in verdicts if verdict.state == "wrong"]
+    hidden = [verdict.layer for verdict in verdicts if verdict.state == "not visible"]
+    if wrong:
+        named = "; ".join(f"{v.layer} is planned as {v.expected} and reads {v.found}" for v in wrong[:_MOST_NAMED])
+        return Check("quantized layers", "failed", f"{len(wrong)} of {len(verdicts)}: {named} (see {layers_file})")
+    if hidden and len(hidden) == len(verdicts):
+        return Check("quantized layers", "not run", f"TensorRT's inspector names none of the {len(verdicts)} layers")
+    seen = f"{len(verdicts) - len(hidden)} of {len(verdicts)} are as planned"
+    unseen = f", the inspector does not name {', '.join(hidden[:_MOST_NAMED])}" if hidden else ""
+    return Check("quantized layers", "passed", seen + unseen)
+
+
+def _acceptance_check(engine: Path, output: Path, gate: Path, progress: Progress, *, rtx: bool, wanted: bool) -> Check:
+    if not wanted:
+        return Check("acceptance", "not run", "--no-acceptance")
+    saved: Acceptance | None = find_acceptance(gate)
+    if saved is None:
+        return Check("acceptance", "not run", f"{gate} has no saved inputs and outputs")
+    repeat = f"repeat: {saved.command(output, rtx=rtx)}"
+    try:
+        check = EngineCheck(str(engine), rtx, inputs=str(saved.inputs), outputs=str(saved.outputs))
+        result = run_worker("compare", check, "comparing with the reference", progress)
+    except WorkerError as error:
+        return Check("acceptance", "failed", f"{error}; {repeat}")
+    worst_name, worst = min(result["snr"].items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])
+    passed = worst >= saved.least_db
+    found = f"SNR of {worst_name} {worst:.1f} dB, at least {saved.least_db:.1f} dB needed; {repeat}"
+    return Check("acceptance", "passed" if passed else "failed", found)
+
+
+def _refuse_failed(checks: tuple[Check, ...], engine: Path, output: Path) -> None:
+    """Raise `FidelityError` for the first check that failed; the engine is kept under another name."""
+    failed = next((check for check in checks if check.state == "failed"), None)
+    if failed is None:
+        return
+    rejected = output.with_name(f"{output.stem}.rejected{output.suffix}")
+    os.replace(engine, rejected)
+    raise FidelityError(f"{failed.sentence()}; the engine is kept as {rejected}")

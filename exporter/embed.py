@@ -1,0 +1,110 @@
+"""`fp4export embed`: the prompts file, made once with the pipeline's own text encoders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exporter.errors import InputError
+from exporter.files import atomic_path
+from exporter.models.families import adapter_of
+from exporter.models.loading import skeleton
+from exporter.models.location import CONFIG, find_model, locate_pipeline, read_config
+from exporter.models.prompts import load_prompts
+from exporter.models.text_encoders import TextEncoder, encode, read_pipeline
+from exporter.progress import NullProgress, Progress
+from exporter.recipe import load_recipe
+
+_METADATA = "fp4export.embed"
+_LARGEST_FILE = 1 << 26
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How captions are encoded; `tokens` per caption replaces the pipeline's own number, None keeps it."""
+
+    negative: str = ""
+    dtype: str = "auto"
+    tokens: int | None = None
+    batch_size: int = 4
+
+
+def embed(
+    model: str, prompts: Path, output: Path, options: EmbedOptions | None = None, progress: Progress | None = None
+) -> Path:
+    """Encode the captions in `prompts` with the text encoders of `model` and write them to `output`.
+
+    `model` is a recipe, a pipeline's directory, or a Hub id. One encoder is in memory at a time, the transformer never;
+    what is written is what the pipeline's `encode_prompt` returns, under the names that it returns it by. Raises
+    `InputError`, or `EnvironmentLacksError` without transformers or the Hub.
+    """
+    options, progress = options or EmbedOptions(), progress or NullProgress()
+    texts = read_texts(prompts)
+    pipeline = _pipeline(model)
+    transformer = find_model(pipeline).transformer
+    config = read_config(transformer)
+    adapter = adapter_of(config, transformer / CONFIG)
+    conditions = adapter.conditions(skeleton(config, adapter, transformer / CONFIG))
+    if all(condition.kind == "label" for condition in conditions):
+        raise InputError(
+            f"{model}: family {adapter.family} draws class labels and needs no embeddings; a recipe lists them as "
+            "calibration.classes"
+        )
+    tensors: dict[str, Tensor] = {}
+    lengths = {condition.key: condition.shape[0] for condition in conditions}
+    for part in adapter.text_encoders(str(read_pipeline(pipeline).get("_class_name"))):
+        fixed = lengths[part.embeds]
+        sized = replace(part, tokens=fixed or options.tokens or part.tokens)
+        tensors.update(_encoded(pipeline, sized, texts, options, progress))
+    facts = {"prompts": texts, "negative": options.negative}
+    with atomic_path(output) as temporary:
+        save_file(tensors, temporary, metadata={_METADATA: json.dumps(facts, sort_keys=True)})
+        load_prompts(temporary, conditions)
+    progress.note(f"wrote {output}: {len(texts)} prompts")
+    return output
+
+
+def _encoded(
+    pipeline: Path, part: TextEncoder, texts: Sequence[str], options: EmbedOptions, progress: Progress
+) -> dict[str, Tensor]:
+    """Embeddings and mask of all texts, and of the negative prompt, by their keys."""
+    rows = encode(pipeline, part, [*texts, options.negative], options.dtype, options.batch_size, progress)
+    positive = {key: tensor[:-1].contiguous() for key, tensor in rows.items()}
+    return {**positive, **{f"negative_{key}": tensor[-1:].contiguous() for key, tensor in rows.items()}}
+
+
+def read_texts(file: Path) -> list[str]:
+    """The captions in a text file, one per line (blank lines are skipped), or in a JSON list. Raises `InputError`."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; --prompts takes a text file, one prompt per line, or a JSON list")
+    if file.stat().st_size > _LARGEST_FILE:
+        raise InputError(f"{file}: over {_LARGEST_FILE >> 20} MiB, so it is no list of prompts")
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if file.suffix == ".json" else None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+    if file.suffix == ".json":
+        if not isinstance(data, list) or not all(isinstance(entry, str) and entry.strip() for entry in data):
+            raise InputError(f"{file}: expected a JSON list of prompts, none of them empty")
+        texts: list[str] = data
+    else:
+        texts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not texts:
+        raise InputError(f"{file}: holds no prompts")
+    return texts
+
+
+def _pipeline(model: str) -> Path:
+    """The folder of the pipeline that `model` names."""
+    if Path(model).is_dir():
+        return locate_pipeline(model, Path.cwd())
+    if Path(model).suffix in (".yaml", ".yml") or "/" not in model:
+        recipe = load_recipe(model)
+        return locate_pipeline(recipe.model.weights, recipe.source_dir)
+    return locate_pipeline(model, Path.cwd())

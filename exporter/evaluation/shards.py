@@ -1,0 +1,72 @@
+"""Which of several processes this one is, as torchrun and accelerate tell it, and waiting for the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from exporter.errors import InputError
+
+_T = TypeVar("_T")
+
+# Ranks wait for the slowest one's images, and for an export.
+_PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Process `rank` of `world`, the `local_rank`-th on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Shard:
+        """From RANK, WORLD_SIZE and LOCAL_RANK; one process without them. Raises `InputError` for nonsense."""
+        try:
+            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
+        except ValueError as error:
+            raise InputError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them: {error}"
+            ) from error
+        if not 0 <= rank < world:
+            raise InputError(f"RANK is {rank}, but WORLD_SIZE is {world}")
+        return cls(rank, world, local_rank)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[_T]) -> Sequence[_T]:
+        """Every `world`-th of the items, from number `rank` on."""
+        return items[self.rank :: self.world]
+
+    def device(self, device: str | None) -> str | None:
+        """`cuda` as this process's own GPU; anything else stays as it is."""
+        return f"cuda:{self.local_rank}" if device == "cuda" and self.world > 1 else device
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Be able to `wait` inside; a single process needs nothing."""
+        if self.world == 1:
+            yield
+            return
+        torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_PATIENCE)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.world > 1:
+            torch.distributed.barrier()

@@ -1,0 +1,104 @@
+"""Run a pipeline for some prompts, each from its own seed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporter.errors import InputError
+from exporter.generation.conditions import Conditions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; `latent_size` is the (height, width) of the latents."""
+
+    steps: int
+    guidance: float
+    latent_size: tuple[int, int]
+
+    @property
+    def guided(self) -> bool:
+        """Whether every image costs two rows of a batch."""
+        return self.guidance > 1.0
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image to draw: the prompt's row in the conditions, and the seed of its noise."""
+
+    row: int
+    seed: int
+
+
+@torch.no_grad()
+def generate(
+    pipeline: Any,
+    conditions: Conditions,
+    images: Sequence[Image],
+    settings: Settings,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Draw `images` as one batch: float32 [n, 3, H, W] from 0 to 1 with an autoencoder, else latents [n, C, h, w].
+
+    Every image draws all its noise from a CPU generator of its own. `on_step` is called after each of the
+    transformer's calls. Raises `InputError` for prompts that do not fit the model.
+    """
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    height, width = (side * _scale(pipeline) for side in settings.latent_size)
+    decodes = getattr(pipeline, "vae", None) is not None
+    if not decodes and "output_type" in accepted and "height" not in accepted:
+        raise InputError(f"{type(pipeline).__name__} always makes images: its folder needs vae/")
+    if settings.steps == 1 and type(pipeline).__name__ == "PixArtAlphaPipeline":
+        # It takes a scheduler's second result then, which only distilled models' schedulers have.
+        raise InputError("PixArtAlphaPipeline draws in one step with distilled models only; take at least 2 steps")
+    wanted = {
+        **conditions.arguments(pipeline, [image.row for image in images]),
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "generator": [torch.Generator().manual_seed(image.seed) for image in images],
+        "output_type": "pt" if decodes else "latent",
+        "height": height,
+        "width": width,
+        "use_resolution_binning": False,
+        "return_dict": False,
+    }
+    handle = pipeline.transformer.register_forward_hook(lambda *_: on_step())
+    try:
+        result: Tensor = pipeline(**{name: value for name, value in wanted.items() if name in accepted})[0]
+    except ValueError as error:
+        # The pipelines check their arguments' shapes and kinds by ValueError.
+        raise InputError(
+            f"{type(pipeline).__name__} refuses the prompts: {str(error).partition(chr(10))[0]}"
+        ) from error
+    finally:
+        handle.remove()
+    return result.float().cpu()
+
+
+def _scale(pipeline: Any) -> int:
+    """Pixels per latent pixel, which the pipelines divide height and width by."""
+    return int(getattr(pipeline, "vae_scale_factor", 1))
+
+
+def batches(images: Sequence[Image], size: int) -> list[Sequence[Image]]:
+    """`images` in runs of `size`; the last may be shorter."""
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def largest_batch(wanted: int, engine_limit: int | None, settings: Settings) -> int:
+    """How many images to draw at once: `wanted`, as far as the engine takes them.
+
+    Raises `InputError` for an engine that takes not even one guided image.
+    """
+    if engine_limit is None:
+        return wanted
+    fitting = engine_limit // 2 if settings.guided else engine_limit
+    if fitting < 1:
+        raise InputError("the engine takes a batch of 1, and a guided image needs 2; build it for larger batches")
+    return min(wanted, fitting)

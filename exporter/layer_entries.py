@@ -1,0 +1,77 @@
+"""What a graph's table of quantized layers holds, read and written without the passes, which a device does not have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from exporter.errors import InputError
+from plugins.formats import get_format
+
+LAYERS_KEY = "fp4export.layers"
+TARGET_KEY = "fp4export.target"
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One quantized linear layer of a graph, weight [out_features, in_features].
+
+    `input`, `values`, `token_scales` and `output` are names of tensors in the graph that holds the table: what the
+    layer reads, its quantized activations and their scales ("" for a weight-only layer), and its result with the
+    bias. `encoding` says how `values` stands for values of `activation_format`. `scales` is what recipes call them,
+    and `container` is "" where none has been chosen yet.
+    """
+
+    layer: str
+    weight_format: str
+    activation_format: str
+    group_size: int
+    scales: str
+    container: str
+    in_features: int
+    out_features: int
+    input: str
+    values: str
+    token_scales: str
+    output: str
+    encoding: str
+
+    def decode_values(self, raw: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """The grid values, float32, that the tensor `values` holds."""
+        from exporter.passes.encodings import decode
+
+        return decode(raw, get_format(self.activation_format), self.encoding)
+
+
+def write_layer_table(model: onnx.ModelProto, table: Sequence[LayerEntry], target: str) -> None:
+    """Put the table and the target's name into the model's metadata, in place of what was there."""
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    kept[LAYERS_KEY] = json.dumps([asdict(entry) for entry in table])
+    kept[TARGET_KEY] = target
+    onnx.helper.set_model_props(model, kept)
+
+
+def read_layer_table(model: onnx.ModelProto) -> tuple[LayerEntry, ...]:
+    """The table in a model's metadata; empty for a model that has none. Raises `InputError` for a damaged one."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == LAYERS_KEY), "[]")
+    names = {field.name for field in fields(LayerEntry)}
+    try:
+        rows = json.loads(text)
+        if not all(isinstance(row, dict) and set(row) == names for row in rows):
+            raise ValueError(f"every row must have the fields {', '.join(sorted(names))}")
+        return tuple(LayerEntry(**row) for row in rows)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"the ONNX file's metadata {LAYERS_KEY} is damaged: {error}; export the model again"
+        ) from error
+
+
+def target_of(model: onnx.ModelProto) -> str | None:
+    """The name of the target that a model was exported or lowered for; None for a model of other origin."""
+    return next((entry.value for entry in model.metadata_props if entry.key == TARGET_KEY), None)

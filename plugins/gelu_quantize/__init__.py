@@ -1,0 +1,1 @@
+"""Tanh-GELU and the online quantization of its result, in one kernel."""

@@ -1,0 +1,1 @@
+"""The project's operators as TensorRT plugins whose kernels were compiled ahead of time."""

@@ -1,0 +1,161 @@
+"""The main job with a bundle as its output, from the command line, on a tiny random PixArt."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from exporter.bundle.job import choose_targets
+from exporter.bundle.manifest import MANIFEST
+from exporter.bundle.read import open_bundle
+from exporter.bundle.write import listed_files
+from exporter.cli import main
+from exporter.device.acceptance import find_acceptance
+from exporter.errors import InputError
+
+WORDS = ["--set", "method.name=rtn", "--target", "orin,cpu", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for two targets; its kernels stand for what the lowering of plugins writes."""
+    folder = tmp_path_factory.mktemp("bundle")
+    job = shutil.copytree(tiny_job, folder / "job", ignore=shutil.ignore_patterns("tiny.*work", "*.onnx"))
+    (job / "model" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    output = folder / "tiny.bundle"
+    kernels = folder / "tiny.work" / "lowered.orin.kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "kernels.json").write_text("{}\n")
+    assert main([str(job / "tiny.yaml"), "-o", str(output), *WORDS]) == 0
+    return output
+
+
+@pytest.mark.slow
+def test_it_holds_all_that_a_device_needs(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    orin, cpu = opened.target("orin"), opened.target("cpu")
+    assert orin.kernels is not None
+    assert [path.name for path in orin.kernels.iterdir()] == ["kernels.json"]
+    assert cpu.kernels is None
+    for files in (orin, cpu):
+        assert files.acceptance is not None
+        found = find_acceptance(files.lowered.parent / f"gate.{files.entry.name}")
+        assert found is not None
+        assert (found.inputs, found.outputs) == (files.acceptance.inputs, files.acceptance.reference)
+        assert 0 <= found.least_db - files.acceptance.snr_db <= 0.1
+        assert onnx.load(files.exported).graph.node
+        assert onnx.load(files.lowered).graph.node
+    assert opened.manifest.weights.licence == "cc-by-4.0"
+    assert "diffusion_pytorch_model.safetensors" in opened.manifest.weights.sha256
+    readme = (bundle / "README.md").read_text()
+    assert "fp4export build tiny.bundle --target orin -o orin.plan" in readme
+    assert "cc-by-4.0" in readme
+    everything = b"".join(path.read_bytes() for path in bundle.rglob("*") if path.is_file())
+    assert str(bundle.parent).encode() not in everything
+
+
+@pytest.mark.slow
+def test_the_readmes_own_check_passes_as_it_is_written(bundle: Path) -> None:
+    lines = (bundle / "README.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("polygraphy") and "--onnxrt" in line)
+    command = [str(Path(sys.executable).with_name("polygraphy")), *shlex.split(line)[1:]]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=bundle.parent, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "PASSED" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_same_inputs_give_the_same_bytes_and_replace_the_bundle(bundle: Path) -> None:
+    before = {path.relative_to(bundle): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert main([str(bundle.parent / "job" / "tiny.yaml"), "-o", str(bundle), *WORDS]) == 0
+    after = {path.relative_to(bundle): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert after == before
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["job", "tiny.bundle", "tiny.work"]
+
+
+@pytest.mark.slow
+def test_inspect_and_validate_take_it(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    for fact in ("orin", "tensorrt", "onnxruntime", "cc-by-4.0 (stated in README.md)", "lowered.cpu.onnx"):
+        assert fact in text
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["targets"][0]["compute_capability"] == [8, 7]
+    assert main(["validate", str(bundle)]) == 0
+    assert capsys.readouterr().out.count("ok") == 2
+    changed = shutil.copytree(bundle, tmp_path / "changed.bundle")
+    (changed / "lowered.cpu.onnx").write_bytes(b"")
+    assert main(["validate", str(changed)]) == 2
+    assert "lowered.cpu.onnx" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wrong_graph_in_a_right_bundle_does_not_pass(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    changed = shutil.copytree(bundle, tmp_path / "changed.bundle")
+    path = changed / "lowered.cpu.onnx"
+    model = onnx.load(path)
+    (tensor,) = (one for one in model.graph.initializer if one.name == "transformer_blocks.0.ff.net.2.row_scales")
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 2, tensor.name))
+    onnx.save(model, path)
+    manifest = replace(open_bundle(bundle).manifest, files=listed_files(changed))
+    (changed / MANIFEST).write_text(manifest.to_json())
+    assert main(["validate", str(changed)]) == 4
+    assert "target cpu: SNR" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_devices_program_takes_the_graph_for_its_target_out_of_it(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "engine.plan"
+    for words, message in (
+        ([str(bundle), "-o", str(output)], "holds several targets; choose with --target: orin, cpu"),
+        ([str(bundle), "-o", str(output), "--target", "h100"], "has nothing for target 'h100'"),
+        ([str(bundle), "-o", str(output), "--target", "cpu"], "target cpu"),
+        ([str(bundle), "-o", str(bundle / "engine.plan"), "--target", "orin"], "is inside the bundle"),
+        ([str(tmp_path / "absent.bundle"), "-o", str(output)], "no such folder"),
+    ):
+        assert main(["build", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["build", str(bundle), "-o", str(output), "--target", "orin"]) == 3
+    assert str(bundle / "lowered.orin.onnx") in capsys.readouterr().err
+
+
+def test_targets_are_a_list_without_doubles() -> None:
+    assert [choice.target.name for choice in choose_targets("h100, orin,cpu")] == ["h100", "orin", "cpu"]
+    with pytest.raises(InputError, match="did you mean 'h100'"):
+        choose_targets("h1000")
+    with pytest.raises(InputError, match="twice"):
+        choose_targets("h100,h100")
+
+
+def test_wrong_words_are_bad_input(tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(tiny_job / "tiny.yaml")
+    (tmp_path / "taken.bundle").write_text("")
+    for words, message in (
+        (["-o", str(tmp_path / "x.plan"), "--target", "h100,orin"], "several go into a bundle"),
+        (["-o", str(tmp_path / "x.bundle"), "--target", "h100,h100"], "twice"),
+        (["-o", str(tmp_path / "no" / "x.bundle"), "--target", "cpu"], "mkdir -p"),
+        (["-o", str(tmp_path / "taken.bundle"), "--target", "cpu"], "is a file"),
+    ):
+        assert main([recipe, *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.bundle"]
+    assert main([recipe, "-o", str(tmp_path / "x.bundle"), "--target", "h100,cpu", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "h100 (as asked for)" in text
+    assert "cpu (as asked for)" in text

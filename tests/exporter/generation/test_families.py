@@ -1,0 +1,85 @@
+"""Every family's own pipeline draws the same with the exported graph as with the torch model it was traced from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from exporter.errors import InputError
+from exporter.gate.snr import snr_db
+from exporter.generation.conditions import Embedded
+from exporter.generation.generate import Image, Settings, generate
+from exporter.generation.pipelines import PIPELINES, PipelineFolder, open_pipeline
+from exporter.models.adapter import LINEAR_NOISE
+from exporter.models.families import ADAPTERS
+from exporter.runtime import EngineTransformer
+from exporter.to_onnx import to_onnx
+from tests.exporter.models.small_families import HUNYUAN_KEYS, SIDE, T5_TOKENS, hunyuan, prompt_tensors
+
+CLASSES = 1000
+"""DiTPipeline calls no class 1000, whatever the model says."""
+
+
+def _dit() -> nn.Module:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=3,
+        out_channels=6,
+        num_layers=1,
+        sample_size=SIDE,
+        patch_size=2,
+        num_embeds_ada_norm=CLASSES,
+    )
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "dit"])
+def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    model = _dit() if family == "dit" else hunyuan()
+    for parameter in model.parameters():
+        # Zero-initialised modulations would hide what they are given.
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    adapter = ADAPTERS[family]
+    to_onnx(model, adapter, adapter.example_inputs(model, 2, T5_TOKENS), tmp_path / "m.onnx")
+    tensors = {"class_labels": torch.tensor([207])} if family == "dit" else prompt_tensors(HUNYUAN_KEYS, 1)
+    if family == "dit":
+        # Its pipeline always decodes.
+        (tmp_path / "vae").symlink_to(pipeline_folder / "vae")
+    drawn = []
+    for transformer in (model, EngineTransformer.load(tmp_path / "m.onnx")):
+        folder = PipelineFolder(tmp_path, None)
+        pipeline = open_pipeline(folder, transformer, "DPMSolverMultistepScheduler", 3, LINEAR_NOISE)
+        images = [Image(0, 1), Image(0, 2)]
+        conditions = Embedded(Path("test"), tensors)
+        drawn.append(generate(pipeline, conditions, images, Settings(3, 4.0, (SIDE, SIDE))))
+    assert drawn[0].shape == ((2, 3, 2 * SIDE, 2 * SIDE) if family == "dit" else (2, 3, SIDE, SIDE))
+    assert snr_db(drawn[0].numpy(), drawn[1].numpy()) > 70
+    assert not torch.allclose(drawn[0][0], drawn[0][1], atol=1e-3)
+
+
+def test_every_family_has_a_pipeline() -> None:
+    assert set(PIPELINES) == {adapter.class_name for adapter in ADAPTERS.values()}
+    assert all(hasattr(diffusers, name) for names in PIPELINES.values() for name in names)
+
+
+def test_transformers_of_other_classes(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(InputError, match="no pipeline is known for Linear"):
+        open_pipeline(PipelineFolder(tmp_path, None), nn.Linear(1, 1), "DDIMScheduler", 2, LINEAR_NOISE)
+    with pytest.raises(InputError, match="is a PixArtAlphaPipeline, but DiTTransformer2DModel works in DiTPipeline"):
+        open_pipeline(PipelineFolder(tmp_path, None), _dit(), "DDIMScheduler", 2, LINEAR_NOISE)
+
+
+def test_pipeline_that_always_decodes_needs_an_autoencoder(tmp_path: Path) -> None:
+    pipeline = open_pipeline(PipelineFolder(tmp_path, None), _dit(), "DDIMScheduler", 2, LINEAR_NOISE)
+    conditions = Embedded(Path("test"), {"class_labels": torch.tensor([1])})
+    with pytest.raises(InputError, match="DiTPipeline always makes images: its folder needs vae/"):
+        generate(pipeline, conditions, [Image(0, 0)], Settings(2, 4.0, (SIDE, SIDE)))
