@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.calibration.gptq import ErrorFeedback
+from exporter.calibration.gptq import ErrorFeedback, round_with_feedback
 from exporter.calibration.scales import choose_scales
+from exporter.plan import LayerPlan
 from exporter.quantize import QuantizedWeight, expand_scales, round_to_nearest
 from plugins.containers import INT8, multipliers
 from plugins.formats import WEIGHT_FORMATS, Format, get_format
@@ -88,3 +89,37 @@ def test_a_damaged_gram_matrix_is_an_error() -> None:
         ErrorFeedback.of(gram)
     with pytest.raises(ValueError, match="not positive definite"):
         ErrorFeedback.of(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+
+
+def _layer() -> LayerPlan:
+    return LayerPlan(
+        name="blocks.0.proj",
+        out_features=ROWS,
+        in_features=COUNT,
+        has_bias=False,
+        weight_format="e2m1",
+        activation_format="e2m3",
+        group_size=GROUP,
+        scales="foldable",
+        container="int8",
+    )
+
+
+def test_what_was_gained_is_the_output_s_error() -> None:
+    fmt, weight, x = get_format("e2m1"), _weight(), _inputs(1)
+    nearest = round_to_nearest(weight, choose_scales(weight, fmt, GROUP, "mse"), fmt)
+    rounded, gained = round_with_feedback(_layer(), weight, nearest, x.T @ x)
+    power = float((x.double() @ weight.double().T).square().sum())
+    values = torch.tensor(fmt.values)[rounded.codes.int()]
+    assert gained.name == "blocks.0.proj"
+    assert gained.error_calibrated == pytest.approx(_error(weight, values, rounded.scales, x) / power, rel=1e-3)
+    assert gained.error_calibrated < 0.2 * gained.error_rtn
+    assert torch.equal(rounded.scales, nearest.scales)
+
+
+def test_nearest_stays_where_nothing_is_gained() -> None:
+    fmt, weight = get_format("e2m1"), _weight()
+    nearest = round_to_nearest(weight, choose_scales(weight, fmt, GROUP, "mse"), fmt)
+    rounded, gained = round_with_feedback(_layer(), weight, nearest, torch.eye(COUNT))
+    assert rounded is nearest
+    assert gained.error_calibrated == gained.error_rtn
