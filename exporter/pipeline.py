@@ -31,6 +31,7 @@ from exporter.stages import (
     lowered_graph,
     runnable_graph,
 )
+from exporter.this_cpu import refuse_saturating_cpu
 from exporter.validate import validate_output as validate_again
 
 
@@ -91,6 +92,9 @@ def export(
 def prepare(job: Job, *, validate: bool) -> Prepared:
     """Every stage up to the graph that the engine is built from, validated unless `validate` is False."""
     source = job.timed("load", load_source)
+    if validate:
+        products = {layer.name: layer.product for layer in source.plan.layers}
+        refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
