@@ -27,6 +27,9 @@ OPERATORS = (
     "NormQuantize_e2m3_int8_fp16_k1152",
     "NormQuantize_e2m3_{fp8}_fp16_k1152",
     "NormQuantize_e4m3_{fp8}_bf16_k1408_shared",
+    "PackedLinear_e2m1_int8_fp16_n1152_k4608_g128m_bias_residual",
+    "PackedLinear_e2m1_{fp8}_fp16_n4608_k1152_bias",
+    "PackedLinear_e2m3_none_bf16_n1408_k1408_bias",
 )
 """PixArt's and Hunyuan-DiT's shapes; {fp8} is the container that a GPU has for E4M3."""
 
