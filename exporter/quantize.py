@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.cuda.launcher import run_on_gpu
+from exporter.cuda.linear import PackedOnGpu
 from exporter.errors import InputError
 from exporter.plan import LayerPlan, Plan
 from exporter.rounding import InputQuantizer, dequantize, round_to_format
@@ -75,7 +77,9 @@ class QuantLinear(nn.Module):
     """A linear layer with a quantized weight and, unless its activation format is "none", a quantized input.
 
     The input is quantized online, per token or in blocks. While torch.export traces it, the layer becomes the waist's
-    nodes.
+    nodes. On a CUDA device, where no gradient is asked for, it is computed by this project's kernels if there are any
+    for its formats: the packed weight is all that the GPU then keeps, the codes move to the host. torch.compile sees
+    the reference everywhere.
     """
 
     codes: Tensor
@@ -98,14 +102,18 @@ class QuantLinear(nn.Module):
         self.register_buffer("input_scale", weight.input_scale)
         self.register_buffer("bias", bias)
         self._dequantized: Tensor | None = None
+        self._on_gpu = PackedOnGpu()
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight float32 [N, K], computed once per device."""
-        if self._dequantized is None or self._dequantized.device != self.codes.device:
-            fmt = get_format(self.weight_format)
-            self._dequantized = QuantizedWeight(self.codes, self.scales).dequantize(fmt)
-        return self._dequantized
+        """The dequantized weight float32 [N, K], kept on the CPU; on a GPU computed anew, to save its memory."""
+        if self._dequantized is not None:
+            return self._dequantized
+        device = self.scales.device
+        weight = QuantizedWeight(self.codes.to(device), self.scales).dequantize(get_format(self.weight_format))
+        if device.type == "cpu":
+            self._dequantized = weight
+        return weight
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the input's (values [..., K] on the unit grid, scales [..., 1] or [..., K/G]).
@@ -117,13 +125,23 @@ class QuantLinear(nn.Module):
         return InputQuantizer(get_format(self.activation_format), self.scaling, self.input_scale).quantize(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x float32 [..., K] → [..., N]."""
+        """x float32 [..., K] → [..., N]; with kernels also float16 and bfloat16."""
         if torch.compiler.is_exporting():
             return symbolic_linear(self, x)
+        if x.is_cuda and not torch.compiler.is_compiling():
+            kernels = self._on_gpu.kernels(self, x)
+            if kernels is not None:
+                return kernels.multiply(x, run_on_gpu)
         quantized = self.quantize_input(x)
         if quantized is not None:
             x = dequantize(*quantized)
         return F.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # What was computed for one device or type is not for another.
+        self._dequantized, self._on_gpu = None, PackedOnGpu()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Name the sizes and formats in the module's printout."""
