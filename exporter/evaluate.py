@@ -10,9 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
 from exporter.models.inputs import TransformerInputs
+from exporter.onnx_files import read_model
+from exporter.passes.layer_table import read_layer_table
+from exporter.passes.tiling import untiled
 from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser, make_scheduler, sample
@@ -40,7 +44,7 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     """Compare the original with the lowered graph on held-out trajectories and on samples from the same seeds."""
     settings = job.recipe.evaluation
     held_out = held_out_inputs(job, source)
-    engine = graph_denoiser(source, OnnxSession(lowered))
+    engine = graph_denoiser(source, open_graph(source, lowered))
     noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
     rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
     batches = [held_out.inputs(row.reshape(1), source.prompts) for row in rows]
@@ -72,7 +76,15 @@ def _held_out_seed(job: Job) -> int:
     return calibration.seed + calibration.samples + job.recipe.evaluation.seed
 
 
-def graph_denoiser(source: Source, session: OnnxSession) -> Denoiser:
+def open_graph(source: Source, lowered: Path) -> OnnxSession | SegmentedSession:
+    """The lowered graph ready to run, a large one segment by segment."""
+    model = read_model(lowered)
+    if not is_large(read_layer_table(model)):
+        return OnnxSession(lowered)
+    return SegmentedSession(untiled(model), [name for name, _ in source.adapter.blocks(source.model)])
+
+
+def graph_denoiser(source: Source, session: OnnxSession | SegmentedSession) -> Denoiser:
     """The noise prediction of an exported graph."""
 
     def denoise(inputs: TransformerInputs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from typing import Concatenate, ParamSpec, TypeVar
 from exporter.compute import check_compute
 from exporter.device.requirements import missing_builder
 from exporter.errors import InputError
+from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.targets import Target, TargetChoice, resolve_target
 from exporter.workdir import WorkDir
 
+STAGE_BEGINS, STAGE_ENDS = "stage %s begins", "stage %s ends"
+"""Messages of this module's logger, by which a tool can tell what is being done."""
+
+_LOG = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -49,9 +55,13 @@ class Job:
 
     def timed(self, name: str, stage: Callable[Concatenate[Job, _P], _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run `stage(self, …)` and note its wall time under `name`."""
+        _LOG.debug(STAGE_BEGINS, name)
         start = time.perf_counter()
         result = stage(self, *args, **kwargs)
+        return_freed_memory()
+        release_mapped_weights()
         self.seconds[name] = time.perf_counter() - start
+        _LOG.debug(STAGE_ENDS, name)
         return result
 
 

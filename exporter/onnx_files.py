@@ -47,11 +47,12 @@ def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from nodes_of(graph.node)
 
 
-def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES) -> None:
+def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES, final: Path | None = None) -> None:
     """Write `model`, which stays as it is, to `path`, whole or not at all.
 
     Weights of more than `largest` bytes go to `data_path`; otherwise a file of that name is removed if the model that
-    was in `path` before had its weights there. Raises `InputError` where nothing can be written.
+    was in `path` before had its weights there. With `final`, both files are going to be renamed to that name (see
+    `rename_data`). Raises `InputError` where nothing can be written.
     """
     data = data_path(path)
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= largest:
@@ -62,7 +63,16 @@ def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BY
             data.unlink(missing_ok=True)
         return
     with atomic_path(path) as temporary, atomic_path(data) as weights:
-        onnx.save(_with_external(model, _write(model.graph.initializer, weights, data.name)), temporary)
+        location = data_path(final or path).name
+        onnx.save(_with_external(model, _write(model.graph.initializer, weights, location)), temporary)
+
+
+def rename_data(path: Path, final: Path) -> None:
+    """Rename the file with the weights of the model in `path`, if it has one, for the model's new name `final`."""
+    if data_path(path).is_file():
+        data_path(path).replace(data_path(final))
+    else:
+        data_path(final).unlink(missing_ok=True)
 
 
 def _has_weights_in(path: Path, data: Path) -> bool:

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +28,8 @@ from plugins.formats import Format, get_format
 from plugins.packing import pack, unpack
 
 _METADATA = "fp4export.quantized"
+# Formats with more steps up to their largest value are encoded by search instead of by table.
+_LARGEST_TABLE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,24 @@ class QuantizedWeight:
         cls, values: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None
     ) -> QuantizedWeight:
         """Encode `values` [N, K], which lie on the format's grid in units of `scales` [N, G]."""
-        codes = fmt.encode(values.detach().cpu().numpy())
-        return cls(torch.from_numpy(codes), scales.detach().cpu().contiguous(), input_scale)
+        return cls(encode_grid_values(values.detach().cpu(), fmt), scales.detach().cpu().contiguous(), input_scale)
 
     def dequantize(self, fmt: Format) -> Tensor:
         """Return the weight float32 [N, K]."""
         values = torch.tensor(fmt.values, device=self.codes.device)[self.codes.int()]
-        return values.mul_(expand_scales(self.scales, values.shape[1]))
+        groups = self.scales.shape[1]
+        values.view(len(values), groups, -1).mul_(self.scales.unsqueeze(-1))
+        return values
+
+
+def encode_grid_values(values: Tensor, fmt: Format) -> Tensor:
+    """Codes uint8 of float32 `values` that lie on the format's grid: what `fmt.encode` gives, without its search."""
+    if fmt.max_numerator > _LARGEST_TABLE:
+        return torch.from_numpy(fmt.encode(values.numpy()))
+    largest = fmt.max_numerator
+    numerators = np.arange(-largest, largest + 1, dtype=np.float64)
+    table = torch.from_numpy(fmt.encode((numerators * fmt.step).astype(np.float32)))
+    return table[(values / fmt.step).to(torch.int32).add_(largest)]
 
 
 def expand_scales(scales: Tensor, count: int) -> Tensor:
@@ -76,13 +90,14 @@ def input_quantizer(plan: LayerPlan, input_scale: Tensor | None) -> InputQuantiz
 class QuantLinear(nn.Module):
     """A linear layer with a quantized weight and, unless its activation format is "none", a quantized input.
 
-    The input is quantized online, per token or in blocks. While torch.export traces it, the layer becomes the waist's
-    nodes. On a CUDA device, where no gradient is asked for, it is computed by this project's kernels if there are any
-    for its formats: the packed weight is all that the GPU then keeps, the codes move to the host. torch.compile sees
-    the reference everywhere.
+    The input is quantized online, per token or in blocks. The weight is held as packed words and decoded anew in
+    every call, so that a model takes no more memory than its file. While torch.export traces it, the layer becomes the
+    waist's nodes. On a CUDA device, where no gradient is asked for, it is computed by this project's kernels if there
+    are any for its formats: their packed weight is all that the GPU then keeps, the words move to the host.
+    torch.compile sees the reference everywhere.
     """
 
-    codes: Tensor
+    words: Tensor
     scales: Tensor
     input_scale: Tensor | None
     bias: Tensor | None
@@ -97,23 +112,23 @@ class QuantLinear(nn.Module):
         self.asked_container = plan.asked_container
         self.in_features = plan.in_features
         self.out_features = plan.out_features
-        self.register_buffer("codes", weight.codes)
+        words = torch.from_numpy(pack(weight.codes.numpy(force=True), get_format(plan.weight_format).bits))
+        self.register_buffer("words", words.to(weight.codes.device))
         self.register_buffer("scales", weight.scales)
         self.register_buffer("input_scale", weight.input_scale)
         self.register_buffer("bias", bias)
-        self._dequantized: Tensor | None = None
         self._on_gpu = PackedOnGpu()
 
     @property
+    def codes(self) -> Tensor:
+        """The weight's codes uint8 [N, K], on the device of the scales."""
+        codes = unpack(self.words.numpy(force=True), get_format(self.weight_format).bits, self.in_features)
+        return torch.from_numpy(codes).to(self.scales.device)
+
+    @property
     def weight(self) -> Tensor:
-        """The dequantized weight float32 [N, K], kept on the CPU; on a GPU computed anew, to save its memory."""
-        if self._dequantized is not None:
-            return self._dequantized
-        device = self.scales.device
-        weight = QuantizedWeight(self.codes.to(device), self.scales).dequantize(get_format(self.weight_format))
-        if device.type == "cpu":
-            self._dequantized = weight
-        return weight
+        """The dequantized weight float32 [N, K]."""
+        return QuantizedWeight(self.codes, self.scales).dequantize(get_format(self.weight_format))
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the input's (values [..., K] on the unit grid, scales [..., 1] or [..., K/G]).
@@ -138,8 +153,8 @@ class QuantLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        # What was computed for one device or type is not for another.
-        self._dequantized, self._on_gpu = None, PackedOnGpu()
+        # What was packed for one device is not for another.
+        self._on_gpu = PackedOnGpu()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.kernels import obtain_kernels
-from exporter.onnx_files import read_model
+from exporter.onnx_files import data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.emulate import EMULATED, emulation_passes
@@ -27,7 +26,7 @@ from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import key_of
+from exporter.workdir import QUANTIZED, key_of, name_for
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
@@ -84,7 +83,8 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
         )
         save_quantized(path, result, source.plan)
 
-    path, reused = job.work.obtain("quantized.safetensors", calibration_key(job, source), make)
+    name = name_for(QUANTIZED, ".safetensors", source.layer_facts())
+    path, reused = job.work.obtain(name, calibration_key(job, source), make)
     job.progress.note(f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name})")
     return load_quantized(path, source.plan)
 
@@ -115,7 +115,8 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     example = source.example_inputs(batch=2)
     containers = [layer.asked_container for layer in source.plan.layers]
     key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
-    traced, _ = job.work.obtain("traced.onnx", key, lambda path: to_onnx(quantized, source.adapter, example, path))
+    final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), containers]))
+    traced, _ = job.work.obtain(final.name, key, lambda path: to_onnx(quantized, source.adapter, example, path, final))
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
     return path
@@ -123,7 +124,7 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
 
 def _check_containers(source: Source, exported: Path) -> None:
     """Raise `InputError` unless the exported graph has every layer in the container that was planned for it."""
-    found = {entry.layer: entry.container for entry in read_layer_table(read_model(exported))}
+    found = {entry.layer: entry.container for entry in read_layer_table(read_model(exported, external_data=False))}
     for layer in source.plan.layers:
         if found.get(layer.name) != layer.container:
             raise InputError(
@@ -150,8 +151,7 @@ def runnable_graph(job: Job, lowered: Path) -> Path:
     if not any(result.changed for result in results):
         return lowered
     path = job.work.file(f"{EMULATED}.{job.target.name}.onnx")
-    with atomic_path(path) as temporary:
-        onnx.save(model, temporary)
+    save_onnx(model, path)
     return path
 
 
@@ -160,12 +160,11 @@ def _rewritten(job: Job, source: Path, passes: tuple[Pass, ...], name: str) -> P
 
     def keep(pass_name: str, index: int, model: onnx.ModelProto) -> None:
         folder.mkdir(exist_ok=True)
-        onnx.save(model, folder / f"{name}.{index:02d}.{pass_name}.onnx")
+        save_onnx(model, folder / f"{name}.{index:02d}.{pass_name}.onnx")
 
     model, results = run_passes(onnx.load(source), passes, job.target, keep if job.keep_graphs else None)
     path = job.work.file(f"{name}.onnx")
-    with atomic_path(path) as temporary:
-        onnx.save(model, temporary)
+    save_onnx(model, path)
     changes = ", ".join(f"{result.name} {result.changed}" for result in results if result.changed)
     job.progress.note(f"{name}: {results[-1].nodes} nodes ({changes})")
     return path
@@ -190,6 +189,15 @@ def check_fidelity(
     return result, reference.quantization_db
 
 
+def _copy_onnx(source: Path, copy: Path) -> None:
+    if data_path(source).is_file():
+        save_onnx(read_model(source), copy)
+        return
+    with atomic_path(copy) as temporary:
+        shutil.copyfile(source, temporary)
+    data_path(copy).unlink(missing_ok=True)
+
+
 def compiled_kernels(job: Job, lowered: Path) -> None:
     """The kernels of the lowered graph's plugins, compiled ahead of time into lowered.TARGET.kernels/ beside it."""
     if job.target.kernels != "plugin":
@@ -206,11 +214,15 @@ def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
     that was compared with it (`runnable`).
     """
     if job.target.engine == "onnxruntime":
-        with atomic_path(job.output) as temporary:
-            shutil.copyfile(lowered, temporary)
+        _copy_onnx(lowered, job.output)
     else:
         build_engine(lowered, job.output, job.target, job.progress, BuildOptions(acceptance=validated))
     write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
     Origin.of(job.output, runnable, job.gate_folder if validated else None).save(job.output)
-    job.progress.note(f"wrote {job.output} ({os.path.getsize(job.output) / 1e6:.2f} MB)")
+    job.progress.note(f"wrote {job.output} ({output_bytes(job.output) / 1e6:.2f} MB)")
     return job.output
+
+
+def output_bytes(output: Path) -> int:
+    """Size of an output, an ONNX file's weights in a file of their own included."""
+    return total_bytes(output) if output.suffix == ".onnx" else output.stat().st_size

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
-    """x [..., K] → quantize online → dequantize → linear with the dequantized codes → [..., N]."""
+    """x [..., K] → quantize online → dequantize → linear with the dequantized words → [..., N]."""
     if module.activation_format != "none":
         x = _symbolic_quantized_input(module, x)
     variant = DequantizeWeight(
-        format=module.weight_format, group_size=module.group_size, count=module.codes.shape[1], packed=False
+        format=module.weight_format, group_size=module.group_size, count=module.in_features, packed=True
     )
     weight = symbolic(
         f"{DOMAIN}::{variant.op_type}",
-        [module.codes, module.scales],
+        [module.words, module.scales],
         attrs={**variant.attributes(layer=module.layer, container=module.asked_container)},
         dtype=torch.float32,
-        shape=module.codes.shape,
+        shape=(module.out_features, module.in_features),
         version=OPSET_VERSION,
     )
     return F.linear(x, weight, module.bias)

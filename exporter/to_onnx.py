@@ -14,29 +14,27 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from exporter.errors import InputError
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs, shared_inputs
+from exporter.onnx_files import save_onnx
 from exporter.symbolic import symbolic_boundary
 from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions
 
 # Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
 OPSET = 21
-# A protobuf file cannot exceed 2 GiB.
-LARGEST_GRAPH_BYTES = 2_000_000_000
 
 
-def to_onnx(model: nn.Module, adapter: Adapter, example: TransformerInputs, path: Path) -> None:
-    """Export `model` (its quantized linears as custom nodes) to the file `path`.
+def to_onnx(
+    model: nn.Module, adapter: Adapter, example: TransformerInputs, path: Path, final: Path | None = None
+) -> None:
+    """Export `model` (its quantized linears as custom nodes) to the file `path`, which becomes `final` later if given.
 
     `example` fixes every size but the batch, which must be at least 2 (torch specialises sizes 0 and 1). Inputs
     keep the adapter's names, the output is called `sample`, and every block's inputs and output carry a
-    `FloatBoundary` marker with the block's module path. Raises `InputError` when the graph would exceed 2 GB.
+    `FloatBoundary` marker with the block's module path. Weights too large for one file go to a second one, see
+    `save_onnx`.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size > LARGEST_GRAPH_BYTES:
-        raise InputError(f"the exported graph would hold {size / 1e9:.1f} GB, over ONNX's 2 GB: quantize more layers")
     module = adapter.forward_module(model, example)
     names = adapter.input_names(model)
     inputs = example.as_dict()
@@ -56,7 +54,7 @@ def to_onnx(model: nn.Module, adapter: Adapter, example: TransformerInputs, path
     _tidy(graph, module, model)
     write_transformer_config(graph, type(model).__name__, cast(Any, model).config)
     attach_functions(graph)
-    onnx.save(graph, path)
+    save_onnx(graph, path, final=final)
 
 
 @contextmanager

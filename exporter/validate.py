@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx
 import torch
 from rich.console import Console
 from torch import nn
@@ -22,19 +23,29 @@ from exporter.gate.linears import LINEAR_DB, compare_linears, linear_feeds
 from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
 from exporter.gate.runs import repeat_command, save_feeds, save_reference
+from exporter.gate.segments import is_large
 from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage, summary_table
 from exporter.gate.tiles import compare_tiles
-from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, model_feeds
+from exporter.gate.whole import (
+    block_thresholds,
+    compare_blocks,
+    compare_end_to_end,
+    compare_segments,
+    cut_between_blocks,
+    model_feeds,
+)
+from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
-from exporter.onnx_files import read_model
+from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.emulate import relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
 from exporter.targets import Target, get_target
+from exporter.this_cpu import product_of, refuse_saturating_cpu
 
 RESULT = "result.json"
 _TIMESTEPS = 3
@@ -79,6 +90,7 @@ def validate_graphs(
     folder.mkdir(exist_ok=True)
     reference = record_reference(original, quantized, adapter, batches, progress, compute, product_type(target))
     reference.save(folder)
+    release_mapped_weights()
     _save_model_files(reference.for_stage("lowered"), folder)
     first = _compare(exported, "exported", reference, folder, target, progress)
     second = _compare(lowered, "lowered", reference, folder, target, progress)
@@ -95,6 +107,7 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
 
     Raises:
         InputError: `folder` holds no reference, or the file is no output of this exporter.
+        EnvironmentLacksError: this CPU saturates products that the file relies on.
         FidelityError: something deviates, or an engine is not the one that was built.
     """
     reference = Reference.load(folder)
@@ -103,6 +116,8 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
     if not path.is_file():
         raise InputError(f"{path}: no such file; {file.name} was built from it and is validated through it")
     target = _target_of(path)
+    table = read_layer_table(read_model(path, external_data=False))
+    refuse_saturating_cpu({entry.layer: product_of(entry) for entry in table}, target, str(path))
     notes = _notes(path, target, reference)
     if not is_graph:
         notes = (_note_on_engine(file, path, built_sha256), *notes)
@@ -190,12 +205,10 @@ def _compare(
         try:
             linears = compare_linears(model, layers, records, stage, linears_path, optimized=optimized)
             task.advance()
-            blocks = compare_blocks(model, reference, stage, blocks_path, optimized=optimized)
-            task.advance()
+            rest = _compare_blocks(path, written, model, reference, stage, blocks_path, optimized=optimized)
+            task.advance(2)
         except CutError as error:
             raise FidelityError(f"{path}: {error}") from error
-        end = compare_end_to_end(path, reference, stage, optimized=optimized)
-        task.advance()
     linear_inputs, linear_outputs = (folder / f"linears.{stage}.{what}.json" for what in ("inputs", "reference"))
     save_feeds([linear_feeds(layers, records)], linear_inputs)
     save_reference([linears.expected], linear_outputs)
@@ -210,11 +223,28 @@ def _compare(
             path, model_inputs, model_outputs, {}, default_db=reference.end_to_end_threshold, optimized=optimized
         ),
     )
+    return GateResult((*linears.rows, *rest), commands)
+
+
+def _compare_blocks(
+    path: Path,
+    written: onnx.ModelProto,
+    plain: onnx.ModelProto,
+    reference: Reference,
+    stage: Stage,
+    cut_path: Path,
+    *,
+    optimized: bool,
+) -> tuple[GateRow, ...]:
+    """The rows of the blocks, of the tiles (where `written` has them and `plain` has not), and of the whole graph."""
+    if is_large(read_layer_table(written)):
+        save_onnx(cut_between_blocks(plain, reference), cut_path)
+        return compare_segments(written, plain, reference, stage, path, optimized=optimized)
+    blocks = compare_blocks(plain, reference, stage, cut_path, optimized=optimized)
     tiles: tuple[GateRow, ...] = ()
-    if model is not written:
-        tiles = (compare_tiles(path, model, reference, stage, folder / f"whole.{stage}.onnx"),)
-    rows: tuple[GateRow, ...] = (*linears.rows, *blocks, *tiles, end)
-    return GateResult(rows, commands)
+    if plain is not written:
+        tiles = (compare_tiles(path, plain, reference, stage, cut_path.with_name(f"whole.{stage}.onnx")),)
+    return (*blocks, *tiles, compare_end_to_end(path, reference, stage, optimized=optimized))
 
 
 def _save_model_files(reference: Reference, folder: Path) -> None:

@@ -10,16 +10,30 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.files import sha256_of, write_text_atomically
+from exporter.files import write_text_atomically
+from exporter.onnx_files import checksum_of, rename_data
 from exporter.tensor_files import atomic_tensor_path
 
+QUANTIZED = "quantized"
+"""What names of files with calibrated weights begin with."""
+
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
+_NAME_DIGITS = 8
 
 
 def key_of(**parts: object) -> str:
     """Hash of everything a stage depends on: its parts, which must be JSON values, and the program itself."""
     text = json.dumps({"program": program_identity(), **parts}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def name_for(stem: str, suffix: str, parts: object) -> str:
+    """Name of a file that targets may need in different versions: with a short hash of `parts`, JSON values, in it.
+
+    So one target's file does not replace another's, and another version of this program replaces its own.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"
 
 
 @cache
@@ -57,13 +71,15 @@ class WorkDir:
         """Path of `name` made under `key`, and whether it was reused.
 
         An earlier file is reused when its seal carries the same key and the file's checksum still holds; else
-        `make(temporary_path)` writes it anew.
+        `make(temporary_path)` writes it anew, a large ONNX graph with a second file for its weights
+        (`exporter.onnx_files`).
         """
         path = self.file(name)
         if self.is_current(path, key):
             return path, True
         with atomic_tensor_path(path) as temporary:
             make(temporary)
+            rename_data(temporary, path)
         self.seal(path, key)
         return path, False
 
@@ -73,13 +89,13 @@ class WorkDir:
             return False
         try:
             seal = json.loads(_seal(path).read_text(encoding="utf-8"))
-            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == sha256_of(path)
+            return isinstance(seal, dict) and seal.get("key") == key and seal.get("sha256") == checksum_of(path)
         except (OSError, ValueError):
             return False
 
     def seal(self, path: Path, key: str) -> None:
         """Note what a finished file was made under."""
-        seal = {"key": key, "sha256": sha256_of(path)}
+        seal = {"key": key, "sha256": checksum_of(path)}
         write_text_atomically(_seal(path), json.dumps(seal, indent=1) + "\n")
 
 

@@ -14,6 +14,8 @@ from onnx import TensorProto
 from plugins.body import Body
 
 WORD_BITS = 32
+_NIBBLE_BITS = 4
+_NIBBLES_PER_WORD = WORD_BITS // _NIBBLE_BITS
 PACKED_BITS = (4, 6, 8)
 
 
@@ -35,6 +37,9 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
     if codes.size and int(codes.max()) >= 2**bits:
         raise PackingError(f"code {int(codes.max())} does not fit {bits} bits; largest: {2**bits - 1}")
     lead, count = codes.shape[:-1], codes.shape[-1]
+    if bits == _NIBBLE_BITS:
+        whole = np.pad(codes, [(0, 0)] * len(lead) + [(0, -count % _NIBBLES_PER_WORD)])
+        return (whole[..., 0::2] | whole[..., 1::2] << _NIBBLE_BITS).view("<i4").astype(np.int32, copy=False)
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(*lead, count * bits)
     padding = words_per_row(count, bits) * WORD_BITS - count * bits
     padded = np.pad(stream, [(0, 0)] * len(lead) + [(0, padding)])
@@ -50,6 +55,11 @@ def unpack(words: npt.NDArray[np.int32], bits: int, count: int) -> npt.NDArray[n
             f"{count} codes of {bits} bits take {words_per_row(count, bits)} words, not {words.shape[-1]}"
         )
     octets = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
+    if bits == _NIBBLE_BITS:
+        nibbles = np.empty((*octets.shape[:-1], octets.shape[-1] * 2), np.uint8)
+        np.bitwise_and(octets, 0xF, out=nibbles[..., 0::2])
+        np.right_shift(octets, _NIBBLE_BITS, out=nibbles[..., 1::2])
+        return np.ascontiguousarray(nibbles[..., :count])
     stream = np.unpackbits(octets, axis=-1, count=count * bits, bitorder="little")
     codes = stream.reshape(*words.shape[:-1], count, bits)
     return np.packbits(codes, axis=-1, bitorder="little")[..., 0]

@@ -73,6 +73,18 @@ def test_format_table_is_the_generated_one() -> None:
     assert run.returncode == 0, "run: python -m tools.format_table"
 
 
+def test_every_feature_names_tests_that_exist() -> None:
+    table = README.partition("<!-- features")[2].partition("<!-- end of features -->")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/.]+)`", row)
+        assert tests, row
+        for place in tests:
+            found = [ROOT / place] if place.endswith(".py") else [*(ROOT / place).glob("test_*.py")]
+            assert any("def test_" in file.read_text(encoding="utf-8") for file in found), place
+
+
 @pytest.mark.parametrize("file", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")

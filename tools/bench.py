@@ -27,7 +27,7 @@ from tools.cpu_bench.measure import (
 )
 from tools.cpu_bench.model import BLOCKS, CAPTION_TOKENS, random_pixart
 from tools.cpu_bench.page import PICTURE, Page, Result, draw, markdown
-from tools.gpu_bench.page import section_of
+from tools.marked_section import marked_sections
 
 ROOT = Path(__file__).parents[1]
 _BATCH, _TOKENS = 2, 1024
@@ -45,10 +45,9 @@ def main(blocks: int, rounds: int, output: Path) -> None:
     page = measure(blocks, rounds, folder, progress)
     output.mkdir(parents=True, exist_ok=True)
     draw(page, output / PICTURE)
-    written = output / "benchmarks.md"
-    # The GPU's section is another command's.
-    kept = section_of(written.read_text(encoding="utf-8") if written.is_file() else "")
-    write_text_atomically(written, f"{markdown(page).rstrip()}\n\n{kept}")
+    file = output / "benchmarks.md"
+    others = marked_sections(file) if file.is_file() else []
+    write_text_atomically(file, "\n\n".join([markdown(page).rstrip(), *others]) + "\n")
 
 
 def measure(blocks: int, rounds: int, folder: Path, progress: Progress) -> Page:

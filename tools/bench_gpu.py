@@ -21,18 +21,19 @@ from rich.console import Console
 
 from exporter.cuda.launcher import Launcher, launcher_of
 from exporter.errors import EnvironmentLacksError, FidelityError, Fp4ExportError
-from exporter.files import write_text_atomically
 from exporter.gpu import local_gpu
 from exporter.progress import Progress, RichProgress
 from plugins.kernels.hardware import HARDWARE
 from tools.gpu_bench.cases import FEW, MANY, SCHEMES, SHAPES, Case, WrongResultError
 from tools.gpu_bench.linears import check_tactics, measure_linear
-from tools.gpu_bench.page import Results, section, with_section
+from tools.gpu_bench.page import Results, section
 from tools.gpu_bench.quantizers import measure_quantizer
 from tools.gpu_bench.timing import Clock
 from tools.gpu_bench.transformer import measure_transformer
+from tools.marked_section import replace_section
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+SECTION = "gpu"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _ODD_SHAPES = ((1, 200, 256), (37, 136, 384), (131, 72, 128))
 """Tokens, N and K that no tile divides."""
@@ -60,7 +61,7 @@ def main(rounds: int, blocks: int, check: bool, sanitize: bool) -> None:
         fail(FidelityError(f"{error}; nothing was written"))
     except Fp4ExportError as error:
         fail(error)
-    write_text_atomically(PAGE, with_section(PAGE.read_text(encoding="utf-8"), section(results)))
+    replace_section(PAGE, SECTION, section(results))
 
 
 def fail(error: Fp4ExportError) -> NoReturn:

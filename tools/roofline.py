@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from exporter.files import write_text_atomically
+from tools.marked_section import markers, replace_section
 from tools.scaling.hardware import GPUS
 from tools.scaling.workload import (
     BF16,
@@ -30,7 +30,7 @@ from tools.scaling.workload import (
 )
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-START, END = "<!-- roofline: written by tools/roofline.py -->", "<!-- end of roofline -->"
+SECTION = "roofline"
 
 USABLE = 0.75
 """Of a Jetson's memory, which the system shares."""
@@ -162,21 +162,19 @@ def text() -> str:
     return "\n\n".join(f"{heading}\n\n{table}" for heading, table in sections)
 
 
-def with_tables(page: str) -> str:
-    """The page with the tables between its markers."""
-    before, _, rest = page.partition(START)
-    return f"{before}{START}\n{text()}\n{END}{rest.partition(END)[2]}"
+def is_current() -> bool:
+    """Whether the page has these tables."""
+    start, end = markers(SECTION)
+    return f"{start}\n{text()}\n{end}" in PAGE.read_text(encoding="utf-8")
 
 
 @click.command(help=__doc__)
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 if the page has other tables.")
 def main(check: bool) -> None:
     """Write, or compare."""
-    page = PAGE.read_text(encoding="utf-8")
-    new = with_tables(page)
     if not check:
-        write_text_atomically(PAGE, new)
-    elif new != page:
+        replace_section(PAGE, SECTION, text())
+    elif not is_current():
         print(f"{PAGE}: its tables are not this source's; run python -m tools.roofline", file=sys.stderr)
         sys.exit(1)
 

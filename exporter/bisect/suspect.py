@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 
 from exporter.device.acceptance import INPUTS, OUTPUTS
+from exporter.device.program import BUNDLE_SUFFIX
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.gate.records import Reference
 from exporter.gate.table import Stage
@@ -57,6 +58,11 @@ def open_suspect(path: Path) -> Suspect:
     Raises `InputError` for what is no graph of an export, or has no reference any more, and `EnvironmentLacksError`
     for an engine, saying what can be done about it.
     """
+    if BUNDLE_SUFFIX in (path.suffix, path.parent.suffix):
+        raise InputError(
+            f"{path}: a bundle carries no more of the reference than the model's output; bisect the graph in the work "
+            "folder of the export that wrote it: fp4export bisect NAME.work/lowered.TARGET.onnx"
+        )
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; bisect takes an output that fp4export wrote, or a graph in its work folder"

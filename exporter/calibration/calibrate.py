@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatis
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
+from exporter.calibration.scales import one_thread
+from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
-from exporter.plan import Plan
+from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
 from exporter.quantize import (
     BlockStatistics,
@@ -24,6 +27,9 @@ from exporter.quantize import (
     share_copy,
 )
 from exporter.recipe import MethodSection
+
+# After so many layers the original's weights, which are not looked at again, leave the memory.
+_LAYERS_AT_ONCE = 16
 
 
 def calibrate(
@@ -44,9 +50,11 @@ def calibrate(
     the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
-    needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
-    largest_gram = LARGEST_GRAM if needs_gram else 0
-    inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
+    inputs: Mapping[str, InputStatistics] = {}
+    if method.name != "rtn" or _looks_at_inputs(plan, method):
+        needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
+        largest_gram = LARGEST_GRAM if needs_gram else 0
+        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
     weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
@@ -56,14 +64,29 @@ def calibrate(
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
+def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
+    """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
+    static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
+    return static or method.scale_search != "absmax"
+
+
 def _nearest(
     model: nn.Module, plan: Plan, inputs: Mapping[str, InputStatistics], method: MethodSection, progress: Progress
 ) -> dict[str, QuantizedWeight]:
-    weights = {}
-    with progress.task("scales", len(plan.layers)) as task:
-        for layer in plan.layers:
+    """One layer per core at a time: each works on its own in operations too small to be shared out."""
+
+    def quantized(layer: LayerPlan) -> QuantizedWeight:
+        with one_thread():
             weight = planned_linear(model, layer).weight.detach()
-            weights[layer.name] = nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
+            return nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
+
+    cores = torch.get_num_threads()
+    with progress.task("scales", len(plan.layers)) as task, ThreadPoolExecutor(cores) as pool:
+        weights = {}
+        for layer, weight in zip(plan.layers, pool.map(quantized, plan.layers), strict=True):
+            weights[layer.name] = weight
+            if len(weights) % _LAYERS_AT_ONCE == 0:
+                release_mapped_weights()
             task.advance()
     return weights
 

@@ -57,9 +57,9 @@ def choose_scales(
     the diagonal of the layer's Gram matrix, so that the sum estimates the error of the layer's output.
 
     With `multipliers` (ascending integers) the scales are foldable: one scale s per row and one multiplier m per
-    group, both searched whatever `search` says. scale = s·m and scale / m = s hold exactly in float32, for s has at
-    most 20 significand bits, as scales without multipliers have. All are positive. Raises `ValueError` where the
-    group does not divide K.
+    group. "absmax" then takes the s whose largest multiplier just holds the row, and the smallest m that holds the
+    group; "mse" searches both. scale = s·m and scale / m = s hold exactly in float32, for s has at most 20 significand
+    bits, as scales without multipliers have. All are positive. Raises `ValueError` where the group does not divide K.
     """
     count = weight.shape[1]
     size = group_size or count
@@ -110,7 +110,8 @@ def _choose_rows(
     error = RoundingError(grouped, fmt, importance)
     zero = amax == 0
     if len(allowed) > 1:
-        chosen = _fold(error, torch.where(zero, absmax.amax(dim=1, keepdim=True), absmax), allowed)
+        wanted = torch.where(zero, absmax.amax(dim=1, keepdim=True), absmax)
+        chosen = _hold(wanted, allowed) if search == "absmax" else _fold(error, wanted, allowed)
         zero = zero.all(dim=1, keepdim=True)
     else:
         chosen = round_significand(absmax if search == "absmax" else _search_clipping(error, absmax))
@@ -148,6 +149,13 @@ def _search_clipping(error: RoundingError, absmax: Tensor) -> Tensor:
         candidate = round_significand(best * factor)
         best, least = better(best, least, candidate, error(candidate))
     return best
+
+
+def _hold(absmax: Tensor, allowed: tuple[int, ...]) -> Tensor:
+    """Return group scales s·m [n, G], m in `allowed`: as small as hold `absmax`, but for the rounding of s."""
+    steps = torch.tensor(allowed, dtype=torch.float32, device=absmax.device)
+    channel = round_significand(absmax.amax(dim=1, keepdim=True) / steps[-1], channel_bits(allowed))
+    return channel * steps[torch.searchsorted(steps, absmax / channel).clamp_(max=len(allowed) - 1)]
 
 
 def _fold(error: RoundingError, absmax: Tensor, allowed: tuple[int, ...]) -> Tensor:

@@ -116,7 +116,7 @@ class PackedOnGpu:
     def kernels(self, layer: QuantLinear, x: Tensor) -> KernelLinear | None:
         """What multiplies x, None where the reference has to: no kernel, or a gradient is asked for.
 
-        Once the layer is packed, its codes are on the host.
+        Once the layer is packed, its words are on the host.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             return None
@@ -124,7 +124,7 @@ class PackedOnGpu:
             self._kernels = KernelLinear.of(layer, torch.cuda.get_device_capability(x.device), x.device)
             self._device = x.device
             if self._kernels is not None:
-                layer.codes = layer.codes.cpu()
+                layer.words = layer.words.cpu()
         return self._kernels if self._kernels is not None and self._kernels.takes(x) else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from exporter.errors import FidelityError
 from exporter.gate.codes import CodeComparison, compare_codes, encode_values
 from exporter.gate.records import LinearRecord
 from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.segments import is_large, segment
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.subgraphs import GivenTensor, cut, given_name
 from exporter.gate.table import GateRow, Stage, bounded_db
@@ -52,11 +53,8 @@ def compare_linears(
     """
     _check_layers(layers, records, stage)
     feeds = linear_feeds(layers, records)
-    wanted = dict.fromkeys(name for entry in layers for name in (entry.values, entry.output) if name)
-    given = {entry.input: feeds[given_name(entry.input)] for entry in layers}
-    graph = cut(model, [GivenTensor.like(name, array) for name, array in given.items()], list(wanted))
-    save_onnx(graph, path)
-    outputs = run_graph(path, [feeds], optimized=optimized)
+    save_onnx(_cut_at(model, layers, feeds), path)
+    outputs = [_run(model, layers, feeds, path, optimized=optimized)]
     (found,) = outputs
     codes: dict[str, CodeComparison] = {}
     counted: dict[str, CodeComparison] = {}
@@ -84,6 +82,42 @@ def compare_linears(
     # polygraphy compares whole tensors: where a code legitimately flipped, what the flip leaves is its limit.
     relaxed |= {name: float(np.floor(bounded_db(unmasked[name]))) for name in flipped}
     return LinearsComparison(tuple(rows), {**expected, **_expected_values(layers, records, found)}, relaxed)
+
+
+def _cut_at(model: onnx.ModelProto, layers: Sequence[LayerEntry], feeds: Arrays) -> onnx.ModelProto:
+    """The graph of these linears, every one of which reads its own input."""
+    return cut(model, [GivenTensor.like(name, array) for name, array in _given(layers, feeds).items()], _wanted(layers))
+
+
+def _given(layers: Sequence[LayerEntry], feeds: Arrays) -> Arrays:
+    return {entry.input: feeds[given_name(entry.input)] for entry in layers}
+
+
+def _wanted(layers: Sequence[LayerEntry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in layers for name in (entry.values, entry.output) if name))
+
+
+def _run(model: onnx.ModelProto, layers: Sequence[LayerEntry], feeds: Arrays, path: Path, *, optimized: bool) -> Arrays:
+    """What the cut graph in `path` gives; a large one is run a few layers at a time."""
+    if not is_large(layers):
+        return run_graph(path, [feeds], optimized=optimized)[0]
+    found: Arrays = {}
+    for some in _few_at_a_time(layers):
+        part = segment(model, _given(some, feeds), _wanted(some), decode=True)
+        own = {value.name: feeds[value.name] for value in part.graph.input}
+        found |= run_graph(path, [own], optimized=optimized, part=part)[0]
+    return found
+
+
+def _few_at_a_time(layers: Sequence[LayerEntry]) -> Iterator[list[LayerEntry]]:
+    """Neighbouring layers of up to LARGEST_WHOLE weights, or one alone."""
+    some: list[LayerEntry] = []
+    for entry in layers:
+        if some and is_large([*some, entry]):
+            yield some
+            some = []
+        some.append(entry)
+    yield some
 
 
 def linear_feeds(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord]) -> Arrays:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,15 @@ def tensor_names(model: onnx.ModelProto) -> set[str]:
     return names.union(name for node in model.graph.node for name in node.output)
 
 
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """The tensors that a node reads, its subgraphs included."""
+    yield from node.input
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                yield from names_read(inner)
+
+
 def cut(model: onnx.ModelProto, given: Iterable[GivenTensor], wanted: Sequence[str]) -> onnx.ModelProto:
     """A model that computes `wanted` from `given` and from those of its own inputs that are still needed.
 
@@ -59,7 +68,7 @@ def cut(model: onnx.ModelProto, given: Iterable[GivenTensor], wanted: Sequence[s
         raise CutError(f"the graph has no tensor named {missing[0]!r}")
     renamed = {tensor.name: given_name(tensor.name) for tensor in given}
     nodes = _needed_nodes(model.graph.node, renamed, wanted)
-    read = {name for node in nodes for name in node.input}
+    read = {name for node in nodes for name in names_read(node)}
     inputs = [_input(tensor) for tensor in given if given_name(tensor.name) in read]
     graph = helper.make_graph(
         nodes,
@@ -86,7 +95,7 @@ def _needed_nodes(
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.input[:] = [renamed.get(name, name) for name in node.input]
-        needed.update(copy.input)
+        needed.update(names_read(copy))
         kept.append(copy)
     return kept[::-1]
 

@@ -9,8 +9,9 @@ import onnx
 
 from exporter.gate.records import Reference
 from exporter.gate.runs import run_graph
-from exporter.gate.table import SNR_CEILING_DB, GateRow, Stage
-from exporter.gate.whole import OUTPUT
+from exporter.gate.segments import OUTPUT
+from exporter.gate.table import GateRow, Stage
+from exporter.gate.whole import tiles_row
 from exporter.onnx_files import save_onnx
 
 
@@ -25,6 +26,4 @@ def compare_tiles(path: Path, plain: onnx.ModelProto, reference: Reference, stag
     save_onnx(plain, copy)
     whole = run_graph(copy, feeds, optimized=True)
     equal = all(np.array_equal(one[OUTPUT], other[OUTPUT]) for one, other in zip(tiled, whole, strict=True))
-    snr = SNR_CEILING_DB if equal else -SNR_CEILING_DB
-    detail = "" if equal else "the tiled graph computes other bits than the same graph without its tiles"
-    return GateRow(stage, "tiles", OUTPUT, snr, SNR_CEILING_DB, passed=equal, detail=detail)
+    return tiles_row(stage, equal=equal)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +14,12 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from exporter.errors import InputError, did_you_mean
+from exporter.memory import return_freed_memory
 from exporter.onnx_files import read_model
 from exporter.runtime.signature import TensorSpec, check_shapes
+
+Provider = str | tuple[str, dict[str, str]]
+"""A provider of ONNX Runtime by name, with its options where it has any."""
 
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 _ERRORS_ONLY = 3
@@ -25,6 +27,7 @@ _ERRORS_ONLY = 3
 # Fuses quantized activations with FP8 weights into an integer operator that it then refuses, and a weight-only
 # DequantizeLinear with its MatMul into one that quantizes the activations to 8 bits.
 _QDQ_FUSION = "QDQSelectorActionTransformer"
+_FOLDING = "ConstantFolding"
 
 ORT_ERRORS = (
     ort_errors.Fail,
@@ -56,14 +59,17 @@ class OnnxSession:
     DequantizeLinear nodes.
     """
 
-    def __init__(self, source: Path | str | onnx.ModelProto, threads: int | None = None) -> None:
-        """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores).
+    def __init__(
+        self, source: Path | str | onnx.ModelProto, threads: int | None = None, *, fold_constants: bool = True
+    ) -> None:
+        """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores). Without
+        `fold_constants`, what depends on constants alone is computed in every run instead of being kept in memory.
 
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.
         """
         self.name = _name_of(source)
-        self._session = create_session(source, threads, CPU_PROVIDERS)
+        self._session = create_session(source, threads, CPU_PROVIDERS, fold_constants=fold_constants)
         self.inputs = tuple(spec_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(spec_of(value) for value in self._session.get_outputs())
 
@@ -97,7 +103,11 @@ class OnnxSession:
 
 
 def create_session(
-    source: Path | str | onnx.ModelProto, threads: int | None, providers: Sequence[str]
+    source: Path | str | onnx.ModelProto,
+    threads: int | None,
+    providers: Sequence[Provider],
+    *,
+    fold_constants: bool = True,
 ) -> ort.InferenceSession:
     """ONNX Runtime's session for a file or a model, without the one optimization that would change its arithmetic.
 
@@ -111,29 +121,19 @@ def create_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-    disabled = [_QDQ_FUSION] if dequantizes else []
+    disabled = [_QDQ_FUSION] * dequantizes + [_FOLDING] * (not fold_constants)
     content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
     try:
         session = ort.InferenceSession(content, options, providers=list(providers), disabled_optimizers=disabled)
     except ORT_ERRORS as error:
         raise InputError(f"{_name_of(source)}: ONNX Runtime cannot run it: {first_line(error)}") from error
-    _return_freed_memory()
+    # Expanding 4-bit weights frees ten times their final size.
+    return_freed_memory()
     return session
 
 
 def _name_of(source: Path | str | onnx.ModelProto) -> str:
     return "the ONNX model" if isinstance(source, onnx.ModelProto) else str(source)
-
-
-def _return_freed_memory() -> None:
-    """Let glibc give back what loading freed.
-
-    Expanding 4-bit weights frees ten times their final size, in pieces that glibc would keep for later.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def spec_of(value: Any) -> TensorSpec:

@@ -120,7 +120,7 @@ def test_graph_has_the_waist_s_nodes_names_and_attributes(tmp_path: Path) -> Non
     assert {function.name for function in graph.functions} == {node.op_type for node in ours}
     for value in (*graph.graph.input, *graph.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert "transformer_blocks.0.attn1.to_q.codes" in {tensor.name for tensor in graph.graph.initializer}
+    assert "transformer_blocks.0.attn1.to_q.words" in {tensor.name for tensor in graph.graph.initializer}
 
 
 def test_tracing_leaves_no_hooks_behind(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +15,16 @@ from plugins.packed_linear.reference import packed_linear
 from plugins.tensorrt_plugins.variant import PluginVariant
 from plugins.token_quantize.descriptor import TokenQuantize
 from plugins.token_quantize.reference import quantize_tokens
-from tools.bench_gpu import SANITIZERS, main, sanitizer_commands
+from tools.bench_gpu import PAGE, SANITIZERS, SECTION, main, sanitizer_commands
 from tools.gpu_bench.cases import SCHEMES, Case, WrongResultError, to_numpy
 from tools.gpu_bench.page import (
-    END,
-    NOT_RUN,
-    START,
     LinearRow,
     QuantizerRow,
     Results,
     StepRow,
     section,
-    section_of,
-    with_section,
 )
+from tools.marked_section import marked_sections, markers
 
 CPU = torch.device("cpu")
 ROW = LinearRow("W4A6", 2048, 1152, 1152, "int8", 1, 0, 0.012, 0.010, 0.012, 0.018, {"FP8": 0.0095, "INT8": 0.009})
@@ -95,18 +90,9 @@ def test_an_aim_is_as_good_as_its_worst_shape() -> None:
     assert "Not run: library FP8: sm_87 has none." in text
 
 
-def test_the_section_replaces_its_own_and_nothing_else() -> None:
-    page = with_section("# Page\n\ntext\n", "first")
-    assert page == f"# Page\n\ntext\n\n{START}\nfirst\n{END}\n"
-    assert with_section(page, "second") == page.replace("first", "second")
-    assert section_of(page) == f"{START}\nfirst\n{END}\n"
-    assert NOT_RUN in section_of("# Page\n")
-
-
 def test_the_page_has_a_section_for_the_gpu() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert page.count(START) == page.count(END) == 1
-    assert page.endswith(section_of(page))
+    sections = marked_sections(PAGE)
+    assert sum(section.startswith(markers(SECTION)[0]) for section in sections) == 1
 
 
 @NO_GPU

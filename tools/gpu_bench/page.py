@@ -6,13 +6,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-START, END = "<!-- gpu: written by tools/bench_gpu.py -->", "<!-- end of gpu -->"
-
-NOT_RUN = """## GPU
-
-**Not run on a GPU yet.** `python -m tools.bench_gpu` measures it on one and writes this section; what it measures is in
-[kernels.md](kernels.md)."""
-
 _MANY_TOKENS = 2048
 
 
@@ -127,12 +120,13 @@ AIMS = (
 
 
 def section(results: Results) -> str:
-    """The section, without its markers."""
+    """The section's text."""
     parts = [
         "## GPU",
         f"Written by `{results.command}`. {results.machine}. Medians of {results.rounds} rounds, L2 overwritten before "
         "each; random data; CUDA events around captured graphs. Kernels are compiled from the descriptions that "
-        "TensorRT's are, and launched by the driver with the same parameters; each tactic was checked against the reference in this run.",
+        "TensorRT's are, and launched by the driver with the same parameters; each tactic was checked against the "
+        "reference in this run.",
         "### What was aimed at",
         _table(("aim", "worst", ""), ()) + "\n" + "\n".join(aim.line(results) for aim in AIMS),
     ]
@@ -143,18 +137,6 @@ def section(results: Results) -> str:
     if results.steps:
         parts += ["### PixArt-α's transformer in torch, a step of 2 × 1024 tokens", _steps(results.steps)]
     return "\n\n".join(parts)
-
-
-def section_of(page: str) -> str:
-    """The section with its markers as the page has it, or one that says that nothing was run."""
-    if START not in page or END not in page:
-        return f"{START}\n{NOT_RUN}\n{END}\n"
-    return f"{START}{page.partition(START)[2].partition(END)[0]}{END}\n"
-
-
-def with_section(page: str, text: str) -> str:
-    """The page with `text` as its GPU section, which is its last."""
-    return f"{page.partition(START)[0].rstrip()}\n\n{START}\n{text}\n{END}\n"
 
 
 def _linears(rows: Iterable[LinearRow]) -> str:

@@ -17,6 +17,7 @@ from exporter.bisect.search import bisect
 from exporter.bisect.suspect import open_suspect
 from exporter.cli import main
 from exporter.origin import origin_path
+from exporter.passes.layer_table import read_layer_table
 from tests.exporter.bisect.conftest import Sabotage
 from tests.exporter.tampering import flip_a_bit_of_one_code
 
@@ -169,10 +170,35 @@ def test_an_exported_graph_is_bisected_in_its_work_folder(tiny_export: Path, tmp
     assert found.stage == "exported"
     assert [row.name for row in found.guilty_linears] == [LAYER]
     assert [trial.goes_away for trial in found.trials] == [True]
-    (work / "quantized.safetensors").unlink()
+    (weights,) = work.glob("quantized.*.safetensors")
+    weights.unlink()
     found = bisect(graph)
     assert found.trials == ()
     assert "not tried in FP32" in found.notes[0]
+
+
+@pytest.mark.slow
+def test_the_printed_rule_wins_over_the_recipes_own_and_leaves_nothing_to_deviate(
+    tiny_job: Path, sabotaged: Callable[[Sabotage], Path], tmp_path: Path
+) -> None:
+    """The fault is one of how this layer is lowered: it strikes in every export in which the layer is quantized."""
+
+    def fault(model: onnx.ModelProto) -> None:
+        if any(entry.layer == LAYER for entry in read_layer_table(model)):
+            one_percent_off(model)
+
+    (trial,) = bisect(sabotaged(fault)).trials
+    job = shutil.copytree(tiny_job, tmp_path / "job", ignore=shutil.ignore_patterns("*.work", "*.onnx", "*.bundle"))
+    recipe = job / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("layers:\n", "\n".join(["layers:", *trial.rules, ""])))
+    output = job / "mended.onnx"
+    assert main([str(recipe), "-o", str(output), "--set", "method.name=rtn", "--quiet"]) == 0
+    mended = onnx.load(output)
+    fault(mended)
+    onnx.save(mended, output)
+    assert f"{BLOCK.replace('1', '0')}.ff.net.0.proj" in {entry.layer for entry in read_layer_table(mended)}
+    assert LAYER not in {entry.layer for entry in read_layer_table(mended)}
+    assert bisect(output).clean
 
 
 @pytest.mark.slow
@@ -236,3 +262,7 @@ def test_what_cannot_be_bisected_is_refused_with_what_can_be_done(
     assert main(["bisect", str(tmp_path / "alone.onnx")]) == 2
     assert "no reference" in capsys.readouterr().err
     assert main(["bisect", str(tmp_path / "absent.onnx")]) == 2
+    for name in ("x.bundle", "x.bundle/lowered.cpu.onnx"):
+        capsys.readouterr()
+        assert main(["bisect", str(tmp_path / name)]) == 2
+        assert "NAME.work/lowered.TARGET.onnx" in capsys.readouterr().err

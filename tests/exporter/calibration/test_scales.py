@@ -139,3 +139,16 @@ def test_dead_input_channels_do_not_break_the_search() -> None:
 def test_groups_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="groups of 48 do not divide rows of 128"):
         choose_scales(_weight(), get_format("e2m1"), 48, "absmax")
+
+
+def test_foldable_absmax_scales_just_hold_their_groups() -> None:
+    weight, fmt = _weight(), get_format("e2m1")
+    allowed = tuple(range(1, 11))
+    scales = choose_scales(weight, fmt, 16, "absmax", multipliers=allowed)
+    needed = weight.reshape(len(weight), -1, 16).abs().amax(dim=2) / fmt.max
+    channel = needed.amax(dim=1, keepdim=True) / allowed[-1]
+    assert bool((scales >= needed * (1 - 1e-5)).all())
+    assert bool((scales < needed + channel * (1 + 1e-5)).all())
+    multiples = (scales / channel).round()
+    assert bool(torch.isin(multiples, torch.tensor(allowed, dtype=torch.float32)).all())
+    torch.testing.assert_close(scales, channel * multiples, rtol=1e-5, atol=0.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from exporter.cuda.launcher import launcher_of
+from exporter.plan import LayerPlan
 from exporter.quantize import QuantLinear
 from plugins.kernels.hardware import HARDWARE
 from tests.exporter.cuda.test_kernel_linear import CHANNELS, SIX_BITS, W4A6, W4A8, layer_of, snr_db
@@ -31,19 +32,20 @@ def test_every_tactic_computes_what_the_reference_does(scheme: str, shape: tuple
     check_tactics(case, launcher)
 
 
-@pytest.mark.parametrize("plan", [W4A6, W4A8, CHANNELS, SIX_BITS])
-def test_a_layer_on_the_gpu_is_the_layer_on_the_cpu(plan: object) -> None:
-    layer = layer_of(plan)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("plan", "least_db"), [(W4A6, 110), (CHANNELS, 110), (W4A8, 60), (SIX_BITS, 60)])
+def test_a_layer_on_the_gpu_is_the_layer_on_the_cpu(plan: LayerPlan, least_db: float) -> None:
+    """INT8 sums are exact; Hopper's tensor cores add FP8 products with few bits."""
+    layer = layer_of(plan)
     x = torch.randn(2, 33, layer.in_features, generator=torch.Generator().manual_seed(1))
     moved = copy.deepcopy(layer).cuda()
-    assert snr_db(layer(x), moved(x.cuda()).cpu()) > 90
+    assert snr_db(layer(x), moved(x.cuda()).cpu()) > least_db
 
 
 def test_the_gpu_keeps_the_packed_weight_alone() -> None:
     layer = layer_of(W4A6).cuda()
     layer(torch.randn(4, layer.in_features, device="cuda"))
-    assert layer.codes.device.type == "cpu"
-    assert layer.cpu().codes.device.type == "cpu"
+    assert layer.words.device.type == "cpu"
+    assert layer.cpu().scales.device.type == "cpu"
 
 
 def test_compiled_models_and_gradients_see_the_reference() -> None:

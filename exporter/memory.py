@@ -1,0 +1,49 @@
+"""Memory that is not needed any more, or not now."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+_SMAPS = Path("/proc/self/smaps")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*\.safetensors)")
+_DONT_NEED = 4
+
+
+def return_freed_memory() -> None:
+    """Let glibc give back what was freed: it keeps small pieces, of which a large model frees thousands."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def release_mapped_weights() -> None:
+    """Let go of the pages of mapped safetensors files; whatever reads them again finds them in the file.
+
+    Only of mappings without a single changed page, by the kernel's own account, so that nothing can be lost.
+    """
+    if sys.platform != "linux" or not _SMAPS.is_file():
+        return
+    libc = ctypes.CDLL(None)
+    for start, end in _clean_mappings(_SMAPS.read_text(encoding="utf-8", errors="replace")):
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
+
+
+def _clean_mappings(smaps: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of the mapped safetensors files of which no page was changed."""
+    found: tuple[int, int] | None = None
+    for line in smaps.splitlines():
+        mapping = _MAPPING.match(line)
+        if mapping:
+            found = int(mapping[1], 16), int(mapping[2], 16)
+        elif line[:1] in "0123456789abcdef":
+            found = None
+        elif found and line.startswith("Anonymous:"):
+            # A changed page of a private mapping is the process's own: anonymous.
+            if line.split()[1] == "0":
+                yield found
+            found = None

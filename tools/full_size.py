@@ -1,0 +1,154 @@
+"""Export models of full size on this machine and write what it takes, stage by stage, into docs/benchmarks.md.
+
+`python -m tools.full_size --model pixart` makes a model directory with random weights in build/full_size, exports it by
+a round-to-nearest W4A6 recipe for the cpu and for rtx-sm89, each from scratch in a process of its own, and measures the
+resident memory of that process and all that it starts. `--blocks 4` is quick, and is printed instead of written.
+Close everything else: a busy machine takes longer.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import psutil
+
+from exporter.onnx_files import total_bytes
+from tools.full_size_models import MODELS, FullSize
+from tools.marked_section import replace_section
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+_SECONDS_BETWEEN_SAMPLES = 0.03
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """One stage of an export: its wall time, and the most resident memory that was seen during it."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ExportUse:
+    """One export from scratch. `seconds` and `peak_bytes` are those of the whole process, its start included."""
+
+    target: str
+    seconds: float
+    peak_bytes: int
+    output_bytes: int
+    stages: tuple[StageUse, ...]
+
+
+@click.command(help=__doc__)
+@click.option("--model", "name", type=click.Choice(list(MODELS)), required=True, help="The published model's shape.")
+@click.option("--blocks", type=click.IntRange(1), help="Transformer blocks, instead of the published number.")
+@click.option("--target", "targets", multiple=True, default=("cpu", "rtx-sm89"), show_default=True)
+def main(name: str, blocks: int | None, targets: tuple[str, ...]) -> None:
+    """Make the model, export it, and write or print the section."""
+    model, count = MODELS[name], blocks or MODELS[name].blocks
+    folder = ROOT / "build" / "full_size" / f"{name}-{count}"
+    making = [sys.executable, "-m", "tools.full_size_models", name, str(count), str(folder)]
+    subprocess.run(making, check=True)
+    weights = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    section = markdown(model, weights, [measured_export(folder, target) for target in targets])
+    if blocks is None:
+        replace_section(PAGE, f"full size: {name}", section)
+    else:
+        click.echo(section)
+
+
+def measured_export(folder: Path, target: str) -> ExportUse:
+    """Export `folder`/recipe.yaml for `target` in a process of its own, and watch it."""
+    output = folder / (f"{target}.onnx" if target == "cpu" else f"{target}.plan")
+    spans_file = folder / f"{target}.spans.json"
+    command = [sys.executable, "-m", "tools.measured_export", str(folder / "recipe.yaml"), str(output), target]
+    start = time.monotonic()
+    process = subprocess.Popen([*command, str(spans_file)])
+    samples = watch(process)
+    seconds = time.monotonic() - start
+    if process.returncode:
+        raise click.ClickException(f"the export for {target} ended with exit code {process.returncode}")
+    spans = json.loads(spans_file.read_text(encoding="utf-8"))
+    stages = tuple(
+        StageUse(name, end - begin, max((size for when, size in samples if begin <= when <= end), default=0))
+        for name, begin, end in spans
+    )
+    size = total_bytes(output) if output.suffix == ".onnx" else output.stat().st_size
+    return ExportUse(target, seconds, max(size for _, size in samples), size, stages)
+
+
+def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, int]]:
+    """(time.monotonic, resident bytes of the process and all its descendants), until the process ends."""
+    samples = []
+    parent = psutil.Process(process.pid)
+    while process.poll() is None:
+        samples.append((time.monotonic(), _resident(parent)))
+        time.sleep(_SECONDS_BETWEEN_SAMPLES)
+    return samples
+
+
+def _resident(parent: psutil.Process) -> int:
+    total = 0
+    try:
+        for process in (parent, *parent.children(recursive=True)):
+            total += process.memory_info().rss
+    except psutil.NoSuchProcess:
+        # One of them has just ended; the next sample does without it.
+        pass
+    return total
+
+
+def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str:
+    """The section about one model: a line per stage, two columns per target, and what was aimed at."""
+    cores = psutil.cpu_count()
+    memory = psutil.virtual_memory().total / _GB
+    lines = [
+        f"### {model.title}",
+        "",
+        f"Random weights in FP32 ({weights / _GB:.2f} GB), {model.recipe_in_words}; W4A6 rounded to nearest on absmax "
+        "scales, one step of one trajectory captured, on which the whole gate runs. Machine: "
+        f"{cores} cores, {memory:.0f} GB of memory. Seconds, and the most resident memory over the FP32 weights' size, "
+        "files that are mapped into memory included.",
+        "",
+        "| stage | " + " | ".join(f"{use.target}, s | peak" for use in exports) + " |",
+        "|---|" + "---|---|" * len(exports),
+    ]
+    for index, stage in enumerate(exports[0].stages):
+        cells = [_cells(use.stages[index].seconds, use.stages[index].peak_bytes, weights) for use in exports]
+        lines.append(f"| {stage.name} | " + " | ".join(cells) + " |")
+    total = [f"**{use.seconds:.1f}** | **{use.peak_bytes / weights:.2f}**" for use in exports]
+    lines.append("| **all** | " + " | ".join(total) + " |")
+    lines += ["", "| aim | measured | |", "|---|---|---|"]
+    for use in exports:
+        aims = [
+            (f"{use.target}: at most {model.most_seconds} s", use.seconds, f"{use.seconds:.0f} s", model.most_seconds),
+            (
+                f"{use.target}: at most {model.most_bytes / _GB:.1f} GB resident",
+                use.peak_bytes,
+                f"{use.peak_bytes / _GB:.1f} GB",
+                model.most_bytes,
+            ),
+            (f"{use.target}: file at most 0.17 of FP32", use.output_bytes / weights, "", 0.17),
+        ]
+        for text, found, shown, most in aims:
+            verdict = "met" if found <= most else "**missed**"
+            lines.append(f"| {text} | {shown or f'{found:.3f}'} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _cells(seconds: float, peak: int, weights: int) -> str:
+    return f"{seconds:.1f} | {peak / weights:.2f}" if peak else f"{seconds:.1f} | –"
+
+
+if __name__ == "__main__":
+    main()
