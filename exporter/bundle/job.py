@@ -13,10 +13,9 @@ from exporter.bundle.readme import README, readme_text
 from exporter.bundle.write import check_place, copy_file, listed_files, new_folder, seal
 from exporter.device.acceptance import INPUTS, OUTPUTS, VERDICT
 from exporter.errors import InputError
-from exporter.gate.records import Reference
+from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import save_feeds, save_reference
 from exporter.gate.table import GateResult
-from exporter.gate.whole import OUTPUT
 from exporter.job import Job, fitted_target, open_work_dir
 from exporter.metrics import installed_versions
 from exporter.onnx_files import external_files, read_model
