@@ -116,7 +116,11 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     containers = [layer.asked_container for layer in source.plan.layers]
     key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
     final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), containers]))
-    traced, _ = job.work.obtain(final.name, key, lambda path: to_onnx(quantized, source.adapter, example, path, final))
+
+    def make(path: Path) -> None:
+        to_onnx(quantized, source.adapter, example, path, final, job.progress)
+
+    traced, _ = job.work.obtain(final.name, key, make)
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
     return path

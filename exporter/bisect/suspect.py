@@ -12,6 +12,7 @@ from exporter.device.acceptance import INPUTS, OUTPUTS
 from exporter.device.program import BUNDLE_SUFFIX
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.gate.records import Reference
+from exporter.gate.segments import is_large
 from exporter.gate.table import Stage
 from exporter.gate.whole import model_feeds
 from exporter.onnx_files import checksum_of, read_model
@@ -29,7 +30,8 @@ _ENGINES = (".plan", ".engine")
 class Suspect:
     """A graph, untiled so that every layer is seen, and the reference as its stage is compared with it.
 
-    `work` is the work folder that the reference is from; `notes` say what the file itself already tells.
+    `work` is the work folder that the reference is from; `notes` say what the file itself already tells. A large graph
+    is run `segmented`, in the memory of a block.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Suspect:
     reference: Reference
     work: Path
     notes: tuple[str, ...]
+    segmented: bool
 
     @property
     def optimized(self) -> bool:
@@ -77,15 +80,17 @@ def open_suspect(path: Path) -> Suspect:
     target = _target_of(light)
     gate, notes = _reference_folder(path, target)
     model = untiled(read_model(path))
+    layers = read_layer_table(model)
     return Suspect(
         path=path,
         model=model,
-        layers=read_layer_table(model),
+        layers=layers,
         stage=stage,
         target=target,
         reference=Reference.load(gate).for_stage(stage),
         work=gate.parent,
         notes=notes,
+        segmented=is_large(layers),
     )
 
 
