@@ -13,12 +13,15 @@ from exporter.container_choice import container_product, needs_vnni
 from exporter.device.machine import saturates_int8_products
 from exporter.errors import EnvironmentLacksError
 from exporter.metrics import read_metrics
+from exporter.onnx_input.job import quantize_onnx
+from exporter.onnx_input.selection import FormatOptions
 from exporter.passes.layer_table import read_layer_table
 from exporter.presets import PRESETS
 from exporter.targets import TARGETS
 from exporter.this_cpu import product_of, refuse_saturating_cpu
 from plugins.containers import INT8
 from tests.exporter.device.lowered_graphs import write_lowered
+from tests.exporter.onnx_input.models import matmul_and_add, save
 
 W4A6, W4A8 = ({"fc": container_product(PRESETS[name], 1152, INT8)} for name in ("w4a6", "w4a8_int"))
 
@@ -59,3 +62,24 @@ def test_int8_activations_pass_the_gate_or_are_refused_before_any_work(
     assert list((tmp_path / "x.work").iterdir()) == []
     assert main([*command, "--no-validate"]) == 0
     assert main(["validate", str(output)]) == 2
+
+
+def test_an_onnx_model_is_refused_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(this_cpu, "saturates_int8_products", lambda: True)
+    model = save(matmul_and_add(), tmp_path / "model.onnx")
+    options = FormatOptions("e2m1", activation="int8", group=32)
+    with pytest.raises(EnvironmentLacksError, match=r"model\.onnx: 1 layers \(.*VNNI"):
+        quantize_onnx(model, tmp_path / "out.onnx", options)
+    assert not (tmp_path / "out.onnx").exists()
+    assert quantize_onnx(model, tmp_path / "out.onnx", options, validate=False).fidelity is None
+
+
+@pytest.mark.slow
+def test_a_finished_file_is_not_judged_by_a_cpu_that_saturates(
+    tiny_export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the file had come from a machine with VNNI."""
+    monkeypatch.setattr(this_cpu, "saturates_int8_products", lambda: True)
+    monkeypatch.setattr(this_cpu, "needs_vnni", lambda product: product is not None)
+    assert main(["validate", str(tiny_export), "--quiet"]) == 3
+    assert "VNNI" in capsys.readouterr().err
