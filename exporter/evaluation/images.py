@@ -86,7 +86,8 @@ def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) 
     Raises `InputError` if it holds images of something else.
     """
     file = folder / SETTINGS
-    if file.is_file():
+    drawn = any(next((folder / model).glob("*.png"), None) is not None for model in models)
+    if drawn and file.is_file():
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -21,6 +21,7 @@ from exporter.generation.source import DrawingSource
 from exporter.onnx_files import checksum_of
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
+from exporter.runtime.open import default_device
 from exporter.runtime.transformer import EngineTransformer
 
 ORIGINAL, QUANTIZED = "original", "quantized"
@@ -106,7 +107,8 @@ def _plan(
     output: Path, prompts: Sequence[Prompt], preset: Preset, options: EvaluateOptions, shard: Shard
 ) -> tuple[DrawingPlan, EngineTransformer]:
     source = DrawingSource.of_output(output, options.pipeline)
-    transformer = EngineTransformer.load(output, model=source.files.root, device=shard.device(options.device))
+    device = shard.device(options.device or default_device(output))
+    transformer = EngineTransformer.load(output, model=source.files.root, device=device)
     defaults = source.defaults
     settings = Settings(
         _first(options.steps, preset.steps, defaults.steps),
@@ -158,6 +160,8 @@ def _settings(output: Path, plan: DrawingPlan, options: EvaluateOptions, preset:
         "guidance": plan.settings.guidance,
         "latent_size": list(plan.settings.latent_size),
         "batch": plan.batch,
+        "pipeline": str(plan.source.folder.root.resolve()),
+        "device": plan.device.type,
     }
 
 
@@ -170,8 +174,7 @@ def _measured(
     options: EvaluateOptions,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    device = options.device or ("cpu" if output.suffix == ".onnx" else "cuda")
-    tools = Tools(device, preset.fid_mode, options.clip_model, options.pythons)
+    tools = Tools(options.device or default_device(output), preset.fid_mode, options.clip_model, options.pythons)
     names = tuple(f"{prompt.name}.png" for prompt in prompts)
     texts = None if prompts[0].text is None else tuple(str(prompt.text) for prompt in prompts)
     original, quantized = folder / ORIGINAL, folder / QUANTIZED

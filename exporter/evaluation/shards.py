@@ -50,7 +50,7 @@ class Shard:
         """Every `world`-th of the items, from number `rank` on."""
         return items[self.rank :: self.world]
 
-    def device(self, device: str | None) -> str | None:
+    def device(self, device: str) -> str:
         """`cuda` as this process's own GPU; anything else stays as it is."""
         return f"cuda:{self.local_rank}" if device == "cuda" and self.world > 1 else device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,11 @@ class Buffers:
         self.launch()
         # The next run writes into the same buffer, and a multistep scheduler may keep this one's result.
         return self.output.clone()
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, a GPU is CUDA's current one: TensorRT loads, allocates and captures there and nowhere else."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Engine(ABC):
@@ -60,9 +66,10 @@ class Engine(ABC):
         sizes = check_shapes(self.name, self.inputs, {name: tensor.shape for name, tensor in tensors.items()})
         shapes = {spec.name: tuple(tensors[spec.name].shape) for spec in self.inputs}
         key = tuple(shapes.values())
-        if key not in self._bound:
-            self._bound[key] = self._bind(shapes, self._output_shape(sizes))
-        return self._bound[key].run(tensors)
+        with current_device(self.device):
+            if key not in self._bound:
+                self._bound[key] = self._bind(shapes, self._output_shape(sizes))
+            return self._bound[key].run(tensors)
 
     def _output_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         unknown = [size for size in self.output.shape if isinstance(size, str) and size not in sizes]

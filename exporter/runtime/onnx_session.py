@@ -18,6 +18,9 @@ from exporter.memory import return_freed_memory
 from exporter.onnx_files import read_model
 from exporter.runtime.signature import TensorSpec, check_shapes
 
+Provider = str | tuple[str, dict[str, str]]
+"""A provider of ONNX Runtime by name, with its options where it has any."""
+
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 _ERRORS_ONLY = 3
 
@@ -102,7 +105,7 @@ class OnnxSession:
 def create_session(
     source: Path | str | onnx.ModelProto,
     threads: int | None,
-    providers: Sequence[str],
+    providers: Sequence[Provider],
     *,
     fold_constants: bool = True,
 ) -> ort.InferenceSession:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.runtime.engine import Buffers, Engine, Shapes
-from exporter.runtime.onnx_session import CPU_PROVIDERS, ORT_ERRORS, create_session, first_line, spec_of
+from exporter.runtime.onnx_session import CPU_PROVIDERS, ORT_ERRORS, Provider, create_session, first_line, spec_of
 from exporter.runtime.signature import TensorSpec
 
 _CUDA = "CUDAExecutionProvider"
@@ -26,11 +26,9 @@ class OnnxRuntimeEngine(Engine):
         Raises `InputError` for a file that ONNX Runtime cannot run or that has not one output, and
         `EnvironmentLacksError` for a device that is not here.
         """
-        providers: tuple[str, ...] = CPU_PROVIDERS
         if device.type == "cuda":
             _check_cuda(path)
-            providers = (_CUDA, *CPU_PROVIDERS)
-        self._session = create_session(path, threads, providers)
+        self._session = create_session(path, threads, providers_for(device))
         outputs = [spec_of(value) for value in self._session.get_outputs()]
         if len(outputs) != 1:
             raise InputError(f"{path}: has {len(outputs)} outputs; a transformer has one, the noise prediction")
@@ -68,6 +66,13 @@ class OnnxRuntimeEngine(Engine):
         if spec.dtype is None:
             raise InputError(f"{self.name}: tensor {spec.name!r} has a type that numpy and ONNX Runtime do not share")
         return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, spec.dtype)).dtype, device=self.device)
+
+
+def providers_for(device: torch.device) -> tuple[Provider, ...]:
+    """ONNX Runtime's providers that compute on `device`, and on the CPU what they cannot."""
+    if device.type == "cpu":
+        return CPU_PROVIDERS
+    return ((_CUDA, {"device_id": str(device.index or 0)}), *CPU_PROVIDERS)
 
 
 def _check_cuda(path: Path) -> None:

@@ -19,13 +19,23 @@ def open_engine(path: Path, device: str | None = None, threads: int | None = Non
     Raises `InputError` for a file that is missing or no output, `EnvironmentLacksError` where its runtime or its
     device is not here.
     """
+    if path.is_dir():
+        raise InputError(
+            f"{path}: is a folder; expected an .onnx, .plan or .engine (an engine is made of a bundle by "
+            f"fp4export build {path} -o NAME.plan, on the device)"
+        )
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an .onnx, .plan or .engine that fp4export wrote")
     is_graph = path.suffix in SUFFIXES["onnxruntime"]
     if not is_graph and path.suffix not in SUFFIXES["tensorrt"]:
         raise InputError(f"{path}: unknown suffix {path.suffix!r}; expected .onnx, .plan or .engine")
-    place = parse_device(device or ("cpu" if is_graph else "cuda"))
+    place = parse_device(device or default_device(path))
     return OnnxRuntimeEngine(path, place, threads) if is_graph else open_tensorrt(path, place)
+
+
+def default_device(path: Path) -> str:
+    """Where a file runs unless it is said: graphs on the CPU, engines on the GPU."""
+    return "cpu" if path.suffix in SUFFIXES["onnxruntime"] else "cuda"
 
 
 def parse_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exporter.device.rtx_file import check_rtx_engine, read_rtx_header
 from exporter.errors import EnvironmentLacksError, InputError
-from exporter.runtime.engine import Buffers, Engine, Shapes
+from exporter.runtime.engine import Buffers, Engine, Shapes, current_device
 from exporter.runtime.signature import TensorSpec
 
 BATCH = "batch"
@@ -52,7 +52,8 @@ class TensorRtEngine(Engine):
         # Kept: the engine is of no use after its logger or runtime is gone.
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        with current_device(device):
+            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise InputError(
                 f"{path}: {trt.__name__} {trt.__version__} cannot load it: it was built by another version or for "

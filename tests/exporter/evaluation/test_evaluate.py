@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
+from exporter.evaluation.shards import Shard
+from exporter.runtime.onnxruntime_engine import providers_for
+from exporter.runtime.open import default_device
 
 PROMPTS = 5
 
@@ -142,11 +145,35 @@ def test_texts_need_embeddings_or_encoders(
     words = _words(export, tmp_path / "list.txt", tmp_path / "q")
     assert main(words) == 2
     assert "holds no text encoder" in capsys.readouterr().err
-    assert main([*words, "--embeddings", str(embeddings), "--count", "2"]) == 2
-    assert "drawn with another embeddings_sha256, count" in capsys.readouterr().err
-    words[words.index(str(tmp_path / "q"))] = str(tmp_path / "r")
+    # Nothing was drawn, so nothing is in the way.
     assert main([*words, "--embeddings", str(embeddings), "--count", "2"]) == 0
-    assert len(_images(tmp_path / "r")) == 4
+    assert len(_images(tmp_path / "q")) == 4
+    assert main([*words, "--embeddings", str(embeddings), "--count", "3"]) == 2
+    assert "drawn with another count" in capsys.readouterr().err
+
+
+def test_images_of_another_pipeline_are_not_kept(
+    export: Path,
+    embeddings: Path,
+    evaluated: Path,
+    pipeline_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pipeline_folder, other)
+    assert main([*_words(export, embeddings, evaluated), "--pipeline", str(other)]) == 2
+    assert "holds images drawn with another pipeline" in capsys.readouterr().err
+
+
+def test_every_process_has_its_own_gpu() -> None:
+    second = Shard(rank=5, world=8, local_rank=1)
+    assert [second.device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    assert Shard().device("cuda") == "cuda"
+    assert second.device(default_device(Path("sigma.plan"))) == "cuda:1"
+    assert default_device(Path("sigma.onnx")) == "cpu"
+    providers = providers_for(torch.device(second.device("cuda")))
+    assert providers == (("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider")
 
 
 def test_nonsense_ranks(
