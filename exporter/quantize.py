@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.cuda.launcher import run_on_gpu
 from exporter.cuda.linear import PackedOnGpu
 from exporter.errors import InputError
 from exporter.plan import LayerPlan, Plan
@@ -92,9 +91,7 @@ class QuantLinear(nn.Module):
 
     The input is quantized online, per token or in blocks. The weight is held as packed words and decoded anew in
     every call, so that a model takes no more memory than its file. While torch.export traces it, the layer becomes the
-    waist's nodes. On a CUDA device, where no gradient is asked for, it is computed by this project's kernels if there
-    are any for its formats: their packed weight is all that the GPU then keeps, the words move to the host.
-    torch.compile sees the reference everywhere.
+    waist's nodes. On a CUDA device our kernels compute it where they can (`exporter.cuda.linear.PackedOnGpu`).
     """
 
     words: Tensor
@@ -143,10 +140,9 @@ class QuantLinear(nn.Module):
         """x float32 [..., K] → [..., N]; with kernels also float16 and bfloat16."""
         if torch.compiler.is_exporting():
             return symbolic_linear(self, x)
-        if x.is_cuda and not torch.compiler.is_compiling():
-            kernels = self._on_gpu.kernels(self, x)
-            if kernels is not None:
-                return kernels.multiply(x, run_on_gpu)
+        y = self._on_gpu.multiply(self, x)
+        if y is not None:
+            return y
         quantized = self.quantize_input(x)
         if quantized is not None:
             x = dequantize(*quantized)

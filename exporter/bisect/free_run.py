@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from exporter.bisect.suspect import Suspect
+from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import OUTPUT, segment, segment_outputs
+from exporter.gate.segments import segment, segment_outputs
 from exporter.gate.subgraphs import cut, given_name
 from exporter.gate.table import bounded_db
 from exporter.onnx_files import save_onnx

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import onnx
 
 from exporter.bisect.suspect import Suspect
-from exporter.gate.records import LinearRecord
+from exporter.gate.records import OUTPUT, LinearRecord
 from exporter.gate.rows import chosen_rows
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import OUTPUT
 from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
 from exporter.gate.table import GateRow, bounded_db
 from exporter.gate.whole import compare_blocks, compare_end_to_end, compare_segments, model_feeds

@@ -13,7 +13,7 @@ from exporter.bundle.readme import README, readme_text
 from exporter.bundle.write import check_place, copy_file, listed_files, new_folder, seal
 from exporter.device.acceptance import INPUTS, OUTPUTS, VERDICT
 from exporter.errors import InputError
-from exporter.gate.records import Reference
+from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import save_feeds, save_reference
 from exporter.gate.segments import OUTPUT
 from exporter.gate.table import GateResult

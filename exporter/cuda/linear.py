@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from exporter.container_choice import kernel_container
+from exporter.cuda.launcher import run_on_gpu
 from exporter.packed_weights import CodedWeight, pack_weight
 from exporter.passes.fold import fold_rows
 from exporter.presets import LayerScheme
@@ -107,17 +108,26 @@ class KernelLinear:
 
 
 class PackedOnGpu:
-    """A layer as it was packed for the GPU of its last input, or the knowledge that there is no kernel for it."""
+    """A layer as it was packed for the GPU of its last input, or the knowledge that there is no kernel for it.
+
+    The packed weight is all that the GPU then keeps of it but for scales and bias: the layer's words move to the host.
+    """
 
     def __init__(self) -> None:
         self._device: torch.device | None = None
         self._kernels: KernelLinear | None = None
 
-    def kernels(self, layer: QuantLinear, x: Tensor) -> KernelLinear | None:
-        """What multiplies x, None where the reference has to: no kernel, or a gradient is asked for.
-
-        Once the layer is packed, its words are on the host.
+    def multiply(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
+        """y by the kernels on x's GPU; None where the reference computes it: on a CPU, without a kernel for the layer
+        or x's type, where a gradient is asked for, and in what torch.compile traces.
         """
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return None
+        kernels = self.kernels(layer, x)
+        return None if kernels is None else kernels.multiply(x, run_on_gpu)
+
+    def kernels(self, layer: QuantLinear, x: Tensor) -> KernelLinear | None:
+        """What multiplies x on its device, None where there is nothing or a gradient is asked for."""
         if torch.is_grad_enabled() and x.requires_grad:
             return None
         if self._device != x.device:
