@@ -14,7 +14,6 @@ from exporter.bundle.read import AcceptanceFiles, Bundle, TargetFiles
 from exporter.errors import FidelityError, InputError
 from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, load_feeds, load_reference, run_graph
-from exporter.gate.segments import OUTPUT
 from exporter.gate.table import bounded_db
 from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.driver import run_passes

@@ -15,7 +15,6 @@ from exporter.device.acceptance import INPUTS, OUTPUTS, VERDICT
 from exporter.errors import InputError
 from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import save_feeds, save_reference
-from exporter.gate.segments import OUTPUT
 from exporter.gate.table import GateResult
 from exporter.job import Job, fitted_target, open_work_dir
 from exporter.metrics import installed_versions
