@@ -1,8 +1,8 @@
 """A transformer's graph from one trace of each kind of block, repeated with every block's own weights.
 
-Tracing takes seconds a block. A transformer's blocks are one module with other weights, or a few: so the model is traced
-with a placeholder node for each block, every kind of block is traced once, as a function of its arguments and of its
-weights (of which nothing can be folded into the graph then), and copies of that graph take the placeholders' places.
+Tracing takes seconds a block, and blocks are few modules with other weights: so the model is traced with a placeholder
+node for each block, every kind of block is traced once, as a function of its arguments and of its weights (of which
+nothing can be folded into the graph then), and copies of that graph take the placeholders' places.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def _weight(graph: ir.Graph, names: Mapping[int, str], tensor: Tensor) -> ir.Val
 
 
 def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _shared_constants(graph: ir.Graph, inner: ir.Graph, path: str) -> dict[ir.Value, ir.Value]:

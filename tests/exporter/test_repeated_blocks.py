@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
-from diffusers import DiTTransformer2DModel, HunyuanDiT2DModel, PixArtTransformer2DModel
 from torch import nn
 
 from exporter.models.adapter import Adapter
@@ -24,7 +22,6 @@ from exporter.runtime import OnnxSession
 from exporter.targets import get_target
 from exporter.to_onnx import to_onnx
 from plugins.formats import get_format
-from plugins.op import DOMAIN
 from tests.exporter.models.small_families import T5_TOKENS, dit, hunyuan, pixart, strengthen
 
 FAMILIES: dict[str, tuple[Adapter, int]] = {
@@ -74,8 +71,7 @@ def exported(
 def test_repeated_trace_is_the_whole_trace(family: str, tmp_path: Path) -> None:
     adapter, _ = FAMILIES[family]
     model = quantized(model_of(family), adapter)
-    (whole, whole_passes), (repeated, passes) = (exported(model, adapter, tmp_path, repeat=r) for r in (False, True))
-    print(whole_passes, passes)
+    (whole, _), (repeated, _) = (exported(model, adapter, tmp_path, repeat=r) for r in (False, True))
     assert kinds_of_nodes(repeated) == kinds_of_nodes(whole)
     for batch in (1, 3):
         inputs = adapter.example_inputs(model, batch, T5_TOKENS).as_numpy()
