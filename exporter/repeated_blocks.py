@@ -1,8 +1,8 @@
 """A transformer's graph from one trace of each kind of block, repeated with every block's own weights.
 
-Tracing takes seconds a block, and blocks are few modules with other weights: so the model is traced with a placeholder
-node for each block, every kind of block is traced once, as a function of its arguments and of its weights (of which
-nothing can be folded into the graph then), and copies of that graph take the placeholders' places.
+Tracing takes seconds a block, and a transformer's blocks are one module with other weights, or a few. So the model is
+traced with a placeholder node for each block; every kind of block is traced once, as a function of its arguments and of
+its weights (of which nothing can be folded into the graph then); copies of that graph take the placeholders' places.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnx_ir.tensor_adapters import TorchTensor
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
-from torch.utils import _pytree as pytree
 
+from exporter.block_calls import BlockCall, NotRepeatedError
 from exporter.block_kinds import Facts, block_facts, block_tensors
 from exporter.quantize import share_copy
 from exporter.tracing import batch_axis, marked_boundaries, trace
@@ -28,44 +29,6 @@ from plugins.op import DOMAIN, OPSET_VERSION
 _PLACEHOLDER = "RepeatedBlock"
 _NAME = "name"
 _OUTPUT = "output"
-# torch.export takes sizes 0 and 1 for constants.
-_EXAMPLE_BATCH = 2
-
-
-class NotRepeatedError(ValueError):
-    """The blocks are not a few kinds that can be traced one by one; the message says why."""
-
-
-@dataclass(frozen=True)
-class TensorArgument:
-    """A tensor that a block is called with: sizes, None for the batch."""
-
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype
-
-    def example(self) -> Tensor:
-        """A tensor like it."""
-        return torch.zeros([_EXAMPLE_BATCH if size is None else size for size in self.shape], dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What a block is called with: the leaves of (args, kwargs), tensors as `TensorArgument`, and their structure."""
-
-    leaves: tuple[Any, ...]
-    structure: pytree.TreeSpec
-
-    @property
-    def tensors(self) -> list[TensorArgument]:
-        """The tensors among the leaves, in order."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, TensorArgument)]
-
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with `tensors` in their places."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, TensorArgument) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return args, kwargs
 
 
 @dataclass
@@ -91,32 +54,16 @@ class _Placeholder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states' shape and type, that is, those of the first argument."""
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        hidden = leaves[0]
-        if not isinstance(hidden, Tensor):
-            raise NotRepeatedError(f"{self._path} does not take the hidden states as its first argument")
-        described = tuple(_described(self._path, leaf, hidden) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        self._calls[self._path] = BlockCall(described, structure)
+        self._calls[self._path], tensors = BlockCall.of(self._path, args, kwargs)
+        hidden = tensors[0]
         return symbolic(
             f"{DOMAIN}::{_PLACEHOLDER}",
-            [leaf for leaf in leaves if isinstance(leaf, Tensor)],
+            tensors,
             attrs={_NAME: self._path},
             dtype=hidden.dtype,
             shape=hidden.shape,
             version=OPSET_VERSION,
         )
-
-
-def _described(path: str, tensor: Tensor, hidden: Tensor) -> TensorArgument:
-    sizes: list[int | None] = []
-    for size in tensor.shape:
-        if isinstance(size, torch.SymInt):
-            if size != hidden.shape[0]:
-                raise NotRepeatedError(f"{path} takes a tensor with an axis of {size}, which is not the batch")
-            sizes.append(None)
-        else:
-            sizes.append(int(size))
-    return TensorArgument(tuple(sizes), tensor.dtype)
 
 
 class _BlockFunction(nn.Module):
@@ -184,7 +131,8 @@ def repeat_blocks(
             given = [*placeholders[path].inputs, *weights]
             values = dict(constants) | dict(zip(traced.graph.inputs, given, strict=True))
             _put(graph.graph, traced.graph, placeholders[path], values, (first, path))
-    # As in a whole trace, what all blocks compute from what they share is computed once.
+    # As in a whole trace: small constants are computed now, and what blocks compute from what they share but once.
+    fold_constants(graph, onnx_shape_inference=False)
     CommonSubexpressionEliminationPass()(graph)
     _drop_unused_weights(graph.graph)
     return len(kinds)
@@ -243,8 +191,9 @@ def _weight(graph: ir.Graph, names: Mapping[int, str], tensor: Tensor) -> ir.Val
 
 
 def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    shape = ir.Shape(tensor.shape.numpy())
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
 
 
 def _shared_constants(graph: ir.Graph, inner: ir.Graph, path: str) -> dict[ir.Value, ir.Value]:

@@ -10,11 +10,12 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
+from exporter.block_calls import NotRepeatedError
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import save_onnx
 from exporter.progress import Progress
-from exporter.repeated_blocks import NotRepeatedError, repeat_blocks, with_placeholders
+from exporter.repeated_blocks import repeat_blocks, with_placeholders
 from exporter.tracing import batch_axis, marked_boundaries, trace
 from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions

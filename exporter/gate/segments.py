@@ -16,7 +16,9 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, inliner, numpy_helper
 
+from exporter.errors import FidelityError
 from exporter.gate.records import OUTPUT, SHARED_PREFIX
+from exporter.gate.runs import refusals
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, names_read, tensor_names
 from exporter.passes.layer_table import LayerEntry
 from exporter.runtime import OnnxSession
@@ -46,6 +48,10 @@ def segment(
 ) -> onnx.ModelProto:
     """The part of `model` that computes `wanted` from its inputs and the `given` tensors (see `cut`), with everything
     that depends on constants alone computed; without `decode`, weights in containers stay in them.
+
+    Raises:
+        CutError: the graph lacks a tensor.
+        FidelityError: ONNX Runtime cannot compute a constant.
     """
     part = cut(model, [GivenTensor.like(name, np.asarray(array)) for name, array in given.items()], wanted)
     return with_constants_computed(part, keep=frozenset() if decode else _DECODERS)
@@ -94,8 +100,13 @@ def _computed(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], wanted: S
     constants = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(constants.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [numpy_helper.from_array(array, name) for name, array in zip(wanted, session.run(wanted, {}), strict=True)]
+    try:
+        session = ort.InferenceSession(constants.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        arrays = session.run(wanted, {})
+    except refusals() as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FidelityError(f"ONNX Runtime cannot compute the graph's constants ({wanted[0]}, …): {reason}") from error
+    return [numpy_helper.from_array(array, name) for name, array in zip(wanted, arrays, strict=True)]
 
 
 @dataclass
@@ -110,7 +121,7 @@ class SegmentedSession:
     _sessions: list[OnnxSession] = field(default_factory=list)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """The model's output by name. Raises `InputError` as `OnnxSession.run` does."""
+        """The model's output by name. Raises `InputError` as `OnnxSession.run` does, and the errors of `segment`."""
         state: dict[str, npt.NDArray[Any]] = {}
         for index, names in enumerate(segment_outputs(self.model, self.blocks)):
             if index == len(self._sessions):

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch import nn
 
+from exporter.block_calls import NotRepeatedError
+from exporter.block_kinds import block_facts
 from exporter.models.adapter import Adapter
 from exporter.models.dit import DiTAdapter
 from exporter.models.hunyuan import HunyuanAdapter
@@ -17,19 +20,16 @@ from exporter.models.pixart import PixArtAdapter
 from exporter.passes import WAIST_PASSES, run_passes
 from exporter.passes.history import PassResult
 from exporter.plan import LayerPlan, Plan
+from exporter.progress import NullProgress
 from exporter.quantize import quantize_model, round_to_nearest
+from exporter.repeated_blocks import with_placeholders
 from exporter.runtime import OnnxSession
 from exporter.targets import get_target
 from exporter.to_onnx import to_onnx
 from plugins.formats import get_format
 from tests.exporter.models.small_families import T5_TOKENS, dit, hunyuan, pixart, strengthen
 
-FAMILIES: dict[str, tuple[Adapter, int]] = {
-    "pixart": (PixArtAdapter(), 1),
-    # With a skip and without.
-    "hunyuan": (HunyuanAdapter(), 2),
-    "dit": (DiTAdapter(), 1),
-}
+FAMILIES: dict[str, Adapter] = {"pixart": PixArtAdapter(), "hunyuan": HunyuanAdapter(), "dit": DiTAdapter()}
 
 
 def model_of(family: str) -> nn.Module:
@@ -45,7 +45,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def quantized(model: nn.Module, adapter: Adapter, odd: str = "") -> nn.Module:
-    """Every linear of the blocks' attentions; that called `odd` in another format than the rest."""
+    """With every linear of the blocks' attentions quantized, that called `odd` in another format than the rest."""
     layers, weights = [], {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(adapter.blocks_path) and ".attn" in name:
@@ -57,21 +57,32 @@ def quantized(model: nn.Module, adapter: Adapter, odd: str = "") -> nn.Module:
     return quantize_model(model, Plan(tuple(layers), (), 0, 0), weights)
 
 
+class Notes(NullProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def exported(
     model: nn.Module, adapter: Adapter, folder: Path, *, repeat: bool
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
     """The waist graph, and what its passes changed."""
     path = folder / "traced.onnx"
-    to_onnx(model, adapter, adapter.example_inputs(model, 2, T5_TOKENS), path, repeat=repeat)
+    notes = Notes()
+    to_onnx(model, adapter, adapter.example_inputs(model, 2, T5_TOKENS), path, progress=notes, repeat=repeat)
+    assert not notes.lines
     return run_passes(onnx.load(path), WAIST_PASSES, get_target("cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
 def test_repeated_trace_is_the_whole_trace(family: str, tmp_path: Path) -> None:
-    adapter, _ = FAMILIES[family]
+    adapter = FAMILIES[family]
     model = quantized(model_of(family), adapter)
-    (whole, _), (repeated, _) = (exported(model, adapter, tmp_path, repeat=r) for r in (False, True))
+    (whole, whole_passes), (repeated, passes) = (exported(model, adapter, tmp_path, repeat=r) for r in (False, True))
+    assert passes == whole_passes
     assert kinds_of_nodes(repeated) == kinds_of_nodes(whole)
     for batch in (1, 3):
         inputs = adapter.example_inputs(model, batch, T5_TOKENS).as_numpy()
@@ -80,8 +91,38 @@ def test_repeated_trace_is_the_whole_trace(family: str, tmp_path: Path) -> None:
 
 
 def kinds_of_nodes(graph: onnx.ModelProto) -> Counter[tuple[str, str]]:
-    """How often each operator occurs, our own once per layer or name."""
-    return Counter(
-        (node.op_type, next((a.s.decode() for a in node.attribute if a.name == "layer"), ""))
-        for node in graph.graph.node
-    )
+    """How often each operator occurs, those of quantized layers for each layer."""
+    layers = ({a.name: a.s.decode() for a in node.attribute if a.name == "layer"} for node in graph.graph.node)
+    return Counter((node.op_type, layer.get("layer", "")) for node, layer in zip(graph.graph.node, layers, strict=True))
+
+
+def test_blocks_are_alike_by_everything_but_their_numbers() -> None:
+    adapter = PixArtAdapter()
+    first, second = (block_facts(*block) for block in adapter.blocks(quantized(pixart(), adapter)))
+    assert first == second
+    model = pixart()
+    model.transformer_blocks[1].attn1.scale = 0.5
+    assert len({block_facts(*block) for block in adapter.blocks(model)}) == 2
+
+
+def test_a_layer_in_another_format_makes_another_kind() -> None:
+    adapter = PixArtAdapter()
+    model = quantized(pixart(), adapter, odd="transformer_blocks.1.attn2.to_k")
+    with pytest.raises(NotRepeatedError, match="no two blocks are alike"):
+        with_placeholders(model, adapter.blocks(model))
+
+
+def test_only_blocks_with_skips_have_the_parts_for_them() -> None:
+    model = hunyuan(sizes=False, blocks=6)
+    facts = [block_facts(*block) for block in HunyuanAdapter().blocks(model)]
+    assert facts == [facts[0]] * 4 + [facts[4]] * 2
+    assert facts[0] != facts[4]
+
+
+def test_placeholders_leave_the_model_as_it_is() -> None:
+    adapter = PixArtAdapter()
+    model = quantized(pixart(), adapter)
+    inputs = adapter.example_inputs(model, 2, T5_TOKENS)
+    before = adapter.forward(model, inputs)
+    with_placeholders(model, adapter.blocks(model))
+    assert torch.equal(adapter.forward(model, inputs), before)
