@@ -36,7 +36,7 @@ def export_to_bundle(
     progress: Progress,
 ) -> None:
     """Export `recipe` to the bundle `output`; `target` lists its targets, the recipe's own without it."""
-    from exporter.bundle.job import choose_targets, export_bundle
+    from exporter.bundle.job import choose_targets, export_bundle, target_recipes
     from exporter.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, None, seed)
@@ -44,8 +44,8 @@ def export_to_bundle(
     if dry_run:
         from exporter.describe import describe_for, print_description
 
-        for choice in targets:
-            print_description(describe_for(loaded, Path(output), choice), open_console(stderr=False))
+        for own, choice in target_recipes(loaded, targets):
+            print_description(describe_for(own, Path(output), choice), open_console(stderr=False))
         return
     result = export_bundle(
         loaded,

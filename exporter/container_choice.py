@@ -53,6 +53,18 @@ def has_kernel(scheme: LayerScheme, in_features: int) -> bool:
     return scheme.scales not in BLOCK_SCALINGS and bool(_plugin_containers(scheme, in_features, _ALL_PLUGINS))
 
 
+def kernel_container(scheme: LayerScheme, in_features: int, *, has_fp8: bool) -> str | None:
+    """The container in which a kernel of ours multiplies the layer on a GPU, with or without FP8; None if in none.
+
+    The one that the scheme asks for, if it is possible, else the best. "fp16" is also the one of weights alone.
+    """
+    if scheme.scales in BLOCK_SCALINGS:
+        return None
+    containers = _ALL_PLUGINS if has_fp8 else tuple(name for name in _ALL_PLUGINS if name != FP8.name)
+    possible = _plugin_containers(scheme, in_features, containers)
+    return scheme.container if scheme.container in possible else next(iter(possible), None)
+
+
 def container_product(
     scheme: LayerScheme, in_features: int, container: Container, multipliers: tuple[int, ...] | None = None
 ) -> ContainerProduct:

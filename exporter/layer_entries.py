@@ -13,6 +13,7 @@ import onnx
 
 from exporter.errors import InputError
 from plugins.formats import get_format
+from plugins.op import PackedLinear, is_ours
 
 LAYERS_KEY = "fp4export.layers"
 TARGET_KEY = "fp4export.target"
@@ -70,6 +71,19 @@ def read_layer_table(model: onnx.ModelProto) -> tuple[LayerEntry, ...]:
         raise InputError(
             f"the ONNX file's metadata {LAYERS_KEY} is damaged: {error}; export the model again"
         ) from error
+
+
+def makers_of(model: onnx.ModelProto, table: Sequence[LayerEntry]) -> dict[str, onnx.NodeProto]:
+    """The node that makes each tensor, or each layer's `output` that a plugin goes on with and keeps to itself."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    plugins = {layer_of(node): node for node in model.graph.node if is_ours(node) and PackedLinear.parse(node.op_type)}
+    hidden = {entry.output: plugins[entry.layer] for entry in table if entry.layer in plugins}
+    return {**hidden, **makers}
+
+
+def layer_of(node: onnx.NodeProto) -> str:
+    """The layer that an operator of the project serves, "" where it does not say."""
+    return next((attribute.s.decode() for attribute in node.attribute if attribute.name == "layer"), "")
 
 
 def target_of(model: onnx.ModelProto) -> str | None:

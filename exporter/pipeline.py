@@ -16,7 +16,7 @@ from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
-from exporter.ranges import Amax, largest_amax
+from exporter.ranges import Amax, checked_ranges
 from exporter.recipe import Recipe
 from exporter.results import write_results
 from exporter.source import Source, load_source
@@ -31,6 +31,7 @@ from exporter.stages import (
     lowered_graph,
     runnable_graph,
 )
+from exporter.this_cpu import refuse_saturating_cpu
 from exporter.validate import validate_output as validate_again
 
 
@@ -39,7 +40,7 @@ class Prepared:
     """What an engine is made of: the exported and the lowered graph, `runnable` in ONNX Runtime, and the reference.
 
     `fidelity` is the gate's result with the quantization error that it is judged against, None without validation;
-    `amax` the largest number that FP16 must hold, None for other compute types.
+    `ranges` what FP16 must hold, () for other compute types.
     """
 
     source: Source
@@ -48,7 +49,7 @@ class Prepared:
     lowered: Path
     runnable: Path
     fidelity: tuple[GateResult, float] | None
-    amax: Amax | None
+    ranges: tuple[Amax, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def export(
     made = prepare(job, validate=validate)
     engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
     evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
-    report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.amax)
+    report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
     fidelity = made.fidelity[0] if made.fidelity else None
     return ExportResult(engine, report, metrics, job.work.path, fidelity, evaluation)
 
@@ -91,6 +92,9 @@ def export(
 def prepare(job: Job, *, validate: bool) -> Prepared:
     """Every stage up to the graph that the engine is built from, validated unless `validate` is False."""
     source = job.timed("load", load_source)
+    if validate:
+        products = {layer.name: layer.product for layer in source.plan.layers}
+        refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
@@ -98,13 +102,13 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     del calibrated
     exported = job.timed("export", exported_graph, source, quantized)
     ranged = job.recipe.compute == "fp16"
-    amax = job.timed("ranges", largest_amax, source, captured, exported) if ranged else None
+    ranges = job.timed("ranges", checked_ranges, source, captured, exported) if ranged else ()
     lowered = job.timed("lower", lowered_graph, source, exported)
     runnable = runnable_graph(job, lowered)
     graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
     job.timed("kernels", compiled_kernels, lowered)
-    return Prepared(source, quantized, exported, lowered, runnable, fidelity, amax)
+    return Prepared(source, quantized, exported, lowered, runnable, fidelity, ranges)
 
 
 def validate_output(output: str | Path, progress: Progress | None = None) -> GateResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.cuda.linear import PackedOnGpu
 from exporter.errors import InputError
 from exporter.plan import LayerPlan, Plan
 from exporter.rounding import InputQuantizer, dequantize, round_to_format
@@ -90,7 +91,7 @@ class QuantLinear(nn.Module):
 
     The input is quantized online, per token or in blocks. The weight is held as packed words and decoded anew in
     every call, so that a model takes no more memory than its file. While torch.export traces it, the layer becomes the
-    waist's nodes.
+    waist's nodes. On a CUDA device our kernels compute it where they can (`exporter.cuda.linear.PackedOnGpu`).
     """
 
     words: Tensor
@@ -113,12 +114,13 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", weight.scales)
         self.register_buffer("input_scale", weight.input_scale)
         self.register_buffer("bias", bias)
+        self._on_gpu = PackedOnGpu()
 
     @property
     def codes(self) -> Tensor:
-        """The weight's codes uint8 [N, K]."""
+        """The weight's codes uint8 [N, K], on the device of the scales."""
         codes = unpack(self.words.numpy(force=True), get_format(self.weight_format).bits, self.in_features)
-        return torch.from_numpy(codes).to(self.words.device)
+        return torch.from_numpy(codes).to(self.scales.device)
 
     @property
     def weight(self) -> Tensor:
@@ -135,13 +137,22 @@ class QuantLinear(nn.Module):
         return InputQuantizer(get_format(self.activation_format), self.scaling, self.input_scale).quantize(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x float32 [..., K] → [..., N]."""
+        """x float32 [..., K] → [..., N]; with kernels also float16 and bfloat16."""
         if torch.compiler.is_exporting():
             return symbolic_linear(self, x)
+        y = self._on_gpu.multiply(self, x)
+        if y is not None:
+            return y
         quantized = self.quantize_input(x)
         if quantized is not None:
             x = dequantize(*quantized)
         return F.linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # What was packed for one device is not for another.
+        self._on_gpu = PackedOnGpu()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Name the sizes and formats in the module's printout."""

@@ -58,8 +58,7 @@ class RangeScan:
     @classmethod
     def of(cls, name: str, inputs: int, found: Iterable[Amax]) -> RangeScan:
         """Judge and sort measurements; what is not finite comes first."""
-        ranges = [Range.of(one) for one in found]
-        return cls(name, inputs, tuple(sorted(ranges, key=lambda one: -math.inf if one.amax is None else -one.amax)))
+        return cls(name, inputs, largest_first(found))
 
     def count(self, *verdicts: Verdict) -> int:
         """How many tensors FP16 treats so."""
@@ -82,6 +81,12 @@ class RangeScan:
     def to_json(self) -> str:
         """One indented JSON document with the same names, and the verdict."""
         return json.dumps({"verdict": self.verdict, **asdict(self)}, indent=1)
+
+
+def largest_first(found: Iterable[Amax]) -> tuple[Range, ...]:
+    """Judge and sort measurements; what is not finite comes first."""
+    ranges = [Range.of(one) for one in found]
+    return tuple(sorted(ranges, key=lambda one: -math.inf if one.amax is None else -one.amax))
 
 
 def scan_ranges(job: Job) -> RangeScan:
@@ -113,11 +118,17 @@ def print_scan(scan: RangeScan, console: Console, top: int) -> None:
 
 def bar(amax: float | None) -> str:
     """A bar whose length is the logarithm of `amax`, full at FP16's largest number; beyond it an arrow."""
+    if amax is None or amax > COMPUTE_TYPES["fp16"].largest:
+        return "█" * _BAR + "▶"
+    return "█" * round(share_of_fp16(amax) * _BAR)
+
+
+def share_of_fp16(amax: float | None) -> float:
+    """How far a magnitude is on the way from `_SMALLEST_SHOWN` to FP16's largest number, by powers of two: 0 to 1."""
     limit = COMPUTE_TYPES["fp16"].largest
     if amax is None or amax > limit:
-        return "█" * _BAR + "▶"
-    share = math.log2(max(amax, _SMALLEST_SHOWN) / _SMALLEST_SHOWN) / math.log2(limit / _SMALLEST_SHOWN)
-    return "█" * round(share * _BAR)
+        return 1.0
+    return math.log2(max(amax, _SMALLEST_SHOWN) / _SMALLEST_SHOWN) / math.log2(limit / _SMALLEST_SHOWN)
 
 
 def _verdict(value: float) -> Verdict:

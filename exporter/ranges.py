@@ -43,14 +43,15 @@ class Amax:
     value: float
 
 
-def largest_amax(job: Job, source: Source, captured: CalibrationSet, exported: Path) -> Amax:
-    """The largest number that FP16 would store, over all captured inputs.
+def checked_ranges(job: Job, source: Source, captured: CalibrationSet, exported: Path) -> tuple[Amax, ...]:
+    """`measured_ranges`, all of which FP16 holds.
 
     Raises `InputError` naming the first tensor that comes within `HEADROOM` of FP16's largest number.
     """
-    largest = check_amax(job.recipe.name, measured_ranges(job, source, captured, exported), job.target)
+    found = measured_ranges(job, source, captured, exported)
+    largest = check_amax(job.recipe.name, found, job.target)
     job.progress.note(f"fp16 holds the calibration inputs' numbers: at most {largest.value:.4g}, at {largest.place}")
-    return largest
+    return found
 
 
 def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported: Path) -> tuple[Amax, ...]:
@@ -70,7 +71,7 @@ def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported
         write_text_atomically(path, json.dumps([asdict(one) for one in found], indent=1) + "\n")
 
     key = key_of(stage="ranges", calibrated=calibration_key(job, source), target=job.target.name)
-    path, _ = job.work.obtain("ranges.json", key, make)
+    path, _ = job.work.obtain(f"ranges.{job.target.name}.json", key, make)
     return tuple(Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -16,9 +16,11 @@ from exporter.gate.table import SNR_CEILING_DB, GateResult, grouped
 from exporter.images import SampleGrids
 from exporter.metrics import Metrics
 from exporter.quality import LayerQuality, NoiseSnr
+from exporter.range_scan import Range, share_of_fp16
 from exporter.scale_comparison import EVERY_CHANNEL, LayerScales
 
 _TEMPLATE = "report.html.j2"
+_MOST_RANGES = 20
 _KILO = 1000.0
 
 
@@ -37,7 +39,7 @@ class Report:
     """What the report shows; parts that were skipped are None or empty.
 
     `parts` are named sizes in bytes (if empty, the original and the output are shown); `high_precision` modules with
-    their parameter counts; `recipe` the resolved recipe as YAML.
+    their parameter counts; `recipe` the resolved recipe as YAML; `ranges` the tensors that FP16 holds, largest first.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Report:
     high_precision: tuple[tuple[str, int], ...]
     parts: Mapping[str, int]
     recipe: str
+    ranges: tuple[Range, ...] = ()
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -68,7 +71,12 @@ def render_report(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        db=decibels, size=file_size, seconds=duration, accumulator=accumulator_text, exact=exact_text
+        db=decibels,
+        size=file_size,
+        seconds=duration,
+        accumulator=accumulator_text,
+        exact=exact_text,
+        share_of_fp16=share_of_fp16,
     )
     chart = noise_chart(report.noise) if report.noise is not None else None
     largest = max((layer.output_sqnr_db for layer in report.layers), default=1.0)
@@ -80,6 +88,7 @@ def render_report(report: Report) -> str:
         groups=grouped(report.gate.rows) if report.gate is not None else [],
         largest_sqnr=max(largest, 1.0),
         every_channel=EVERY_CHANNEL,
+        most_ranges=_MOST_RANGES,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from exporter.evaluate import Evaluation
@@ -17,6 +18,7 @@ from exporter.metrics import (
     installed_versions,
     write_metrics,
 )
+from exporter.range_scan import largest_first
 from exporter.ranges import Amax
 from exporter.recipe import recipe_to_yaml
 from exporter.report import Report, write_report
@@ -64,9 +66,13 @@ def write_results(
     engine: Path,
     evaluation: Evaluation,
     fidelity: tuple[GateResult, float] | None,
-    amax: Amax | None = None,
+    ranges: Sequence[Amax] = (),
 ) -> tuple[Path, Path]:
-    """Write NAME.report.html, NAME.metrics.json beside the engine; returns their paths."""
+    """Write NAME.report.html, NAME.metrics.json beside the engine; returns their paths.
+
+    `ranges` are of the tensors that FP16 must hold.
+    """
+    amax = max(ranges, key=lambda one: one.value, default=None)
     metrics = metrics_of(job, source, engine, evaluation, fidelity, amax)
     metrics_path, report_path = job.beside(".metrics.json"), job.beside(".report.html")
     write_metrics(metrics_path, metrics)
@@ -88,6 +94,7 @@ def write_results(
             job.output.name: metrics.size.output_bytes,
         },
         recipe=recipe_to_yaml(job.recipe),
+        ranges=largest_first(ranges),
     )
     write_report(report_path, report)
     return report_path, metrics_path

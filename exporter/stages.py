@@ -26,7 +26,7 @@ from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import key_of
+from exporter.workdir import QUANTIZED, key_of, name_for
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
@@ -83,7 +83,8 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
         )
         save_quantized(path, result, source.plan)
 
-    path, reused = job.work.obtain("quantized.safetensors", calibration_key(job, source), make)
+    name = name_for(QUANTIZED, ".safetensors", source.layer_facts())
+    path, reused = job.work.obtain(name, calibration_key(job, source), make)
     job.progress.note(f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name})")
     return load_quantized(path, source.plan)
 
@@ -114,8 +115,12 @@ def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     example = source.example_inputs(batch=2)
     containers = [layer.asked_container for layer in source.plan.layers]
     key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
-    final = job.work.file("traced.onnx")
-    traced, _ = job.work.obtain(final.name, key, lambda path: to_onnx(quantized, source.adapter, example, path, final))
+    final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), containers]))
+
+    def make(path: Path) -> None:
+        to_onnx(quantized, source.adapter, example, path, final, job.progress)
+
+    traced, _ = job.work.obtain(final.name, key, make)
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
     return path

@@ -3,98 +3,84 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import onnx
-import torch
-from torch import Tensor, nn
+import onnx_ir as ir
+from torch import nn
 
 from exporter.models.adapter import Adapter
-from exporter.models.inputs import TransformerInputs, shared_inputs
+from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import save_onnx
-from exporter.symbolic import symbolic_boundary
+from exporter.progress import Progress
+from exporter.repeated_blocks import NotRepeatedError, repeat_blocks, with_placeholders
+from exporter.tracing import batch_axis, marked_boundaries, trace
 from exporter.transformer_config import write_transformer_config
 from plugins.op import attach_functions
 
-# Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
-OPSET = 21
-
 
 def to_onnx(
-    model: nn.Module, adapter: Adapter, example: TransformerInputs, path: Path, final: Path | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    example: TransformerInputs,
+    path: Path,
+    final: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    repeat: bool = True,
 ) -> None:
     """Export `model` (its quantized linears as custom nodes) to the file `path`, which becomes `final` later if given.
 
     `example` fixes every size but the batch, which must be at least 2 (torch specialises sizes 0 and 1). Inputs
     keep the adapter's names, the output is called `sample`, and every block's inputs and output carry a
-    `FloatBoundary` marker with the block's module path. Weights too large for one file go to a second one, see
+    `FloatBoundary` marker with the block's module path. With `repeat`, blocks that are
+    alike are traced once; a note to `progress` says if none are. Weights too large for one file go to a second one, see
     `save_onnx`.
     """
-    module = adapter.forward_module(model, example)
-    names = adapter.input_names(model)
-    inputs = example.as_dict()
-    arguments = tuple(inputs[name] for name in names)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    each = tuple({0: batch} for _ in arguments)
-    # One parameter that takes all (*tensors) has one entry for all.
-    shapes = (each,) if len(inspect.signature(module.forward).parameters) < len(arguments) else each
-    with torch.no_grad(), _boundaries(adapter.blocks(model), adapter.skips(model)), _quiet():
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=names, output_names=["sample"], verbose=False
-        )
-    if exported is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    graph = exported.model_proto
-    _tidy(graph, module, model)
+    try:
+        traced, prefix = (_trace_repeated if repeat else _trace_whole)(model, adapter, example)
+    except NotRepeatedError as reason:
+        if progress is not None:
+            progress.note(f"tracing every block: {reason}")
+        traced, prefix = _trace_whole(model, adapter, example)
+    graph: onnx.ModelProto = ir.serde.serialize_model(traced)
+    _tidy(graph, prefix)
     write_transformer_config(graph, type(model).__name__, cast(Any, model).config)
     attach_functions(graph)
     save_onnx(graph, path, final=final)
 
 
-@contextmanager
-def _boundaries(blocks: list[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]]) -> Iterator[None]:
-    """Mark every block's float inputs and its output while the model is being traced.
-
-    What a block takes from an earlier one by a skip is that one's output, marked already.
-    """
-    handles = []
-    for name, block in blocks:
-
-        def mark_inputs(
-            _module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            name: str = name,
-            taken: Collection[str] = tuple(skips.get(name, ())),
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            hidden, *rest = args
-            shared = {
-                key: symbolic_boundary(value, f"blocks.{key}") if key in shared_inputs(kwargs, taken) else value
-                for key, value in kwargs.items()
-            }
-            return (symbolic_boundary(hidden, f"{name}.input"), *rest), shared
-
-        def mark_output(_module: nn.Module, _args: tuple[Any, ...], output: Tensor, name: str = name) -> Tensor:
-            return symbolic_boundary(output, f"{name}.output")
-
-        handles.append(block.register_forward_pre_hook(mark_inputs, with_kwargs=True))
-        handles.append(block.register_forward_hook(mark_output))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _trace_repeated(model: nn.Module, adapter: Adapter, example: TransformerInputs) -> tuple[ir.Model, str]:
+    """What `_trace` gives, by one trace for each kind of block. Raises `NotRepeatedError`."""
+    blocks, skips = adapter.blocks(model), adapter.skips(model)
+    outer, calls = with_placeholders(model, blocks)
+    traced, prefix = _trace(outer, adapter, example)
+    repeat_blocks(traced, model, blocks, skips, calls, prefix)
+    return traced, prefix
 
 
-def _tidy(graph: onnx.ModelProto, module: nn.Module, model: nn.Module) -> None:
-    """Name the batch dimension `batch` and drop the wrapper's prefix from the initializers' names."""
+def _trace_whole(model: nn.Module, adapter: Adapter, example: TransformerInputs) -> tuple[ir.Model, str]:
+    with marked_boundaries(adapter.blocks(model), adapter.skips(model)):
+        return _trace(model, adapter, example)
+
+
+def _trace(model: nn.Module, adapter: Adapter, example: TransformerInputs) -> tuple[ir.Model, str]:
+    """The graph, and what its weights' names have in front of their paths in `model`."""
+    module = adapter.forward_module(model, example)
+    names = adapter.input_names(model)
+    inputs = example.as_dict()
+    arguments = tuple(inputs[name] for name in names)
+    batch = batch_axis()
+    each = tuple({0: batch} for _ in arguments)
+    # One parameter that takes all (*tensors) has one entry for all.
+    shapes = (each,) if len(inspect.signature(module.forward).parameters) < len(arguments) else each
     prefix = next((f"{name}." for name, child in module.named_children() if child is model), "")
+    return trace(module, arguments, shapes, names, "sample"), prefix
+
+
+def _tidy(graph: onnx.ModelProto, prefix: str) -> None:
+    """Name the batch dimension `batch` and drop `prefix` from the initializers' names."""
     renamed = {
         tensor.name: tensor.name.removeprefix(prefix)
         for tensor in graph.graph.initializer
@@ -110,17 +96,3 @@ def _tidy(graph: onnx.ModelProto, module: nn.Module, model: nn.Module) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param == symbol:
                 dimension.dim_param = "batch"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on optional packages; its errors still raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

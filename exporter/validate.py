@@ -45,6 +45,7 @@ from exporter.passes.layer_table import TARGET_KEY, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
 from exporter.targets import Target, get_target
+from exporter.this_cpu import product_of, refuse_saturating_cpu
 
 RESULT = "result.json"
 _TIMESTEPS = 3
@@ -106,6 +107,7 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
 
     Raises:
         InputError: `folder` holds no reference, or the file is no output of this exporter.
+        EnvironmentLacksError: this CPU saturates products that the file relies on.
         FidelityError: something deviates, or an engine is not the one that was built.
     """
     reference = Reference.load(folder)
@@ -114,6 +116,8 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
     if not path.is_file():
         raise InputError(f"{path}: no such file; {file.name} was built from it and is validated through it")
     target = _target_of(path)
+    table = read_layer_table(read_model(path, external_data=False))
+    refuse_saturating_cpu({entry.layer: product_of(entry) for entry in table}, target, str(path))
     notes = _notes(path, target, reference)
     if not is_graph:
         notes = (_note_on_engine(file, path, built_sha256), *notes)

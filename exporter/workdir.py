@@ -14,13 +14,26 @@ from exporter.files import write_text_atomically
 from exporter.onnx_files import checksum_of, rename_data
 from exporter.tensor_files import atomic_tensor_path
 
+QUANTIZED = "quantized"
+"""What names of files with calibrated weights begin with."""
+
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
+_NAME_DIGITS = 8
 
 
 def key_of(**parts: object) -> str:
     """Hash of everything a stage depends on: its parts, which must be JSON values, and the program itself."""
     text = json.dumps({"program": program_identity(), **parts}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def name_for(stem: str, suffix: str, parts: object) -> str:
+    """Name of a file that targets may need in different versions: with a short hash of `parts`, JSON values, in it.
+
+    So one target's file does not replace another's, and another version of this program replaces its own.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"
 
 
 @cache

@@ -34,22 +34,31 @@ def commands(program: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader runs the commands: the outputs have one work folder, whose finished stages are reused."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "build").mkdir()
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", commands("fp4export"), ids=lambda words: words[-1])
-def test_command_lines_write_what_they_name(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "build").mkdir()
-    monkeypatch.chdir(tmp_path)
+def test_command_lines_write_what_they_name(words: list[str], project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
     overrides = [word for change in LESS for word in ("--set", change)]
     assert main([*words[1:], *overrides, "--quiet"]) == 0
-    assert (tmp_path / words[-1]).stat().st_size > 1_000_000
+    assert (project / words[-1]).stat().st_size > 1_000_000
 
 
 @pytest.mark.slow
-def test_python_snippet_runs(tmp_path: Path) -> None:
+def test_python_snippet_runs(project: Path) -> None:
     (snippet,) = blocks("python")
     assert 'load_recipe("digits")' in snippet
     less = snippet.replace('load_recipe("digits")', f'load_recipe("digits", {LESS!r})')
-    run = subprocess.run([sys.executable, "-c", less], cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", less], cwd=project / "build", capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("True ")
 

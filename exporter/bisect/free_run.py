@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from exporter.bisect.suspect import Suspect
+from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.subgraphs import cut
+from exporter.gate.segments import segment, segment_outputs
+from exporter.gate.subgraphs import cut, given_name
 from exporter.gate.table import bounded_db
-from exporter.gate.whole import OUTPUT
 from exporter.onnx_files import save_onnx
 
 # Outputs may take this part of the memory that is free: the graph's own tensors need some, too.
@@ -52,13 +53,16 @@ def run_free(suspect: Suspect, folder: Path, available: int | None = None) -> Fr
     """
     names = [*(f"{block}.output" for block in suspect.reference.blocks), OUTPUT]
     limit = suspect.reference.end_to_end_threshold
+    if suspect.segmented:
+        return _judged(
+            _measure_segments(suspect, names, folder), limit, f"in segments, with all {len(names)} boundaries"
+        )
     needed = sum(np.asarray(suspect.reference.models[0].boundaries[name]).nbytes for name in names)
     budget = int((free_memory() if available is None else available) * _SHARE_OF_MEMORY)
     size = f"{needed / 1e6:.1f} MB a timestep"
     if needed <= budget:
         rows = _measure(suspect, names, folder)
-        first = next((row.name for row in rows if not row.snr_db >= limit), "")
-        return FreeRun(rows, limit, first, f"one run with all {len(names)} boundaries as outputs ({size})")
+        return _judged(rows, limit, f"one run with all {len(names)} boundaries as outputs ({size})")
     seen: dict[str, FreeRow] = {}
 
     def leaves(index: int) -> bool:
@@ -69,6 +73,11 @@ def run_free(suspect: Suspect, folder: Path, available: int | None = None) -> Fr
     rows = tuple(seen[name] for name in names if name in seen)
     how = f"{len(seen)} runs with one boundary each, halving: all {len(names)} together take {size}"
     return FreeRun(rows, limit, "" if index == len(names) else names[index], how)
+
+
+def _judged(rows: tuple[FreeRow, ...], limit: float, how: str) -> FreeRun:
+    """The verdict on all boundaries."""
+    return FreeRun(rows, limit, next((row.name for row in rows if not row.snr_db >= limit), ""), how)
 
 
 def first_true(test: Callable[[int], bool], count: int) -> int:
@@ -99,3 +108,24 @@ def _measure(suspect: Suspect, names: Sequence[str], folder: Path) -> tuple[Free
         found = compare_snr([expected], outputs)
         worst = {name: float(np.minimum(worst[name], found.get(name, np.nan))) for name in names}
     return tuple(FreeRow(name, bounded_db(worst[name])) for name in names)
+
+
+def _measure_segments(suspect: Suspect, names: Sequence[str], folder: Path) -> tuple[FreeRow, ...]:
+    """The same of a large graph, whose segments take what those before them gave."""
+    models = suspect.reference.models
+    free: list[Arrays] = [dict(model.inputs) for model in models]
+    example: Arrays = {}
+    rows: list[FreeRow] = []
+    for wanted in segment_outputs(suspect.model, suspect.reference.blocks):
+        part = segment(suspect.model, example, wanted, decode=True)
+        read = {value.name for value in part.graph.input}
+        feeds = [{name: array for name, array in feed.items() if name in read} for feed in free]
+        outputs = run_graph(folder / "free.onnx", feeds, optimized=suspect.optimized, part=part)
+        for feed, output in zip(free, outputs, strict=True):
+            feed.update({given_name(name): array for name, array in output.items()})
+        example |= outputs[0]
+        compared = [name for name in wanted if name in names]
+        expected = [{name: np.asarray(model.boundaries[name]) for name in compared} for model in models]
+        found = compare_snr(expected, outputs)
+        rows += [FreeRow(name, bounded_db(found.get(name, np.nan))) for name in compared]
+    return tuple(rows)

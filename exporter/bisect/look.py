@@ -11,12 +11,12 @@ import numpy.typing as npt
 import onnx
 
 from exporter.bisect.suspect import Suspect
-from exporter.gate.records import LinearRecord
+from exporter.gate.records import OUTPUT, LinearRecord
 from exporter.gate.rows import chosen_rows
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
 from exporter.gate.table import GateRow, bounded_db
-from exporter.gate.whole import OUTPUT, compare_blocks, compare_end_to_end, model_feeds
+from exporter.gate.whole import compare_blocks, compare_end_to_end, compare_segments, model_feeds
 from exporter.onnx_files import save_onnx
 from exporter.passes.layer_table import LayerEntry
 
@@ -63,12 +63,20 @@ def look_at(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> Look:
 
     Raises `CutError` and `FidelityError` as the gate does.
     """
-    reference, optimized = suspect.reference, suspect.optimized
-    blocks = compare_blocks(model, reference, suspect.stage, folder / "blocks.onnx", optimized=optimized)
+    blocks, end_to_end = _blocks_and_end(suspect, model, folder)
     inputs = [row for block in blocks if block.kind == "block" for row in _inputs(suspect, model, block, folder)]
-    whole = folder / "whole.onnx"
-    save_onnx(model, whole)
-    return Look(blocks, tuple(inputs), compare_end_to_end(whole, reference, suspect.stage, optimized=optimized))
+    return Look(blocks, tuple(inputs), end_to_end)
+
+
+def _blocks_and_end(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> tuple[tuple[GateRow, ...], GateRow]:
+    reference, stage, optimized = suspect.reference, suspect.stage, suspect.optimized
+    path = folder / "look.onnx"
+    if suspect.segmented:
+        *blocks, end_to_end = compare_segments(model, model, reference, stage, path, optimized=optimized)
+        return tuple(blocks), end_to_end
+    compared = compare_blocks(model, reference, stage, path, optimized=optimized)
+    save_onnx(model, path)
+    return compared, compare_end_to_end(path, reference, stage, optimized=optimized)
 
 
 def _inputs(suspect: Suspect, model: onnx.ModelProto, block: GateRow, folder: Path) -> list[InputRow]:

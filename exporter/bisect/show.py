@@ -93,6 +93,6 @@ def _trial_lines(trial: Trial) -> list[str]:
     layers = trial.layers[0] if len(trial.layers) == 1 else f"all {len(trial.layers)} layers"
     lines = [f"with {layers} in FP32: {answer}: {effects or 'no block changes'}"]
     if trial.goes_away:
-        lines += ["to keep that in high precision, paste into the recipe:", "layers:"]
+        lines += ["to keep that in high precision, put before the recipe's other rules:", "layers:"]
         lines += [f"  {rule}" for rule in trial.rules]
     return lines

@@ -9,8 +9,10 @@ from pathlib import Path
 import onnx
 
 from exporter.device.acceptance import INPUTS, OUTPUTS
+from exporter.device.program import BUNDLE_SUFFIX
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.gate.records import Reference
+from exporter.gate.segments import is_large
 from exporter.gate.table import Stage
 from exporter.gate.whole import model_feeds
 from exporter.onnx_files import checksum_of, read_model
@@ -28,7 +30,8 @@ _ENGINES = (".plan", ".engine")
 class Suspect:
     """A graph, untiled so that every layer is seen, and the reference as its stage is compared with it.
 
-    `work` is the work folder that the reference is from; `notes` say what the file itself already tells.
+    `work` is the work folder that the reference is from; `notes` say what the file itself already tells. A large graph
+    is run `segmented`, in the memory of a block.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class Suspect:
     reference: Reference
     work: Path
     notes: tuple[str, ...]
+    segmented: bool
 
     @property
     def optimized(self) -> bool:
@@ -57,6 +61,11 @@ def open_suspect(path: Path) -> Suspect:
     Raises `InputError` for what is no graph of an export, or has no reference any more, and `EnvironmentLacksError`
     for an engine, saying what can be done about it.
     """
+    if BUNDLE_SUFFIX in (path.suffix, path.parent.suffix):
+        raise InputError(
+            f"{path}: a bundle carries no more of the reference than the model's output; bisect the graph in the work "
+            "folder of the export that wrote it: fp4export bisect NAME.work/lowered.TARGET.onnx"
+        )
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; bisect takes an output that fp4export wrote, or a graph in its work folder"
@@ -71,15 +80,17 @@ def open_suspect(path: Path) -> Suspect:
     target = _target_of(light)
     gate, notes = _reference_folder(path, target)
     model = untiled(read_model(path))
+    layers = read_layer_table(model)
     return Suspect(
         path=path,
         model=model,
-        layers=read_layer_table(model),
+        layers=layers,
         stage=stage,
         target=target,
         reference=Reference.load(gate).for_stage(stage),
         work=gate.parent,
         notes=notes,
+        segmented=is_large(layers),
     )
 
 

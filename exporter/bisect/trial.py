@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +23,14 @@ from exporter.gate.records import LinearRecord
 from exporter.gate.snr import snr_db
 from exporter.onnx_files import read_model
 from exporter.passes.layer_table import LayerEntry, read_layer_table
+from exporter.workdir import QUANTIZED
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import get_format
 from plugins.op import DequantizeValues, attach_functions
-from plugins.packing import unpack
+from plugins.packing import PackingError, unpack
 
 Floats = npt.NDArray[np.float32]
 
-_WEIGHTS = "quantized.safetensors"
 _SUFFIX = ".in_fp32"
 
 
@@ -101,21 +102,30 @@ def _quantizers(suspect: Suspect, layers: set[str]) -> Mapping[str, _Quantizer]:
 
 
 def _weight(suspect: Suspect, entry: LayerEntry, record: LinearRecord) -> Floats:
-    """The calibrated weight [N, K]. Raises `InputError` unless it is the one that the reference was made with."""
-    path = suspect.work / _WEIGHTS
-    try:
-        with safe_open(path, framework="numpy") as file:
-            words, scales = (file.get_tensor(f"{entry.layer}.{part}") for part in ("words", "scales"))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: has no weights of {entry.layer} any more ({error}); export again") from error
-    fmt = get_format(entry.weight_format)
-    values = fmt.values[unpack(words, fmt.bits, entry.in_features)]
-    weight: Floats = (values * np.repeat(scales, values.shape[1] // scales.shape[1], axis=1)).astype(np.float32)
+    """The calibrated weight [N, K]. Raises `InputError` unless the work folder has the one that the reference was made
+    with."""
     x = record.x
     if record.values is not None and record.scales is not None:
         x = record.values * np.repeat(record.scales, x.shape[1] // record.scales.shape[1], axis=1)
-    if not snr_db(record.y, x @ weight.T + record.bias) >= LINEAR_DB:
-        raise InputError(f"{path}: holds other weights of {entry.layer} by now; export again")
+    for path in sorted(suspect.work.glob(f"{QUANTIZED}.*.safetensors")):
+        weight = _read_weight(path, entry)
+        if weight is not None and snr_db(record.y, x @ weight.T + record.bias) >= LINEAR_DB:
+            return weight
+    raise InputError(f"{suspect.work}: has no weights of {entry.layer} as the reference was made with; export again")
+
+
+def _read_weight(path: Path, entry: LayerEntry) -> Floats | None:
+    """The layer's weight in a file of calibrated weights; None where it holds none of the layer's shape and format."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            words, scales = (file.get_tensor(f"{entry.layer}.{part}") for part in ("words", "scales"))
+        fmt = get_format(entry.weight_format)
+        values = fmt.values[unpack(words, fmt.bits, entry.in_features)]
+    except (OSError, SafetensorError, PackingError):
+        return None
+    if len(values) != entry.out_features:
+        return None
+    weight: Floats = (values * np.repeat(scales, values.shape[1] // scales.shape[1], axis=1)).astype(np.float32)
     return weight
 
 

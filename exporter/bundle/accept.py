@@ -12,9 +12,9 @@ from rich.table import Table
 
 from exporter.bundle.read import AcceptanceFiles, Bundle, TargetFiles
 from exporter.errors import FidelityError, InputError
+from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, load_feeds, load_reference, run_graph
 from exporter.gate.table import bounded_db
-from exporter.gate.whole import OUTPUT
 from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.driver import run_passes
 from exporter.passes.emulate import emulation_passes

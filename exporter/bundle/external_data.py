@@ -11,6 +11,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from exporter.bundle.paths import check_path
 from exporter.errors import InputError
 
+# Those of the largest 64-bit integer; Python itself refuses to read numbers of thousands.
+_MOST_DIGITS = 19
+
 
 def check_external_data(root: Path, path: str, sizes: Mapping[str, int]) -> None:
     """Raise `InputError` unless `path`, an ONNX file in the folder `root`, has all its weights in itself or in files
@@ -38,7 +41,8 @@ def _check_tensor(tensor: onnx.TensorProto, folder: str, where: str, sizes: Mapp
     if listed not in sizes:
         raise InputError(f"{where}: its external data is in {location!r}, which is no file of the bundle")
     numbers = [values.get(key, "0") for key in ("offset", "length")]
-    if any(not number.isdecimal() for number in numbers) or sum(map(int, numbers)) > sizes[listed]:
+    plain = all(number.isdecimal() and len(number) <= _MOST_DIGITS for number in numbers)
+    if not plain or sum(map(int, numbers)) > sizes[listed]:
         raise InputError(f"{where}: its external data reaches beyond the end of {location!r}")
 
 

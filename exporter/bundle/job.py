@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,9 @@ from exporter.bundle.readme import README, readme_text
 from exporter.bundle.write import check_place, copy_file, listed_files, new_folder, seal
 from exporter.device.acceptance import INPUTS, OUTPUTS, VERDICT
 from exporter.errors import InputError
-from exporter.gate.records import Reference
+from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import save_feeds, save_reference
 from exporter.gate.table import GateResult
-from exporter.gate.whole import OUTPUT
 from exporter.job import Job, fitted_target, open_work_dir
 from exporter.metrics import installed_versions
 from exporter.onnx_files import external_files, read_model
@@ -26,11 +24,10 @@ from exporter.progress import NullProgress, Progress
 from exporter.recipe import Recipe
 from exporter.targets import AUTO, TargetChoice, get_target, resolve_target
 from exporter.yaml_text import dump_yaml
+from plugins.kernels.library import INDEX, kernels_folder
 
 RECIPE = "recipe.yaml"
 LICENCE = "LICENSE.weights"
-
-_KERNELS = ".kernels"
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,23 @@ def choose_targets(names: str) -> tuple[TargetChoice, ...]:
     return tuple(choices)
 
 
+def target_recipes(recipe: Recipe, targets: Sequence[TargetChoice]) -> tuple[tuple[Recipe, TargetChoice], ...]:
+    """Every target with the recipe for it: `kernels: plugin` is meant for those that run plugins.
+
+    The others get their native kernels, which the reason says. Where no target runs plugins the recipe is left as it
+    is, for the export to refuse.
+    """
+    if recipe.kernels == "native" or not any(choice.target.plugin_containers for choice in targets):
+        return tuple((recipe, choice) for choice in targets)
+    native = recipe.model_copy(update={"kernels": "native"})
+    return tuple(
+        (recipe, choice)
+        if choice.target.plugin_containers
+        else (native, replace(choice, reason=f"{choice.reason}; native kernels, since it runs no plugins"))
+        for choice in targets
+    )
+
+
 def export_bundle(
     recipe: Recipe,
     output: str | Path,
@@ -71,19 +85,20 @@ def export_bundle(
 ) -> BundleResult:
     """Export `recipe` for every target and write the bundle, whole or not at all; nothing is built or evaluated.
 
-    All targets share the work folder, so that what they have in common is made once. Raises the errors of
+    All targets share the work folder, so that what they have in common is made once. `kernels: plugin` is for the
+    targets that run plugins, if any does (`target_recipes`). Raises the errors of
     `exporter.errors`.
     """
     output, progress = Path(output), progress or NullProgress()
     if not targets:
         raise InputError(f"{output}: no target was given")
-    targets = [fitted_target(recipe, choice) for choice in targets]
+    asked = [(own, fitted_target(own, choice)) for own, choice in target_recipes(recipe, targets)]
     check_place(output)
     work = open_work_dir(output, work_dir, fresh=fresh)
     graphs = []
-    for choice in targets:
+    for own, choice in asked:
         progress.note(f"target {choice.target.name} ({choice.reason})")
-        job = Job(recipe, output, choice, work, keep_graphs, progress)
+        job = Job(own, output, choice, work, keep_graphs, progress)
         made = prepare(job, validate=validate)
         graphs.append(_Graphs(job, made.exported, made.lowered, validated=made.fidelity is not None))
         weights = _Weights(find_licence(made.source.files), made.source.identity)
@@ -122,9 +137,11 @@ def _collect(made: _Graphs, folder: Path) -> TargetEntry:
         copy_file(graph, folder, graph.name)
         for data in sorted(external_files(read_model(graph, external_data=False), graph)):
             copy_file(data, folder, data.relative_to(graph.parent).as_posix())
-    kernels = made.lowered.with_suffix(_KERNELS)
-    if kernels.is_dir():
-        shutil.copytree(kernels, folder / kernels.name, copy_function=shutil.copyfile)
+    # An earlier export of another recipe may have left its kernels in the work folder.
+    kernels = kernels_folder(made.lowered) if job.target.kernels == "plugin" else None
+    if kernels is not None:
+        for file in (kernels / INDEX, *kernels.glob("*.ptx")):
+            copy_file(file, folder, f"{kernels.name}/{file.name}")
     return TargetEntry(
         name=job.target.name,
         engine=job.target.engine,
@@ -132,7 +149,7 @@ def _collect(made: _Graphs, folder: Path) -> TargetEntry:
         compute=job.recipe.compute,
         exported=made.exported.name,
         lowered=made.lowered.name,
-        kernels=kernels.name if kernels.is_dir() else None,
+        kernels=None if kernels is None else kernels.name,
         acceptance=_accepted(job.gate_folder, folder) if made.validated else None,
     )
 

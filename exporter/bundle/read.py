@@ -92,9 +92,9 @@ def open_bundle(path: Path | str) -> Bundle:
     _check_names(root, found, {MANIFEST, *listed})
     for name, file in sorted(listed.items()):
         _check_file(root / name, file)
-    for name in sorted(listed):
-        if name.endswith(".onnx"):
-            check_external_data(root, name, manifest.sizes)
+    graphs = {path for target in manifest.targets for path in (target.exported, target.lowered)}
+    for name in sorted(graphs.union(name for name in listed if name.endswith(".onnx"))):
+        check_external_data(root, name, manifest.sizes)
     return Bundle(root, manifest)
 
 

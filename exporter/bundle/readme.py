@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from exporter.bundle.manifest import Manifest, TargetEntry
+from exporter.device.versions import OLDEST_PLUGINS
 
 README = "README.md"
 
@@ -21,9 +22,11 @@ def readme_text(manifest: Manifest, folder: str) -> str:
         f"A diffusion transformer with low-bit weights, exported by fp4export {manifest.versions['fp4export']}. "
         "Opening this folder runs nothing in it: every file is first checked against `manifest.json`.\n",
         f"Weights: {weights.source}. Licence of the weights: **{weights.licence}**{origin}{copy}.\n",
-        "Needed on the device: fp4export, numpy, onnx, polygraphy, and TensorRT (or ONNX Runtime for `cpu`).\n",
+        "Needed on the device: fp4export, numpy, onnx, polygraphy, and TensorRT (or ONNX Runtime for `cpu`). The "
+        f"commands are for the folder that `{folder}` is in.\n",
         *(_section(target, folder) for target in manifest.targets),
-        "A file that was changed, lost or added is named by `fp4export inspect " + shlex.quote(folder) + "`.\n",
+        "`fp4export build` names a file that was changed, lost or added, and builds nothing then; where fp4export is "
+        f"installed with everything it needs, so does `fp4export inspect {shlex.quote(folder)}`.\n",
     ]
     return "\n".join(parts)
 
@@ -52,6 +55,8 @@ def _section(target: TargetEntry, folder: str) -> str:
     check = check_command(target, folder, engine)
     lines += [check] if check else []
     lines.append("```\n")
+    if target.kernels is not None:
+        lines.append(f"Its plugins need TensorRT ≥ {'.'.join(map(str, OLDEST_PLUGINS))} and `{target.kernels}/`.\n")
     if target.acceptance is None:
         lines.append("It was exported without validation, so there is nothing to compare an engine with.\n")
     return "\n".join(lines)

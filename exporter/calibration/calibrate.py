@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.gptq import round_with_feedback
 from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
@@ -45,19 +46,19 @@ def calibrate(
     """Quantize the planned linears of `model`, which stays as it is.
 
     Scales are searched with what the layers' inputs are like on the calibration set; then the weights are
-    rounded to nearest ("rtn"), or the roundings of each block are learned jointly ("fp4dit"), block by block on the
-    outputs of the network quantized so far, with the original network's outputs as targets. The same seed gives
-    the same result on the same machine.
+    rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"), or the
+    roundings of each block are learned jointly ("fp4dit"), block by block on the outputs of the network quantized so
+    far, with the original network's outputs as targets. The same seed gives the same result on the same machine.
     """
     run = CalibrationRun(adapter, calibration_set, prompts)
     inputs: Mapping[str, InputStatistics] = {}
     if method.name != "rtn" or _looks_at_inputs(plan, method):
-        needs_gram = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
-        largest_gram = LARGEST_GRAM if needs_gram else 0
-        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram)
+        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
     weights = _nearest(model, plan, inputs, method, progress)
     if method.name == "rtn":
         return CalibrationResult(weights)
+    if method.name == "gptq":
+        return _with_feedback(model, plan, inputs, weights, progress)
     generator = torch.Generator().manual_seed(seed)
     walk = _Walk(model, plan, weights, run, method, generator, progress)
     statistics = walk.through(list(inputs))
@@ -68,6 +69,34 @@ def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
     """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
     static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
     return static or method.scale_search != "absmax"
+
+
+def _largest_gram(plan: Plan, method: MethodSection) -> int:
+    """The longest rows whose Gram matrix is needed: error feedback takes that of all, the search of short ones."""
+    if method.name == "gptq":
+        return max((layer.in_features for layer in plan.layers), default=0)
+    searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
+    return LARGEST_GRAM if searched else 0
+
+
+def _with_feedback(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, InputStatistics],
+    weights: Mapping[str, QuantizedWeight],
+    progress: Progress,
+) -> CalibrationResult:
+    """Round again with error feedback; a layer that never ran, so that its inputs are not known, stays as it is."""
+    rounded, statistics = dict(weights), []
+    with progress.task("error feedback", len(plan.layers)) as task:
+        for layer in plan.layers:
+            seen = inputs.get(layer.name)
+            if seen is not None and seen.gram is not None:
+                weight = planned_linear(model, layer).weight.detach()
+                rounded[layer.name], gained = round_with_feedback(layer, weight, weights[layer.name], seen.gram)
+                statistics.append(gained)
+            task.advance()
+    return CalibrationResult(rounded, tuple(statistics))
 
 
 def _nearest(

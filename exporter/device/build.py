@@ -22,11 +22,12 @@ from exporter.device.engine_layers import check_layers
 from exporter.device.graph import LoweredGraph, read_lowered
 from exporter.device.jobs import EngineCheck, EngineJob
 from exporter.device.memory import estimate_memory
-from exporter.device.preflight import check_graph, check_plugins
+from exporter.device.preflight import check_graph, check_kernels, check_version
 from exporter.device.profiles import BatchRange, profile_shapes
 from exporter.device.requirements import installed_version, missing_builder
 from exporter.device.rtx_file import check_rtx_engine
 from exporter.device.sizes import size
+from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
 from exporter.files import atomic_path
 from exporter.gpu import free_memory, local_gpu
@@ -139,19 +140,34 @@ def device_command(lowered: Path, output: Path, target: Target, options: BuildOp
 
 def _checked_environment(graph: LoweredGraph, output: Path, target: Target, options: BuildOptions) -> tuple[int, int]:
     """The builder's version, once machine and graph fit it."""
+    check_kernels(graph, target)
     missing = missing_builder(target)
     if missing:
         if target.engine == "tensorrt-rtx":
             advice = "then run the same command again"
         else:
-            advice = f"on the device run: {device_command(graph.path, output, target, options)}"
+            advice = f"{_journey(graph, options)}: {device_command(graph.path, output, target, options)}"
         raise EnvironmentLacksError(
             f"target {target.name}: {missing}; the lowered graph is ready: {graph.path}; {advice}"
         )
     version = installed_version(rtx=target.engine == "tensorrt-rtx") or (0, 0)
     check_graph(graph, target, version)
-    check_plugins(graph, target, version)
+    check_version(graph, version)
     return version
+
+
+def _journey(graph: LoweredGraph, options: BuildOptions) -> str:
+    """What goes to the device, and what must be there, in words."""
+    weights = graph.path.with_name(f"{graph.path.name}.data")
+    beside = [path for path in (weights, graph.kernels, _gate_folder(graph, options)) if path and path.exists()]
+    names = ", ".join(path.name if path.is_file() else f"{path.name}/" for path in beside)
+    oldest = ".".join(map(str, OLDEST_PLUGINS))
+    needed = f" (its plugins need TensorRT {oldest} or later there)" if graph.plugins else ""
+    return f"take it{f' and {names}' if names else ''} to the device{needed} and run"
+
+
+def _gate_folder(graph: LoweredGraph, options: BuildOptions) -> Path:
+    return options.gate or graph.path.parent / f"gate.{graph.lowered_for.name}"
 
 
 def _check_memory(graph: LoweredGraph, options: BuildOptions, progress: Progress) -> None:
@@ -216,7 +232,7 @@ def _check_engine(
     except WorkerError as error:
         return (Check(names[0], "failed", str(error)), *(Check(name, "not run", "") for name in names[1:]))
     layers = _layers_check(graph, layers_file)
-    gate = options.gate or graph.path.parent / f"gate.{graph.lowered_for.name}"
+    gate = _gate_folder(graph, options)
     return (
         Check(names[0], "passed", ""),
         layers,

@@ -13,8 +13,8 @@ from exporter.device.versions import OLDEST_PLUGINS, version_of
 from exporter.targets import TARGETS, Target
 
 _BUILD_PACKAGES = ("numpy", "onnx", "ml_dtypes", "polygraphy")
+_NO_DOT_PRODUCTS = "this CPU has no 8-bit dot product (VNNI): W4A8 with INT8 activations is not exact here"
 _EXPORT_PACKAGES = ("torch", "diffusers", "onnxruntime")
-_VNNI = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def examine(machine: Machine | None = None) -> Report:
 def _verdict(target: Target, machine: Machine) -> Verdict:
     if target.engine == "onnxruntime":
         missing = "" if machine.packages["onnxruntime"] else "onnxruntime is not installed (pip install onnxruntime)"
-        exact = bool(_VNNI & set(machine.cpu_flags))
-        note = "" if exact else "this CPU has no 8-bit dot product (VNNI): W4A8 with INT8 activations is not exact here"
+        note = "" if machine.has_int8_dot_products else _NO_DOT_PRODUCTS
         return Verdict(target.name, not missing, missing, note)
     absent = [name for name in _BUILD_PACKAGES if not machine.packages[name]]
     missing = f"{absent[0]} is not installed (pip install {' '.join(absent)})" if absent else missing_builder(target)

@@ -17,6 +17,7 @@ import onnx
 
 from exporter.device.graph import LoweredGraph
 from exporter.errors import InputError
+from exporter.layer_entries import makers_of
 from plugins.op import is_ours
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
@@ -60,7 +61,7 @@ def check_layers(graph: LoweredGraph, inspected: str) -> tuple[LayerVerdict, ...
     for layer in layers:
         for name in _nodes_of(layer):
             by_node.setdefault(name, []).append(layer)
-    makers = {name: node for node in graph.model.graph.node for name in node.output}
+    makers = makers_of(graph.model, graph.layers)
     verdicts = []
     for entry in graph.layers:
         node = _product(entry.output, makers)

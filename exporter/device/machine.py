@@ -27,6 +27,7 @@ _PACKAGES = (
 )
 # As Linux names them: 8-bit dot products of x86 (VNNI, AMX) and of ARM (dot product, i8mm).
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_INT8_DOT_PRODUCTS = frozenset(_CPU_FLAGS) - {"avx2"}
 _TEGRA_RELEASE = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 _DRIVER = re.compile(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)")
 # JetPack's first number by that of Jetson Linux.
@@ -50,6 +51,11 @@ class Machine:
     jetson_linux: str | None
     jetpack: str | None
 
+    @property
+    def has_int8_dot_products(self) -> bool:
+        """Whether the CPU is known to add 8-bit products in 32 bits."""
+        return not _INT8_DOT_PRODUCTS.isdisjoint(self.cpu_flags)
+
 
 def look_around(root: Path = Path("/"), folder: Path = Path()) -> Machine:
     """Describe the machine whose files are below `root`; `folder` is where output would be written."""
@@ -69,6 +75,14 @@ def look_around(root: Path = Path("/"), folder: Path = Path()) -> Machine:
         jetson_linux=linux,
         jetpack=jetpack,
     )
+
+
+def saturates_int8_products(root: Path = Path("/")) -> bool:
+    """Whether the CPU is known to be an x86 without VNNI, which adds pairs of 8-bit products in 16 bits."""
+    lines = _text(root / "proc/cpuinfo").splitlines()
+    # ARM's line is called Features.
+    is_x86 = any(line.split(":")[0].strip() == "flags" for line in lines)
+    return is_x86 and _INT8_DOT_PRODUCTS.isdisjoint(_flags(lines))
 
 
 def package_version(name: str) -> str:

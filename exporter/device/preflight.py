@@ -60,8 +60,9 @@ def check_graph(graph: LoweredGraph, target: Target, version: tuple[int, int]) -
             raise InputError(f"{name}: node {node.name or node.output[0]!r}: target {target.name} cannot run {reason}")
 
 
-def check_plugins(graph: LoweredGraph, target: Target, version: tuple[int, int]) -> None:
-    """Raise `EnvironmentLacksError` or `InputError` for plugin nodes that cannot be built here."""
+def check_kernels(graph: LoweredGraph, target: Target) -> None:
+    """Raise `InputError` for plugin nodes that no machine could build for `target`: TensorRT-RTX takes none, and the
+    folder beside the graph must have every kernel for the target's GPU, undamaged."""
     if not graph.plugins:
         return
     if target.engine == "tensorrt-rtx":
@@ -69,18 +70,22 @@ def check_plugins(graph: LoweredGraph, target: Target, version: tuple[int, int])
             f"{graph.path.name}: has the plugin {graph.plugins[0]}, and TensorRT-RTX (target {target.name}) takes no "
             "plugins; export with --set kernels=native"
         )
-    if version < OLDEST_PLUGINS:
-        here, oldest = (".".join(map(str, pair)) for pair in (version, OLDEST_PLUGINS))
-        raise EnvironmentLacksError(
-            f"{graph.path.name}: has the plugin {graph.plugins[0]}, which needs TensorRT {oldest} or later, not {here}"
-            "; export with --set kernels=native for this machine"
-        )
     try:
         library = KernelLibrary.load(kernels_folder(graph.path))
         for op_type in graph.plugins:
             library.tactics(op_type, target.compute_capability or (0, 0))
     except KernelLibraryError as error:
         raise InputError(f"{graph.path.name}: {error}") from error
+
+
+def check_version(graph: LoweredGraph, version: tuple[int, int]) -> None:
+    """Raise `EnvironmentLacksError` where this TensorRT is too old for the graph's plugins."""
+    if graph.plugins and version < OLDEST_PLUGINS:
+        here, oldest = (".".join(map(str, pair)) for pair in (version, OLDEST_PLUGINS))
+        raise EnvironmentLacksError(
+            f"{graph.path.name}: has the plugin {graph.plugins[0]}, which needs TensorRT {oldest} or later, not {here}"
+            "; export with --set kernels=native for this machine"
+        )
 
 
 def _has(target: Target, graph: LoweredGraph) -> bool:

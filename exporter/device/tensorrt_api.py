@@ -6,7 +6,6 @@ timing cache was of this GPU.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from exporter.device.jobs import CacheState, EngineJob
 from plugins.kernels.library import KernelLibrary, KernelLibraryError
 from plugins.op import UnknownOperatorError
+from plugins.tensorrt_plugins.registration import PluginError, register
 
 Emit = Callable[..., None]
 
@@ -78,10 +78,9 @@ def describe_layers(trt: Any, engine: Any) -> str:
 
 def _register_plugins(op_types: Sequence[str], kernels: Path, capability: tuple[int, int]) -> None:
     """Make this process's TensorRT have the plugins, with kernels for that GPU. Raises `BuildError`."""
-    registration = importlib.import_module("plugins.tensorrt_plugins.registration")
     try:
-        registration.register(op_types, KernelLibrary.load(kernels), capability)
-    except (KernelLibraryError, UnknownOperatorError, registration.PluginError) as error:
+        register(op_types, KernelLibrary.load(kernels), capability)
+    except (KernelLibraryError, UnknownOperatorError, PluginError) as error:
         raise BuildError(str(error)) from error
 
 

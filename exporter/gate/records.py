@@ -21,6 +21,11 @@ from exporter.tensor_files import atomic_tensor_path
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
+OUTPUT = "sample"
+"""The model's output, in graphs and in records."""
+SHARED_PREFIX = "blocks."
+"""Begins the names of what all blocks read."""
+
 MANIFEST = "manifest.json"
 TENSORS = "reference.safetensors"
 _VERSION = 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
-from exporter.gate.records import LinearRecord, ModelRecord, Reference, Rounding
+from exporter.gate.records import OUTPUT, SHARED_PREFIX, LinearRecord, ModelRecord, Reference, Rounding
 from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
@@ -31,8 +31,6 @@ HEADROOM_DB = 10.0
 # differ by about as much, so no more than this, with a margin, can be asked for.
 INPUT_NOISE = 1e-6
 SENSITIVITY_MARGIN_DB = 6.0
-_SHARED_PREFIX = "blocks."
-OUTPUT = "sample"
 
 
 @torch.no_grad()
@@ -200,7 +198,7 @@ def _boundaries(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, T
 
 
 def _shared(kwargs: dict[str, Any], skips: Collection[str]) -> dict[str, Tensor]:
-    return {_SHARED_PREFIX + name: value for name, value in shared_inputs(kwargs, skips).items()}
+    return {SHARED_PREFIX + name: value for name, value in shared_inputs(kwargs, skips).items()}
 
 
 @contextmanager
@@ -220,7 +218,7 @@ def _forced(
             own[name] = args[0]
         shared = _shared(kwargs, taken)
         own.update({key: value for key, value in shared.items() if key not in own})
-        forced = {key: given.get(_SHARED_PREFIX + key, value) for key, value in kwargs.items()}
+        forced = {key: given.get(SHARED_PREFIX + key, value) for key, value in kwargs.items()}
         return (hidden, *args[1:]), forced
 
     with ExitStack() as hooks:

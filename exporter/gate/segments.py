@@ -16,6 +16,7 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, inliner, numpy_helper
 
+from exporter.gate.records import OUTPUT, SHARED_PREFIX
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, names_read, tensor_names
 from exporter.passes.layer_table import LayerEntry
 from exporter.runtime import OnnxSession
@@ -23,8 +24,6 @@ from exporter.runtime import OnnxSession
 LARGEST_WHOLE = 16_000_000
 """Quantized weights of a graph that is run in one piece."""
 
-OUTPUT = "sample"
-_SHARED_PREFIX = "blocks."
 # Decoded when the graph runs: computed ahead, a container's weights would be FP32 in memory.
 _DECODERS = frozenset({"DequantizeLinear"})
 
@@ -37,7 +36,7 @@ def is_large(layers: Iterable[LayerEntry]) -> bool:
 def segment_outputs(model: onnx.ModelProto, blocks: Sequence[str]) -> list[tuple[str, ...]]:
     """What each segment computes: all that enters the blocks, then each block's output, then the model's own."""
     computed = tensor_names(model) - {value.name for value in model.graph.input}
-    entering = sorted(name for name in computed if name.startswith(_SHARED_PREFIX) or name == f"{blocks[0]}.input")
+    entering = sorted(name for name in computed if name.startswith(SHARED_PREFIX) or name == f"{blocks[0]}.input")
     segments = [tuple(entering), *((f"{block}.output",) for block in blocks), (OUTPUT,)]
     return [names for names in segments if names]
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from exporter.gate.records import Reference
+from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import run_graph
-from exporter.gate.segments import OUTPUT
 from exporter.gate.table import GateRow, Stage
 from exporter.gate.whole import tiles_row
 from exporter.onnx_files import save_onnx

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from exporter.gate.records import Reference
+from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import OUTPUT, segment, segment_outputs
+from exporter.gate.segments import segment, segment_outputs
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, tensor_names
 from exporter.gate.table import SNR_CEILING_DB, GateRow, Kind, Stage, bounded_db
 from exporter.onnx_files import save_onnx

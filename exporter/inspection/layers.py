@@ -9,15 +9,19 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
+from exporter.layer_entries import layer_of, makers_of
 from exporter.onnx_input.constants import type_name
 from exporter.onnx_input.linears import find_linears
 from exporter.onnx_input.model import name_by_scope
 from exporter.passes.driver import import_graph
 from exporter.passes.layer_table import LayerEntry
-from plugins.op import DequantizeWeight, OnlineQuantize, is_ours
+from plugins.op import DequantizeWeight, OnlineQuantize, is_ours, parse
 
 UNKNOWN = "-"
 """Stands for what a graph does not say."""
+
+_FUSED = ("residual", "gate")
+"""Inputs of a layer's plugin that belong to what follows the layer."""
 
 _BITS: Mapping[int, int] = {
     **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 64),
@@ -67,7 +71,7 @@ def bytes_of(tensor: TensorProto) -> int:
 def table_layers(model: onnx.ModelProto, table: Sequence[LayerEntry]) -> LayersView:
     """The layers of a fused or lowered graph, found by the tensors that its table names."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    makers = {name: node for node in model.graph.node for name in node.output}
+    makers = makers_of(model, table)
     views, parameters = [], 0
     parts: set[str] = set()
     for entry in table:
@@ -98,19 +102,20 @@ def _constants_between(
     entry: LayerEntry, makers: Mapping[str, onnx.NodeProto], constants: Mapping[str, TensorProto]
 ) -> Iterator[tuple[str, bool]]:
     """Names of the constants that the layer's output depends on past its input, and whether each is the bias."""
-    stops = {entry.input, entry.values, entry.token_scales}
-    seen, queue = set(stops), [entry.output]
+    seen, queue = {entry.input, entry.values, entry.token_scales}, [entry.output]
     while queue:
         node = makers.get(queue.pop())
         if node is None:
             continue
+        variant = parse(node.op_type) if is_ours(node) else None
+        roles = ("", "bias") if node.op_type == "Add" else variant.input_names if variant is not None else ()
         for index, name in enumerate(node.input):
-            if name in seen:
+            role = roles[index] if index < len(roles) else ""
+            if name in seen or role in _FUSED:
                 continue
             seen.add(name)
             if name in constants:
-                has_bias = node.op_type == "Add" or (is_ours(node) and node.op_type.endswith("_bias"))
-                yield name, has_bias and list(constants[name].dims) == [entry.out_features] and index > 0
+                yield name, role == "bias" and list(constants[name].dims) == [entry.out_features]
             else:
                 queue.append(name)
 
@@ -120,7 +125,7 @@ def unfused_layers(model: onnx.ModelProto) -> LayersView:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if is_ours(node)]
     activations = {
-        _layer_of(node): quantize.format
+        layer_of(node): quantize.format
         for node in nodes
         if (quantize := OnlineQuantize.parse(node.op_type)) is not None
     }
@@ -129,7 +134,7 @@ def unfused_layers(model: onnx.ModelProto) -> LayersView:
         weight = DequantizeWeight.parse(node.op_type)
         if weight is None or node.input[0] not in constants:
             continue
-        stored, layer = constants[node.input[0]], _layer_of(node)
+        stored, layer = constants[node.input[0]], layer_of(node)
         parts |= set(node.input)
         views.append(
             LayerView(
@@ -148,10 +153,6 @@ def unfused_layers(model: onnx.ModelProto) -> LayersView:
         )
     parameters = sum(view.in_features * view.out_features for view in views)
     return LayersView(tuple(views), True, frozenset(parts), parameters)
-
-
-def _layer_of(node: onnx.NodeProto) -> str:
-    return next((str(onnx.helper.get_attribute_value(a).decode()) for a in node.attribute if a.name == "layer"), "")
 
 
 def plain_layers(model: onnx.ModelProto) -> LayersView:

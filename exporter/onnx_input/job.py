@@ -24,6 +24,7 @@ from exporter.passes.emulate import emulation_passes
 from exporter.progress import NullProgress, Progress
 from exporter.quantize import QuantLinear
 from exporter.targets import AUTO, Target, resolve_target
+from exporter.this_cpu import refuse_saturating_cpu
 from exporter.validate import conclude
 from exporter.workdir import WorkDir
 
@@ -86,6 +87,9 @@ def quantize_onnx(
     _check_output(source, output)
     loaded = load_source(source, options, resolve_target(target, output).target)
     choice, work = open_work(target, output, work_dir, fresh=False, progress=progress)
+    if validate:
+        products = {layer.name: layer.product for layer in loaded.selection.layers}
+        refuse_saturating_cpu(products, choice.target, str(source))
     source_bytes = total_bytes(source)
     _note_kept(loaded.selection, progress)
     modules = loaded.modules(progress)

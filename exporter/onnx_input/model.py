@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import inliner, version_converter
 
+from exporter.device.graph import is_plugin
 from exporter.errors import InputError
 from exporter.onnx_files import read_model
 from exporter.passes.driver import OPSETS, run_passes
@@ -35,8 +36,8 @@ class GraphState(Enum):
 
 
 def state_of(model: onnx.ModelProto) -> GraphState:
-    """Whether the graph has the project's operators, or had them before it was lowered."""
-    if any(is_ours(node) for node in model.graph.node):
+    """Whether the graph has the project's operators, or had them before it was lowered, if only to plugins."""
+    if any(is_ours(node) and not is_plugin(node.op_type) for node in model.graph.node):
         return GraphState.WAIST
     lowered = any(entry.key == TARGET_KEY for entry in model.metadata_props)
     return GraphState.LOWERED if lowered else GraphState.FOREIGN

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from exporter.passes.surgery import element_type
+from exporter.passes.surgery import element_type, has_given_name
 from exporter.targets import Target
 
 _LOW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -23,7 +23,8 @@ def round_to_compute_type(graph: gs.Graph, target: Target) -> int:
     ONNX Runtime's CPU lacks kernels for these types, and where it has them it may keep FP32 between two operators;
     so here every operator computes in FP32 and its result is rounded as the engine stores it. Constants become FLOAT
     with the same values, operators that only move numbers round nothing, and Casts back to FLOAT stay, since layers are
-    found by their results. A tensor between two Casts that stand back to back is such a rounding already.
+    found by their results. A tensor between two Casts that stand back to back is such a rounding already, unless it is
+    a block's or a layer's by its name: the gate reads that one, and NumPy has no BF16 that ONNX Runtime would give.
     """
     changed = 0
     nodes: list[gs.Node] = []
@@ -39,7 +40,9 @@ def round_to_compute_type(graph: gs.Graph, target: Target) -> int:
 
 
 def _is_rounding(tensor: gs.Tensor) -> bool:
-    """Whether the tensor lies between two Casts that stand back to back and have no other reader."""
+    """Whether the tensor lies between two Casts that stand back to back, has no other reader, and no given name."""
+    if has_given_name(tensor.name):
+        return False
     casts = [*tensor.inputs, *tensor.outputs]
     return len(casts) == 2 and len(tensor.outputs) == 1 and all(node.op == "Cast" for node in casts)
 

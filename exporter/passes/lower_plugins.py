@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 from onnx import helper
 
 from exporter.container_choice import has_kernel
-from exporter.errors import InputError
+from exporter.packed_weights import CodedWeight, pack_weight
 from exporter.passes.choose import scheme_of
 from exporter.passes.lowering import Layer, layer_of, read_by_gemms
 from exporter.passes.surgery import producer, variant_of
 from exporter.targets import Target
-from plugins.containers import INT8
 from plugins.domain import DOMAIN
-from plugins.formats import get_format
-from plugins.op import OnlineQuantize, PackedLinear, TokenQuantize
-from plugins.packed_linear.descriptor import WEIGHT_ONLY, GroupFactors
-from plugins.token_quantize.reference import number_factor
+from plugins.op import OnlineQuantize, TokenQuantize
+from plugins.packed_linear.descriptor import WEIGHT_ONLY
 
 # The compute type comes later, when all is fused (`use_compute_type`).
 _FLOAT = "fp32"
-_MAX_MULTIPLIER = np.iinfo(np.int8).max
 
 
 def lower_to_plugins(graph: gs.Graph, target: Target) -> int:
@@ -68,56 +62,28 @@ def _lower_quantizer(node: gs.Node, container: str) -> int:
 
 def _packed_linear(node: gs.Node, layer: Layer) -> gs.Node:
     gemm = layer.gemm
-    scales, multipliers = _scales(layer)
-    factors: GroupFactors = "" if not gemm.group_size else "scales" if multipliers is None else "multipliers"
-    variant = PackedLinear(
-        weight_format=gemm.weight_format,
-        container=layer.container if gemm.quantizes_activations else WEIGHT_ONLY,
-        float_type=_FLOAT,
-        n=len(layer.weight_scales),
-        k=gemm.count,
-        group_size=gemm.group_size,
-        group_factors=factors,
+    weight = CodedWeight(gemm.weight_format, layer.codes(), layer.weight_scales, layer.multipliers, gemm.group_size)
+    quantized = gemm.quantizes_activations
+    packed = pack_weight(
+        layer.name,
+        weight,
+        layer.container if quantized else WEIGHT_ONLY,
+        gemm.activation_format if quantized else None,
         has_bias=gemm.has_bias,
     )
     tensors: dict[str, gs.Tensor | None] = {
         "x": layer.x,
         "numbers": layer.x,
         "x_scales": node.inputs[1],
-        "words": gs.Constant(f"{layer.name}.packed", variant.layout.pack(layer.codes())),
-        "weight_scales": gs.Constant(f"{layer.name}.sum_scales", _scales_of_sums(layer, scales)),
+        "words": gs.Constant(f"{layer.name}.packed", packed.words),
+        "weight_scales": gs.Constant(f"{layer.name}.sum_scales", packed.weight_scales),
         "bias": layer.bias,
     }
-    if multipliers is not None:
-        tensors["multipliers"] = gs.Constant(f"{layer.name}.factors", multipliers)
+    if packed.multipliers is not None:
+        tensors["multipliers"] = gs.Constant(f"{layer.name}.factors", packed.multipliers)
     node.inputs.clear()
     node.outputs.clear()
+    variant = packed.variant
     inputs = [tensors[name] for name in variant.input_names]
     attributes = variant.attributes(layer=layer.name)
     return gs.Node(variant.op_type, layer.name, attributes, inputs, [layer.y], domain=DOMAIN)
-
-
-def _scales(layer: Layer) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8] | None]:
-    """The scales, per channel or per group, and the groups' multipliers."""
-    if layer.multipliers is None:
-        return layer.weight_scales, None
-    if layer.multipliers.max() <= _MAX_MULTIPLIER:
-        return layer.weight_scales, layer.multipliers.astype(np.int8)
-    # A channel's scale has so few bits that its product with a multiplier is exact.
-    return layer.weight_scales * layer.multipliers.astype(np.float32), None
-
-
-def _scales_of_sums(layer: Layer, scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The scales that sums of the container's numbers get: in INT8 both operands are numerators, in floats weights are
-    values. Raises `InputError` where FP32 does not hold one.
-    """
-    unit = layer.format.step if layer.container == INT8.name else 1.0
-    if layer.gemm.quantizes_activations:
-        unit /= number_factor(get_format(layer.gemm.activation_format), layer.container)
-    of_sums: npt.NDArray[np.float32] = scales * np.float32(unit)
-    if not np.array_equal(of_sums / np.float32(unit), scales):
-        raise InputError(
-            f"{layer.name}: some of its weight scales are too small for {layer.container} products in FP32; keep the "
-            "layer in high precision with a rule `weight: none`"
-        )
-    return of_sums

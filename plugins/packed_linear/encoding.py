@@ -84,7 +84,8 @@ class Encoding:
     def unit(self) -> float:
         """The decoded number of numerator 1, a power of two."""
         if self.element is Element.INT8:
-            return 16.0 if self.twos_complement else 1.0
+            # Two's complement fields are decoded in the upper bits of their byte.
+            return float(2 ** (self.element.bits - self.fmt.bits)) if self.twos_complement else 1.0
         return float(2.0 ** (self._bits_exponent + self.lift))
 
     @property

@@ -118,8 +118,9 @@ def matrix(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 
 def container_on(name: str, target: str) -> str | None:
     """The container that the code chooses, None where the target refuses the scheme."""
+    scheme = replace(SCHEMES[name], group_size=min(SCHEMES[name].group_size, GROUP))
     try:
-        return choose_container("layer", SCHEMES[name], 64, TARGETS[target])
+        return choose_container("layer", scheme, 64, TARGETS[target])
     except InputError:
         return None
 

@@ -88,8 +88,8 @@ def test_finished_stages_are_reused_and_the_bytes_are_the_same(
     [
         "stopped.work",
         "stopped.work/calibration.safetensors.seal",
-        "stopped.work/quantized.safetensors.seal",
-        "stopped.work/traced.onnx.seal",
+        "stopped.work/quantized.*.safetensors.seal",
+        "stopped.work/traced.*.onnx.seal",
         "stopped.work/gate.cpu",
         "stopped.onnx",
     ],
@@ -105,7 +105,7 @@ def test_ctrl_c_at_any_stage_ends_with_130_one_line_and_no_half_written_file(
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     work = tmp_path / "stopped.work"
-    while not (tmp_path / after).exists():
+    while not any(tmp_path.glob(after)):
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)
@@ -153,7 +153,7 @@ def test_output_problems_are_found_before_any_work(
 def test_a_changed_input_makes_its_stages_run_again(
     tiny_export: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (tiny_export.with_name("tiny.work") / "quantized.safetensors.seal").is_file()
+    assert any(tiny_export.with_name("tiny.work").glob("quantized.*.safetensors.seal"))
     job = Path(shutil.copytree(tiny_export.parent, tmp_path / "job"))
     command = [str(job / "tiny.yaml"), "-o", str(job / "tiny.onnx"), "--no-validate"]
     command += ["--set", "model.weights=model/transformer"]

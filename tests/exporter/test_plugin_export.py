@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from exporter.cli import main
+from exporter.device.program import main as build
 from exporter.gate.table import GateResult
 from exporter.validate import RESULT
 from plugins.kernels.library import KernelLibrary, kernels_folder
@@ -36,6 +37,7 @@ def test_export_ends_with_the_command_for_the_device(tiny_job: Path, capsys: pyt
     lowered = tiny_job / "plugin.work" / "lowered.orin.onnx"
     command = f"fp4export build {lowered} -o {tiny_job / 'plugin.plan'} --target orin"
     assert command in said.err
+    assert "take it and lowered.orin.kernels/, gate.orin/ to the device (its plugins need TensorRT 10.9" in said.err
     assert not (tiny_job / "plugin.plan").exists()
 
     result = GateResult.from_json((tiny_job / "plugin.work" / "gate.orin" / RESULT).read_text())
@@ -51,6 +53,12 @@ def test_export_ends_with_the_command_for_the_device(tiny_job: Path, capsys: pyt
     library = KernelLibrary.load(kernels_folder(lowered))
     assert {kernel.op_type for kernel in library.kernels} == set(operators)
     assert library.capabilities == ((8, 7),)
+
+    words = ["build", str(lowered), "-o", str(tiny_job / "plugin.plan"), "--target", "h100"]
+    assert build(words) == 2
+    assert "for compute capability 9.0 (there are for: 8.7); export the model for this GPU's target" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

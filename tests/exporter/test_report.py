@@ -15,6 +15,8 @@ from exporter.images import sample_grids
 from exporter.metrics import Fidelity, Metrics, Quality, Size
 from exporter.plan import LayerPlan
 from exporter.quality import LayerQuality, NoiseSnr, StepSnr
+from exporter.range_scan import largest_first
+from exporter.ranges import Amax
 from exporter.report import Report, duration, file_size, render_report, tiles, write_report
 from exporter.scale_comparison import LayerScales, ScaleKind, summarize
 
@@ -60,6 +62,16 @@ def report() -> Report:
         parts={"the graph": 1_000_000},
         recipe="preset: w4a6  # <none>\n",
     )
+
+
+def test_what_fp16_stores_is_shown_largest_first_and_only_where_it_was_measured(report: Report) -> None:
+    assert "65504" not in render_report(report)
+    found = [Amax(f"t{index}", f"tensor <{index}>", 2.0**index) for index in range(16)]
+    page = Page(render_report(replace(report, ranges=largest_first(found))))
+    places = [page.text.index(f"tensor <{index}>") for index in range(16)]
+    assert places == sorted(places, reverse=True)
+    assert "The 16 largest of 16 tensors" in page.text
+    assert page.text.index("3.277e+04") > places[15]
 
 
 class Page(HTMLParser):

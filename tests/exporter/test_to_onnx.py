@@ -17,7 +17,8 @@ from exporter.models.inputs import TransformerInputs
 from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan
 from exporter.quantize import quantize_model, round_to_nearest
-from exporter.to_onnx import OPSET, to_onnx
+from exporter.to_onnx import to_onnx
+from exporter.tracing import OPSET
 from plugins.formats import get_format
 from plugins.op import DOMAIN
 

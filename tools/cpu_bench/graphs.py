@@ -25,7 +25,8 @@ from exporter.progress import Progress
 from exporter.quantize import QuantizedWeight, quantize_model, round_to_nearest
 from exporter.recipe import Recipe, Storage
 from exporter.targets import TARGETS
-from exporter.to_onnx import OPSET, to_onnx
+from exporter.to_onnx import to_onnx
+from exporter.tracing import OPSET
 from exporter.workdir import program_identity
 from plugins.formats import get_format
 from tools.cpu_bench.model import CAPTION_TOKENS

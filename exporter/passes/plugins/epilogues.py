@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from exporter.passes.plugins.patterns import is_hidden, is_row_per_sample, is_tanh_gelu, made_by, operands
+from exporter.passes.plugins.patterns import (
+    is_hidden,
+    is_row_per_sample,
+    is_tanh_gelu,
+    made_by,
+    operands,
+    same_shape,
+)
 from exporter.passes.surgery import Splicer, producer, variant_of
 from exporter.targets import Target
 from plugins.domain import DOMAIN
@@ -41,15 +48,15 @@ def fuse_gelu_epilogue(graph: gs.Graph, target: Target) -> int:
 def fuse_residual(graph: gs.Graph, target: Target) -> int:
     """residual + PackedLinear · gate → PackedLinear_residual(…, residual, gate); without a gate it is 1.
 
-    When nothing else reads the linear's result and what it is multiplied to, the residual has its shape, and the gate
-    is a row per sample or one row for all.
+    When nothing else reads the linear's result and what it is multiplied to, the residual has the linear's own shape
+    (neither broadcasts the other, nor does the gate its samples), and the gate is a row per sample or one row for all.
     """
     splicer = Splicer()
     fused = 0
     for index, node in enumerate(graph.nodes):
         for scaled, residual in operands(node, "Add"):
             found = _gated_linear(graph, scaled, node, splicer)
-            if found is None or not _same_shape(scaled, residual):
+            if found is None or not same_shape(found[0].node.outputs[0], residual):
                 continue
             linear, gate = found
             variant = replace(linear.variant, has_residual=True)
@@ -83,14 +90,6 @@ def _gated_linear(
         if linear is not None and is_row_per_sample(gate, linear.variant.n):
             return linear, gate
     return None
-
-
-def _same_shape(first: gs.Tensor, second: gs.Tensor) -> bool:
-    """Whether both are [B, T, N] with equal T and N; a batch of one is another shape than a batch of any size."""
-    if first.shape is None or second.shape is None or len(first.shape) != 3 or len(second.shape) != 3:
-        return False
-    batches = [shape[0] if isinstance(shape[0], int) else None for shape in (first.shape, second.shape)]
-    return batches[0] == batches[1] and list(first.shape[1:]) == list(second.shape[1:])
 
 
 def _in_place_of(last: gs.Node, linear: _Linear, variant: PackedLinear, more: list[gs.Tensor]) -> gs.Node:

@@ -68,6 +68,14 @@ def is_row_per_sample(tensor: gs.Tensor, channels: int) -> bool:
     return shape is not None and len(shape) == 3 and list(shape[1:]) == [1, channels]
 
 
+def same_shape(first: gs.Tensor, second: gs.Tensor) -> bool:
+    """Whether both are [B, T, N] with equal T and N; a batch of one is another shape than a batch of any size."""
+    if first.shape is None or second.shape is None or len(first.shape) != 3 or len(second.shape) != 3:
+        return False
+    batches = [shape[0] if isinstance(shape[0], int) else None for shape in (first.shape, second.shape)]
+    return batches[0] == batches[1] and list(first.shape[1:]) == list(second.shape[1:])
+
+
 def serves_all_samples(tensor: gs.Tensor) -> bool:
     """Whether a row per sample is one row for all of them."""
     return bool(tensor.shape[0] == 1)

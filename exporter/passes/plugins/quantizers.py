@@ -12,6 +12,7 @@ from exporter.passes.plugins.patterns import (
     made_by,
     norm_of,
     operands,
+    same_shape,
     serves_all_samples,
 )
 from exporter.passes.surgery import Splicer, array_of, producer, variant_of
@@ -24,7 +25,7 @@ def fuse_norm_quantize(graph: gs.Graph, target: Target) -> int:
 
     Also without the multiplication and addition, with the norm's own weight and bias. When the norm is over the last
     of three axes with epsilon 1e-6, nothing else reads what lies between, and scale and shift both are a row per
-    sample, or both one row for all. Not a norm with weights that is modulated, too.
+    sample of x, or both one row for all. Not a norm with weights that is modulated, too.
     """
     splicer = Splicer()
     fused = 0
@@ -75,7 +76,7 @@ def _norm_inputs(graph: gs.Graph, node: gs.Node, channels: int, splicer: Splicer
             rows = [is_row_per_sample(row, channels) for row in (scale, shift)]
             if norm is None or norm.scale is not None or norm.shift is not None or not all(rows):
                 continue
-            if serves_all_samples(scale) == serves_all_samples(shift):
+            if serves_all_samples(scale) == serves_all_samples(shift) and same_shape(norm.x, node.inputs[0]):
                 return [norm.x, scale, shift]
     return None
 

@@ -13,7 +13,7 @@ from exporter.bundle.manifest import Acceptance, Manifest, TargetEntry, WeightsE
 from exporter.bundle.write import listed_files, seal
 
 
-def graph_with_external_data(location: str, offset: int = 0, length: int = 64) -> onnx.ModelProto:
+def graph_with_external_data(location: str, offset: int | str = 0, length: int = 64) -> onnx.ModelProto:
     """y = x + w, w's 16 floats in a file called `location`."""
     weight = numpy_helper.from_array(np.arange(16, dtype=np.float32), "w")
     weight.ClearField("raw_data")

@@ -20,20 +20,33 @@ from exporter.bundle.write import listed_files
 from exporter.cli import main
 from exporter.device.acceptance import find_acceptance
 from exporter.errors import InputError
+from plugins.kernels.library import KernelLibrary
+from plugins.tensorrt_plugins.registration import plugin_op_types
 
 WORDS = ["--set", "method.name=rtn", "--target", "orin,cpu", "--quiet"]
+
+PLUGINS = """
+model: {weights: model}
+preset: w4a6
+kernels: plugin
+layers:
+  - {match: "transformer_blocks.0.ff.net.2", group: 128}
+  - {match: "*", weight: none}
+calibration: {prompts: prompts.safetensors, steps: 3, samples: 2}
+method: {name: rtn}
+"""
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for two targets; its kernels stand for what the lowering of plugins writes."""
+    """A bundle for two targets, in whose work folder an export with plugins left its kernels."""
     folder = tmp_path_factory.mktemp("bundle")
     job = shutil.copytree(tiny_job, folder / "job", ignore=shutil.ignore_patterns("tiny.*work", "*.onnx"))
     (job / "model" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     output = folder / "tiny.bundle"
-    kernels = folder / "tiny.work" / "lowered.orin.kernels"
-    kernels.mkdir(parents=True)
-    (kernels / "kernels.json").write_text("{}\n")
+    left = folder / "tiny.work" / "lowered.orin.kernels"
+    left.mkdir(parents=True)
+    (left / "kernels.json").write_text("{}\n")
     assert main([str(job / "tiny.yaml"), "-o", str(output), *WORDS]) == 0
     return output
 
@@ -42,9 +55,8 @@ def bundle(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_all_that_a_device_needs(bundle: Path) -> None:
     opened = open_bundle(bundle)
     orin, cpu = opened.target("orin"), opened.target("cpu")
-    assert orin.kernels is not None
-    assert [path.name for path in orin.kernels.iterdir()] == ["kernels.json"]
-    assert cpu.kernels is None
+    assert (orin.kernels, cpu.kernels) == (None, None)
+    assert not list(bundle.glob("*.kernels"))
     for files in (orin, cpu):
         assert files.acceptance is not None
         found = find_acceptance(files.lowered.parent / f"gate.{files.entry.name}")
@@ -60,6 +72,40 @@ def test_it_holds_all_that_a_device_needs(bundle: Path) -> None:
     assert "cc-by-4.0" in readme
     everything = b"".join(path.read_bytes() for path in bundle.rglob("*") if path.is_file())
     assert str(bundle.parent).encode() not in everything
+
+
+@pytest.mark.slow
+def test_plugins_go_to_the_targets_that_run_them(tiny_job: Path, tmp_path: Path) -> None:
+    recipe = tiny_job / "plugins.yaml"
+    recipe.write_text(PLUGINS)
+    output = tmp_path / "plugins.bundle"
+    assert main([str(recipe), "-o", str(output), "--target", "orin,cpu", "--quiet"]) == 0
+    opened = open_bundle(output)
+    orin, cpu = opened.target("orin"), opened.target("cpu")
+    assert orin.kernels is not None
+    assert cpu.kernels is None
+    operators = plugin_op_types(onnx.load(orin.lowered))
+    library = KernelLibrary.load(orin.kernels)
+    assert {kernel.op_type for kernel in library.kernels} == set(operators) != set()
+    assert library.capabilities == ((8, 7),)
+    assert {path.suffix for path in orin.kernels.iterdir()} == {".ptx", ".json"}
+    assert plugin_op_types(onnx.load(cpu.lowered)) == ()
+    assert "Its plugins need TensorRT ≥ 10.9" in (output / "README.md").read_text(encoding="utf-8")
+    assert main(["validate", str(output), "--quiet"]) == 0
+    ptx = next(orin.kernels.glob("*.ptx"))
+    ptx.write_text(ptx.read_text().replace("8", "9", 1))
+    with pytest.raises(InputError, match=ptx.name):
+        open_bundle(output)
+
+
+def test_plugins_that_no_target_runs_are_refused(
+    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.bundle"), "--set", "kernels=plugin", "--dry-run"]
+    assert main([*words, "--target", "cpu,rtx-sm89"]) == 2
+    assert "takes `kernels: native` only" in capsys.readouterr().err
+    assert main([*words, "--target", "cpu,h100"]) == 0
+    assert "cpu (as asked for; native kernels, since it runs no plugins)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -187,10 +187,20 @@ def test_escaping_weights_are_found_wherever_a_graph_can_hold_them(
     open_bundle(bundle_folder)
 
 
-@pytest.mark.parametrize(("offset", "length"), [(4, 64), (0, 65), (10**12, 0), (-4, 8)])
-def test_external_data_lies_within_its_file(bundle_folder: Path, offset: int, length: int) -> None:
+@pytest.mark.parametrize(("offset", "length"), [(4, 64), (0, 65), (10**12, 0), (-4, 8), ("9" * 5000, 0)])
+def test_external_data_lies_within_its_file(bundle_folder: Path, offset: int | str, length: int) -> None:
     rewrite(bundle_folder, "lowered.cpu.onnx", graph_with_external_data("weights.data", offset, length))
     with pytest.raises(InputError, match="beyond the end"):
+        open_bundle(bundle_folder)
+
+
+def test_a_graph_by_another_name_does_not_escape_the_check(bundle_folder: Path) -> None:
+    (bundle_folder.parent / "secret.data").write_bytes(bytes(64))
+    onnx.save(graph_with_external_data("../secret.data"), bundle_folder / "graph.bin")
+    manifest = manifest_of(bundle_folder)
+    targets = (replace(manifest.targets[0], lowered="graph.bin"), manifest.targets[1])
+    (bundle_folder / MANIFEST).write_text(replace(manifest, targets=targets).to_json())
+    with pytest.raises(InputError, match=r"graph\.bin: weight 'w'.*leads out of the bundle"):
         open_bundle(bundle_folder)
 
 

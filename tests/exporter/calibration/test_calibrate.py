@@ -236,3 +236,23 @@ def test_statistics_of_inputs_are_those_of_all_samples(
     statistics = calibration.input_statistics(model, [name])[name]
     assert statistics.amax == float(inputs.abs().max())
     assert torch.allclose(statistics.mean_square, inputs.square().mean(dim=0), rtol=1e-5)
+
+
+def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
+    run: Calibrator,
+    plan_for: Planner,
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+) -> None:
+    plan = plan_for("transformer_blocks", activation="none")
+    nearest, fed_back = run(plan, RTN), run(plan, MethodSection(name="gptq", scale_search="mse"))
+    assert [block.name for block in fed_back.blocks] == [layer.name for layer in plan.layers]
+    assert all(block.error_calibrated <= block.error_rtn for block in fed_back.blocks)
+    errors = [
+        _noise_error(model, quantize_model(model, plan, result.weights), adapter, captured, prompts)
+        for result in (nearest, fed_back)
+    ]
+    assert errors[1] < 0.7 * errors[0]
+    assert _same(fed_back, run(plan, MethodSection(name="gptq", scale_search="mse")))

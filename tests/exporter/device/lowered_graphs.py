@@ -24,10 +24,10 @@ def write_lowered(folder: Path, target: str, activation_format: str = "e2m3", we
     return path
 
 
-def write_library(folder: Path) -> Path:
-    """A library with one kernel of the operator `Scale_k64` for Orin."""
+def write_library(folder: Path, op_type: str = "Scale_k64") -> Path:
+    """A library with one kernel of the operator for Orin."""
     kernel = LibraryKernel(
-        op_type="Scale_k64",
+        op_type=op_type,
         tactic=0,
         capability=(8, 7),
         entry="scale_k64_sm87_t0",

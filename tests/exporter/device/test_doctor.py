@@ -10,7 +10,7 @@ import pytest
 from exporter.device import machine as machine_module
 from exporter.device import requirements
 from exporter.device.doctor import examine, report_text
-from exporter.device.machine import Machine, look_around, package_version
+from exporter.device.machine import Machine, look_around, package_version, saturates_int8_products
 from exporter.gpu import Gpu
 from exporter.targets import TARGETS
 
@@ -65,6 +65,21 @@ def test_a_cpu_without_dot_products_is_told() -> None:
     assert _verdict("cpu", machine) == (True, "", "")
     bare = Machine(**{**vars(machine), "cpu_flags": ("avx2",)})
     assert "W4A8 with INT8 activations is not exact here" in _verdict("cpu", bare)[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "saturates"),
+    [
+        ("flags\t\t: fpu avx2", True),
+        ("flags\t\t: fpu avx2 avx_vnni", False),
+        ("Features\t: fp asimd", False),
+        ("", False),
+    ],
+)
+def test_which_cpus_saturate_int8_products(tmp_path: Path, line: str, saturates: bool) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert saturates_int8_products(tmp_path) == saturates
 
 
 def test_the_report_has_every_fact_in_text_and_json() -> None:

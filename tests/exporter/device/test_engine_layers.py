@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from exporter.device.engine_layers import LayerVerdict, check_layers
 from exporter.device.graph import LoweredGraph, read_lowered
 from exporter.errors import InputError
 from tests.exporter.device.lowered_graphs import write_lowered
+from tests.exporter.passes.plugins.plugin_graphs import PluginGraph, lowered
+from tests.exporter.passes.waist_graphs import make_weight
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,18 @@ def test_fp8_is_looked_for_where_it_is_planned(tmp_path: Path) -> None:
     for text, state in (("FP8", "as planned"), ("Float8E4M3", "as planned"), ("Int8", "wrong"), ("Half", "wrong")):
         (verdict,) = check_layers(graph, json.dumps({"Layers": [_layer(["fc.matmul_1"], text)]}))
         assert (verdict.expected, verdict.state) == ("fp8", state)
+
+
+def test_a_plugin_that_goes_on_with_the_layer_s_result_is_the_layer(tmp_path: Path) -> None:
+    waist = PluginGraph()
+    y = waist.linear("x", make_weight("fc", features=64))
+    model = waist.model(waist.node("Add", "x", y, output="sum"))
+    onnx.save(lowered(model), tmp_path / "lowered.orin.onnx")
+    graph = read_lowered(tmp_path / "lowered.orin.onnx")
+    for kind, state in (("PluginV3", "as planned"), ("gemm", "wrong")):
+        (verdict,) = check_layers(graph, json.dumps({"Layers": [_layer(["fc"], "Int8", LayerType=kind)]}))
+        assert verdict.state == state
+        assert verdict.expected.startswith("plugin PackedLinear_e2m1_int8_fp32_n64_k64_g16m_bias_residual")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])

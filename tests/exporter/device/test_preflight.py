@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from exporter.device.graph import LoweredGraph, is_plugin, read_lowered
-from exporter.device.preflight import check_graph, check_plugins, parser_of
+from exporter.device.preflight import check_graph, check_kernels, check_version, parser_of
 from exporter.device.requirements import oldest_version
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.passes import WAIST_PASSES, run_passes
@@ -47,7 +47,8 @@ def test_a_lowered_graph_passes_on_its_own_target_and_on_others_that_can(tmp_pat
         assert [layer.layer for layer in graph.layers] == ["fc"]
         assert graph.kernels is None
         check_graph(graph, TARGETS[target], version)
-        check_plugins(graph, TARGETS[target], version)
+        check_kernels(graph, TARGETS[target])
+        check_version(graph, version)
         check_graph(graph, TARGETS["l4"], (11, 4))
 
 
@@ -129,12 +130,21 @@ def _with_plugin(path: Path) -> LoweredGraph:
 def test_plugins_need_their_tensorrt(tmp_path: Path) -> None:
     graph = _with_plugin(write_lowered(tmp_path, "orin"))
     with pytest.raises(EnvironmentLacksError, match=r"needs TensorRT 10\.9 or later, not 10\.3.*kernels=native"):
-        check_plugins(graph, TARGETS["orin"], (10, 3))
+        check_version(graph, (10, 3))
+    check_version(graph, (10, 9))
     with pytest.raises(InputError, match=r"TensorRT-RTX \(target rtx-sm89\) takes no plugins"):
-        check_plugins(graph, TARGETS["rtx-sm89"], (1, 7))
+        check_kernels(graph, TARGETS["rtx-sm89"])
+
+
+def test_plugins_need_their_kernels(tmp_path: Path) -> None:
+    graph, folder = _with_plugin(write_lowered(tmp_path, "orin")), tmp_path / "lowered.orin.kernels"
     with pytest.raises(InputError, match=r"lowered\.orin\.kernels/kernels\.json: not there; copy the folder"):
-        check_plugins(graph, TARGETS["orin"], (11, 4))
-    write_library(tmp_path / "lowered.orin.kernels")
-    check_plugins(graph, TARGETS["orin"], (11, 4))
+        check_kernels(graph, TARGETS["orin"])
+    write_library(folder)
+    check_kernels(graph, TARGETS["orin"])
     with pytest.raises(InputError, match=r"no kernel of Scale_k64 for compute capability 8\.9 \(there are for: 8\.7\)"):
-        check_plugins(graph, TARGETS["l4"], (11, 4))
+        check_kernels(graph, TARGETS["l4"])
+    (ptx,) = folder.glob("*.ptx")
+    ptx.write_text(".version 8.6")
+    with pytest.raises(InputError, match=r"\.ptx: damaged"):
+        check_kernels(graph, TARGETS["orin"])

@@ -6,20 +6,22 @@ test_build.py.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from exporter.device import tensorrt_api
 from exporter.device.jobs import EngineJob
 from exporter.device.tensorrt_api import BuildError, build_engine, load_engine
 from exporter.device.versions import version_of
 from plugins.kernels.library import KernelLibrary
 from tests.exporter.device.fake_tensorrt import Flags12, fake_tensorrt
 from tests.exporter.device.lowered_graphs import write_library
+
+QUANTIZER = "TokenQuantize_e2m3_int8_fp16_k64"
 
 
 @pytest.fixture
@@ -92,13 +94,21 @@ def test_plugins_are_registered_before_the_graph_is_parsed(
         assert trt.told.parsed is None
         calls.append((op_types, library.kernels[0].entry, capability))
 
-    registration = SimpleNamespace(register=register, PluginError=RuntimeError)
-    monkeypatch.setitem(sys.modules, "plugins.tensorrt_plugins.registration", registration)
+    monkeypatch.setattr(tensorrt_api, "register", register)
     _build(trt, replace(job, plugins=("Scale_k64",), kernels=str(write_library(tmp_path / "m.kernels"))))
     assert calls == [(("Scale_k64",), "scale_k64_sm87_t0", (8, 7))]
     assert trt.told.flags == 1 << 1 | 1 << 2
     with pytest.raises(BuildError, match="copy the folder of kernels along"):
         _build(trt, replace(job, plugins=("Scale_k64",), kernels=str(tmp_path / "none")))
+
+
+def test_plugins_are_in_tensorrt_s_own_registry_when_the_graph_is_parsed(
+    job: EngineJob, tmp_path: Path, in_tensorrt: Callable[..., Any]
+) -> None:
+    kernels = str(write_library(tmp_path / "m.kernels", QUANTIZER))
+    job = replace(job, plugins=(QUANTIZER,), kernels=kernels, new_timing_cache=None)
+    assert in_tensorrt({"engine": job.to_json()}) == [QUANTIZER]
+    assert Path(job.engine).read_bytes() == b"engine"
 
 
 def test_an_engine_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.targets import TARGETS
 from tests.exporter.onnx_input.models import WIDTH, HandMade, matmul_and_add, save
+from tests.exporter.passes.plugins import plugin_graphs
+from tests.exporter.passes.plugins.plugin_graphs import PluginGraph
 from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, one_linear
 
 BIAS = 24
@@ -50,6 +52,20 @@ def test_a_lowered_graph(target: str, size: int, encoding: str, tmp_path: Path) 
     assert found.totals.file_bytes == path.stat().st_size
     assert found.totals.nodes == sum(found.operators.values()) == len(onnx.load(path).graph.node)
     assert [result.name for result in found.passes][:2] == ["imported", "drop_noop_squeezes"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_plugins(fused: bool, tmp_path: Path) -> None:
+    """A residual's plugin keeps the layer's result to itself, and its other inputs are no part of the layer."""
+    graph = PluginGraph()
+    y = graph.linear("x", make_weight("blocks.0.fc", features=64, group_size=0, kind="channel"))
+    gated = graph.node("Mul", graph.row("gate"), y, output="gated")
+    model = plugin_graphs.lowered(graph.model(graph.node("Add", "x", gated, output="sum") if fused else gated))
+    found = inspect_path(save(model, tmp_path / "m.onnx"))
+    (layer,) = found.layers
+    # 64 rows of one tile of 128 fields, four bits each.
+    assert (found.state, layer.weight_bytes, layer.stored_type, layer.encoding) == ("lowered", 4096, "INT32", "int8")
+    assert (found.totals.parameters, found.totals.high_precision_parameters) == (64 * 64 + 64 + 64, 64)
 
 
 def test_a_weight_only_layer_has_no_encoding(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ CLIP_WIDTH, T5_WIDTH = 32, 24
 SIDE = 8
 
 
-def hunyuan(*, sizes: bool = True) -> HunyuanDiT2DModel:
-    """Four blocks, the last of which takes a skip; `sizes`: version 1.1 with its style and size conditions."""
+def hunyuan(*, sizes: bool = True, blocks: int = 4) -> HunyuanDiT2DModel:
+    """Of four blocks the last takes a skip, of six the last two; `sizes`: version 1.1 with style and size conditions."""
     torch.manual_seed(1)
     return HunyuanDiT2DModel(
         num_attention_heads=2,
@@ -21,7 +21,7 @@ def hunyuan(*, sizes: bool = True) -> HunyuanDiT2DModel:
         patch_size=2,
         sample_size=SIDE,
         hidden_size=64,
-        num_layers=4,
+        num_layers=blocks,
         mlp_ratio=2.0,
         cross_attention_dim=CLIP_WIDTH,
         cross_attention_dim_t5=T5_WIDTH,

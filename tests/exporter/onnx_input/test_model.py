@@ -18,6 +18,7 @@ from exporter.passes.driver import import_graph
 from exporter.runtime import OnnxSession
 from exporter.targets import TARGETS
 from tests.exporter.onnx_input.models import TOKENS, WIDTH, HandMade, matmul_and_add, save
+from tests.exporter.passes.plugins.plugin_graphs import lowered as lowered_to_plugins
 from tests.exporter.passes.waist_graphs import make_weight, one_linear
 
 CPU = TARGETS["cpu"]
@@ -142,6 +143,7 @@ def test_states() -> None:
     assert state_of(matmul_and_add()) is GraphState.FOREIGN
     assert state_of(run_passes(waist, WAIST_PASSES, CPU)[0]) is GraphState.WAIST
     assert state_of(lowered) is GraphState.LOWERED
+    assert state_of(lowered_to_plugins(waist)) is GraphState.LOWERED
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

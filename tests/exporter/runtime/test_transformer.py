@@ -33,7 +33,8 @@ def models(tiny_job: Path, tiny_export: Path) -> tuple[nn.Module, nn.Module]:
     progress = NullProgress()
     recipe = load_recipe(tiny_job / "tiny.yaml")
     source = load_source(open_job(recipe, tiny_export, None, fresh=False, keep_graphs=False, progress=progress))
-    calibrated = load_quantized(tiny_job / "tiny.work" / "quantized.safetensors", source.plan)
+    (weights,) = (tiny_job / "tiny.work").glob("quantized.*.safetensors")
+    calibrated = load_quantized(weights, source.plan)
     return source.model, quantize_model(source.model, source.plan, calibrated.weights)
 
 

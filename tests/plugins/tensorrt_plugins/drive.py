@@ -104,9 +104,12 @@ def _described(trt: Any, kind: Any, sizes: list[int]) -> Any:
 def main(shims: str, job: dict[str, Any]) -> Any:
     """What became of the plugins of `inputs`, or how `register` refuses `refused` and what it has registered then.
 
-    `version` makes these bindings say that they are older; `twice` registers once before.
+    `version` makes these bindings say that they are older; `twice` registers once before. `engine`: what is registered
+    when the build of that `EngineJob` comes to the parser.
     """
     trt = load_tensorrt(Path(shims))
+    if "engine" in job:
+        return _registered_before_parsing(trt, job["engine"])
     from plugins.kernels.library import KernelLibrary
     from plugins.tensorrt_plugins.registration import register
 
@@ -120,11 +123,32 @@ def main(shims: str, job: dict[str, Any]) -> Any:
     try:
         register(job["refused"], library, capability)
     except (RuntimeError, ValueError) as error:
-        ours = [
-            creator for creator in trt.get_plugin_registry().all_creators if creator.plugin_namespace == "fp4export"
-        ]
-        return str(error), [creator.name for creator in ours]
+        return str(error), _registered(trt)
     return "", []
+
+
+def _registered(trt: Any) -> list[str]:
+    creators = trt.get_plugin_registry().all_creators
+    return [creator.name for creator in creators if creator.plugin_namespace == "fp4export"]
+
+
+def _registered_before_parsing(trt: Any, job: str) -> list[str]:
+    """The bindings have no builder: a stand-in's parser looks into the real registry."""
+    from exporter.device.jobs import EngineJob
+    from exporter.device.tensorrt_api import build_engine
+    from tests.exporter.device.fake_tensorrt import fake_tensorrt
+
+    builder = fake_tensorrt()
+    found: list[str] = []
+
+    class Parser(builder.OnnxParser):  # type: ignore[name-defined,misc]
+        def parse_from_file(self, path: str) -> bool:
+            found.extend(_registered(trt))
+            return bool(super().parse_from_file(path))
+
+    builder.OnnxParser = Parser
+    build_engine(builder, EngineJob.from_json(job), lambda _kind, **_facts: None)
+    return found
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ class PluginGraph(WaistGraph):
         """Some row for every sample, [batch, 1, K]."""
         return self.node("ReduceMean", x, self.constant("tokens_axis", np.array([1])), output=output, keepdims=1)
 
+    def one_sample(self, x: str) -> str:
+        """The mean of all samples, [1, T, K]."""
+        return self.node("ReduceMean", x, self.constant("batch_axis", np.array([0])), output="one_sample", keepdims=1)
+
     def modulated(self, x: str, scale: str, shift: str, **changes: float | int) -> str:
         """x normalized, times scale, plus shift."""
         product = self.node("Mul", self.norm(x, **changes), scale, output="scaled")

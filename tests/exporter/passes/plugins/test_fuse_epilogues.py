@@ -74,13 +74,22 @@ def _broadcast(graph: PluginGraph) -> list[str]:
     return [graph.node("Add", graph.row("one_row"), graph.linear("x", FC), output="sum")]
 
 
+def _one_sample_for_all_gates(graph: PluginGraph) -> list[str]:
+    y = graph.linear(graph.one_sample("x"), FC)
+    gated = graph.node("Mul", graph.per_sample("x", "gate"), y, output="gated")
+    return [graph.node("Add", "x", gated, output="sum")]
+
+
 def _named_block(graph: PluginGraph) -> list[str]:
     y = graph.boundary(graph.linear("x", FC), "blocks.0.output", "marked")
     gated = graph.boundary(graph.node("Mul", graph.row("gate"), y, output="gated"), "blocks.1.output", "marked_too")
     return [graph.node("Add", "x", gated, output="sum")]
 
 
-@pytest.mark.parametrize("build", [_read_elsewhere, _gated_read_elsewhere, _is_an_output, _broadcast, _named_block])
+@pytest.mark.parametrize(
+    "build",
+    [_read_elsewhere, _gated_read_elsewhere, _is_an_output, _broadcast, _one_sample_for_all_gates, _named_block],
+)
 def test_residual_that_stays(build: Callable[[PluginGraph], list[str]]) -> None:
     graph = PluginGraph()
     model = graph.model(*build(graph))

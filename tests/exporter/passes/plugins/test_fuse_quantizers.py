@@ -83,6 +83,11 @@ def _row_per_token(graph: PluginGraph) -> list[str]:
     return [graph.linear(graph.modulated("x", per_token, graph.row("b")), FC)]
 
 
+def _one_sample_for_all_modulations(graph: PluginGraph) -> list[str]:
+    rows = [graph.per_sample("x", name) for name in "ab"]
+    return [graph.linear(graph.modulated(graph.one_sample("x"), *rows), FC)]
+
+
 def _named_block(graph: PluginGraph) -> list[str]:
     x = graph.modulated("x", graph.row("a"), graph.row("b"))
     return [graph.linear(graph.boundary(x, "blocks.0.output", "marked"), FC)]
@@ -98,6 +103,7 @@ def _named_block(graph: PluginGraph) -> list[str]:
         _weights_and_modulation,
         _rows_of_two_kinds,
         _row_per_token,
+        _one_sample_for_all_modulations,
         _named_block,
     ],
 )

@@ -57,3 +57,16 @@ def test_what_is_inside_is_what_the_layers_compute() -> None:
     _, *found = run(plain, tokens(), *names)
     for weight, x, y in ((FC, *found[:2]), (SECOND, *found[2:])):
         assert snr_db(reference(x, weight, "e2m3")[1], y) > 110
+
+
+@pytest.mark.parametrize("compute", ["fp32", "fp16", "bf16"])
+def test_a_block_between_two_plugins_is_read_in_float32(compute: Compute) -> None:
+    """The body that makes it ends with a Cast and the one that reads it begins with one."""
+    graph = _fused()
+    third = make_weight("third", features=64)
+    model = graph.model(graph.linear(graph.boundary("sum", "blocks.0.output", "marked"), third))
+    plain = opened(lowered(model, compute=compute))
+    _, block = run(plain, tokens(), "blocks.0.output")
+    (expected,) = run(_fused().model("sum"), tokens())
+    assert block.dtype == np.float32
+    assert snr_db(expected, block) > 30

@@ -1,0 +1,98 @@
+"""torch.export and torch.onnx.export as this project calls them, and the marks at the blocks' boundaries."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from exporter.models.inputs import shared_inputs
+from exporter.symbolic import symbolic_boundary
+
+# Opset 23 turns scaled dot-product attention into `Attention`, whose broadcast mask ONNX Runtime rejects.
+OPSET = 21
+LARGEST_BATCH = 4096
+
+
+def batch_axis() -> torch.export.Dim:
+    """The one size that stays open."""
+    return torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+
+
+def trace(
+    module: nn.Module, arguments: Sequence[Tensor], shapes: tuple[Any, ...], input_names: Sequence[str], output: str
+) -> ir.Model:
+    """The ONNX graph of `module` called with `arguments`; `shapes` are torch.export's dynamic shapes.
+
+    Inputs and the one output get the given names. Weights stay where they are until the model is serialized.
+    """
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(input_names),
+            output_names=[output],
+            verbose=False,
+        )
+    if exported is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return exported.model
+
+
+@contextmanager
+def marked_boundaries(
+    blocks: Sequence[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]]
+) -> Iterator[None]:
+    """Mark every block's float inputs and its output while the model is being traced.
+
+    What a block takes from an earlier one by a skip is that one's output, marked already.
+    """
+    handles = []
+    for name, block in blocks:
+
+        def mark_inputs(
+            _module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            name: str = name,
+            taken: Collection[str] = tuple(skips.get(name, ())),
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden, *rest = args
+            shared = {
+                key: symbolic_boundary(value, f"blocks.{key}") if key in shared_inputs(kwargs, taken) else value
+                for key, value in kwargs.items()
+            }
+            return (symbolic_boundary(hidden, f"{name}.input"), *rest), shared
+
+        def mark_output(_module: nn.Module, _args: tuple[Any, ...], output: Tensor, name: str = name) -> Tensor:
+            return symbolic_boundary(output, f"{name}.output")
+
+        handles.append(block.register_forward_pre_hook(mark_inputs, with_kwargs=True))
+        handles.append(block.register_forward_hook(mark_output))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notes on optional packages; its errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Arithmetic about how long a step takes at least, and what fits a machine's memory."""
