@@ -121,8 +121,9 @@ def _text_parts(folder: PipelineFolder, index: dict[str, Any]) -> dict[str, Any]
 
 def _load_autoencoder(folder: Path) -> Any:
     """The autoencoder in its folder, never from a pickle or the network. Raises `InputError`."""
+    loader: Any = diffusers.AutoencoderKL
     try:
-        return diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{folder}: cannot be loaded as an AutoencoderKL: {reason}") from error
