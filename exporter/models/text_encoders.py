@@ -120,7 +120,8 @@ def load_text_part(pipeline: Path, index: dict[str, Any], folder: str, dtype: st
     except ImportError as error:
         raise EnvironmentLacksError(f"transformers is missing: {error}; pip install 'fp4export[embed]'") from error
     # It draws on any stream, terminal or not.
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     try:
         return getattr(transformers, name).from_pretrained(
             pipeline / folder, local_files_only=True, trust_remote_code=False, **options
