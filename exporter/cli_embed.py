@@ -9,7 +9,7 @@ from exporter.terminal import DEBUG, QUIET, open_progress
 
 @click.command(name="embed", short_help="Encode prompts with a pipeline's own text encoders.")
 @click.argument("model", metavar="RECIPE|MODEL_DIR")
-@click.option("--prompts", required=True, metavar="FILE", help="One prompt per line, or a .json list of them.")
+@click.option("--prompts", required=True, metavar="FILE", help="A .txt file, one prompt a line, or a .json list.")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The prompts file: NAME.safetensors.")
 @click.option("--negative", default="", metavar="TEXT", help="What guidance leads away from (default: nothing).")
 @click.option(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.errors import InputError
+from exporter.evaluation.prompts import read_prompts
 from exporter.files import atomic_path
 from exporter.models.families import adapter_of
 from exporter.models.loading import skeleton
@@ -21,7 +22,6 @@ from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 
 _METADATA = "fp4export.embed"
-_LARGEST_FILE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,11 @@ def _encoded(
 
 
 def read_texts(file: Path) -> list[str]:
-    """The captions in a text file, one per line (blank lines are skipped), or in a JSON list. Raises `InputError`."""
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; --prompts takes a text file, one prompt per line, or a JSON list")
-    if file.stat().st_size > _LARGEST_FILE:
-        raise InputError(f"{file}: over {_LARGEST_FILE >> 20} MiB, so it is no list of prompts")
-    try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text) if file.suffix == ".json" else None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from error
-    if file.suffix == ".json":
-        if not isinstance(data, list) or not all(isinstance(entry, str) and entry.strip() for entry in data):
-            raise InputError(f"{file}: expected a JSON list of prompts, none of them empty")
-        texts: list[str] = data
-    else:
-        texts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not texts:
-        raise InputError(f"{file}: holds no prompts")
-    return texts
+    """The captions of a prompt list (see `read_prompts`), in its order. Raises `InputError`."""
+    texts = [prompt.text for prompt in read_prompts(file)]
+    if None in texts:
+        raise InputError(f"{file}: holds embeddings already; --prompts takes captions (.txt, .json or .yaml)")
+    return [str(text) for text in texts]
 
 
 def _pipeline(model: str) -> Path:

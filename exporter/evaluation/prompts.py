@@ -17,6 +17,7 @@ from exporter.errors import InputError
 Selection = Literal["first", "shuffled"]
 
 _NAME = re.compile(r"[\w-][\w. -]*")
+_LARGEST_FILE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a list, in the file's order.
 
-    .txt has one prompt a line; .json and .yaml map names to texts or to mappings with `prompt` (MJHQ-30K's
-    meta_data.json, sDCI.yaml) or are COCO's caption annotations; .safetensors holds embeddings, without texts. Raises
-    `InputError` for any other content.
+    .txt has one prompt a line; .json and .yaml are a list of texts (HPSv2's benchmark), map names to texts or to
+    mappings with `prompt` (MJHQ-30K's meta_data.json, sDCI.yaml), or are COCO's caption annotations; .safetensors holds
+    embeddings, without texts. Raises `InputError` for any other content.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a prompt list (.txt, .json, .yaml or .safetensors)")
@@ -43,6 +44,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         return [Prompt(f"{row:05d}", row) for row in range(read_conditions(path).count)]
     if path.suffix not in (".txt", ".json", ".yaml", ".yml"):
         raise InputError(f"{path}: unknown suffix {path.suffix!r}; a prompt list is .txt, .json, .yaml or .safetensors")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise InputError(f"{path}: over {_LARGEST_FILE >> 20} MiB, so it is no list of prompts")
     try:
         text = path.read_text(encoding="utf-8")
         pairs = _lines(text) if path.suffix == ".txt" else _entries(path, _parsed(path, text))
@@ -75,12 +78,14 @@ def _entries(path: Path, data: Any) -> list[tuple[str, str]]:
     if isinstance(data, dict) and isinstance(data.get("annotations"), list):
         captions = [entry.get("caption") if isinstance(entry, dict) else None for entry in data["annotations"]]
         named = [(f"{row:05d}", caption) for row, caption in enumerate(captions)]
+    elif isinstance(data, list):
+        named = [(f"{row:05d}", text) for row, text in enumerate(data)]
     elif isinstance(data, dict):
         texts = (value.get("prompt") if isinstance(value, dict) else value for value in data.values())
         named = list(zip(map(str, data), texts, strict=True))
     else:
-        raise InputError(f"{path}: expected names with prompts, or COCO's annotations")
-    odd = next((name for name, text in named if not isinstance(text, str)), None)
+        raise InputError(f"{path}: expected a list of prompts, names with prompts, or COCO's annotations")
+    odd = next((name for name, text in named if not isinstance(text, str) or not text.strip()), None)
     if odd is not None:
         raise InputError(f"{path}: entry {odd!r} has no prompt text")
     return [(name, str(text)) for name, text in named]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import diffusers
 import torch
 from torch import nn
 
-from exporter.errors import EnvironmentLacksError, InputError
+from exporter.errors import InputError
 from exporter.models.location import ModelFiles
+from exporter.models.text_encoders import MODEL_INDEX, load_text_part, read_pipeline
 from exporter.sampling import make_scheduler
 from exporter.transformer_config import CLASS_NAME
 
@@ -29,17 +29,7 @@ PIPELINES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Transformer class → the pipelines that it works in; the first where the folder names none."""
 
 _CPU = torch.device("cpu")
-_INDEX = "model_index.json"
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-_TEXT_CLASSES = (
-    "BertModel",
-    "BertTokenizer",
-    "BertTokenizerFast",
-    "MT5EncoderModel",
-    "T5EncoderModel",
-    "T5Tokenizer",
-    "T5TokenizerFast",
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class PipelineFolder:
     @classmethod
     def of(cls, files: ModelFiles) -> PipelineFolder:
         """The pipeline's folder, also when only its transformer's was given."""
-        is_part = files.root == files.transformer and (files.root.parent / _INDEX).is_file()
+        is_part = files.root == files.transformer and (files.root.parent / MODEL_INDEX).is_file()
         return cls(files.root.parent if is_part else files.root, files.scheduler)
 
     @property
@@ -62,16 +52,7 @@ class PipelineFolder:
 
     def index(self) -> dict[str, Any]:
         """The content of model_index.json, {} without one. Raises `InputError`."""
-        file = self.root / _INDEX
-        if not file.is_file():
-            return {}
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read as JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{file}: expected a JSON object")
-        return data
+        return read_pipeline(self.root) if (self.root / MODEL_INDEX).is_file() else {}
 
 
 def open_pipeline(
@@ -98,7 +79,7 @@ def open_pipeline(
         "scheduler": make_scheduler(scheduler, folder.scheduler, steps, noise),
     }
     if folder.has_vae:
-        parts["vae"] = _load(folder.root / "vae", diffusers, "AutoencoderKL")
+        parts["vae"] = _load_autoencoder(folder.root / "vae")
     if text:
         parts.update(_text_parts(folder, index))
     parameters = inspect.signature(pipeline_class.__init__).parameters
@@ -123,38 +104,26 @@ def _pipeline_name(folder: PipelineFolder, index: Mapping[str, Any], transformer
     fitting = PIPELINES[transformer]
     name = index.get(CLASS_NAME, fitting[0])
     if name not in fitting:
-        raise InputError(f"{folder.root / _INDEX}: is a {name}, but {transformer} works in {' or '.join(fitting)}")
+        raise InputError(f"{folder.root / MODEL_INDEX}: is a {name}, but {transformer} works in {' or '.join(fitting)}")
     return str(name)
 
 
-def _text_parts(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, Any]:
+def _text_parts(folder: PipelineFolder, index: dict[str, Any]) -> dict[str, Any]:
     """The text encoders and tokenizers that the index names. Raises `InputError` when there is none."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise EnvironmentLacksError(f"text encoders: {error}; pip install 'fp4export[embed]'") from error
-    entries = {name: index[name] for name in _TEXT_PARTS if index.get(name) not in (None, [None, None])}
-    parts = {}
-    for name, entry in entries.items():
-        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if library != "transformers" or class_name not in _TEXT_CLASSES:
-            raise InputError(f"{folder.root / _INDEX}: {name} is {entry}; known: {', '.join(_TEXT_CLASSES)}")
-        parts[name] = _load(folder.root / name, transformers, class_name)
-    if "text_encoder" not in parts:
+    names = [name for name in _TEXT_PARTS if index.get(name) not in (None, [None, None])]
+    if "text_encoder" not in names:
         raise InputError(
             f"{folder.root}: holds no text encoder, so texts cannot be drawn; give embeddings (safetensors), or a "
             "whole pipeline's folder with --pipeline"
         )
-    return parts
+    return {name: load_text_part(folder.root, index, name) for name in names}
 
 
-def _load(folder: Path, library: Any, class_name: str) -> Any:
-    """A part of the pipeline from its own folder, never from a pickle or the network. Raises `InputError`."""
-    loader = getattr(library, class_name)
-    safely = {} if "Tokenizer" in class_name else {"use_safetensors": True}
+def _load_autoencoder(folder: Path) -> Any:
+    """The autoencoder in its folder, never from a pickle or the network. Raises `InputError`."""
+    loader: Any = diffusers.AutoencoderKL
     try:
-        return loader.from_pretrained(folder, local_files_only=True, **safely)
+        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: cannot be loaded as {class_name}: {str(error).partition(chr(10))[0]}") from error
-    except ImportError as error:
-        raise EnvironmentLacksError(f"{folder}: {error}; pip install 'fp4export[embed]'") from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{folder}: cannot be loaded as an AutoencoderKL: {reason}") from error

@@ -60,6 +60,10 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
     NAME.safetensors the tensors. Image i is drawn from prompt i (in turn) and seed `options.seed` + i. Raises
     `InputError`, and `EnvironmentLacksError` where a runtime, a device or a package is missing.
     """
+    if options.texts and options.prompts is not None:
+        raise InputError("--prompt and --prompts: give texts or a file of embeddings, not both")
+    if options.negative and not options.texts:
+        raise InputError("--negative-prompt goes with --prompt; a file of embeddings holds its own")
     _check_destination(destination)
     source = DrawingSource.of_output(output, options.pipeline)
     transformer = EngineTransformer.load(output, model=source.files.root, device=options.device)

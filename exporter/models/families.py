@@ -33,5 +33,7 @@ def adapter_of(config: Mapping[str, Any], file: Path) -> Adapter:
     found = next((adapter for adapter in ADAPTERS.values() if adapter.class_name == name), None)
     if found is None:
         known = ", ".join(adapter.class_name for adapter in ADAPTERS.values())
-        raise InputError(f"{file}: _class_name is {name!r}; the families here are {known}")
+        raise InputError(
+            f"{file}: _class_name is {name!r}; the families here are {known}; docs/architecture.md shows how to add one"
+        )
     return found

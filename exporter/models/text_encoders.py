@@ -71,7 +71,7 @@ def encode(
     """
     index = read_pipeline(pipeline)
     texts = [text.lower().strip() for text in texts] if part.lower_case else list(texts)
-    tokenizer = _load(pipeline, index, part.tokenizer, _TOKENIZERS)
+    tokenizer = load_text_part(pipeline, index, part.tokenizer)
     tokens = tokenizer(
         texts,
         padding="max_length",
@@ -87,7 +87,7 @@ def encode(
         progress.note(
             f"warning: {part.tokenizer}: the longest prompt has {longest} tokens; all behind {part.tokens} are cut"
         )
-    encoder = _load(pipeline, index, part.encoder, _ENCODERS, dtype=dtype, use_safetensors=True).eval()
+    encoder = load_text_part(pipeline, index, part.encoder, dtype).eval()
     rows = []
     with progress.task(part.encoder, len(texts)) as task:
         for start in range(0, len(texts), batch_size):
@@ -97,8 +97,16 @@ def encode(
     return {part.embeds: torch.cat(rows), part.mask: mask}
 
 
-def _load(pipeline: Path, index: dict[str, Any], folder: str, known: Sequence[str], **options: Any) -> Any:
-    """The part of the pipeline in `folder`, by the class that model_index.json names."""
+def load_text_part(pipeline: Path, index: dict[str, Any], folder: str, dtype: str | None = None) -> Any:
+    """The tokenizer or text encoder in `folder`, by the class that model_index.json names, encoders in `dtype`.
+
+    Raises `InputError` for any class but those of the families' pipelines and for a pickle, `EnvironmentLacksError`
+    without transformers.
+    """
+    options: dict[str, Any]
+    known, options = (_TOKENIZERS, {}) if folder.startswith("tokenizer") else (_ENCODERS, {"use_safetensors": True})
+    if dtype is not None:
+        options = {**options, "dtype": dtype}
     library, name = _class_of(pipeline, index, folder)
     if library != "transformers" or name not in known:
         raise InputError(
@@ -111,6 +119,9 @@ def _load(pipeline: Path, index: dict[str, Any], folder: str, known: Sequence[st
         import transformers
     except ImportError as error:
         raise EnvironmentLacksError(f"transformers is missing: {error}; pip install 'fp4export[embed]'") from error
+    # It draws on any stream, terminal or not.
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     try:
         return getattr(transformers, name).from_pretrained(
             pipeline / folder, local_files_only=True, trust_remote_code=False, **options

@@ -19,8 +19,6 @@ from exporter.runtime.engine import Engine
 from exporter.runtime.open import open_engine
 from exporter.transformer_config import CLASS_NAME, config_of_output
 
-TRANSFORMERS = ("PixArtTransformer2DModel", "HunyuanDiT2DModel", "DiTTransformer2DModel")
-
 # What pipelines always pass, and a model takes or ignores by its config.
 _SWITCHED_BY_CONFIG = ("resolution", "aspect_ratio", "style", "image_meta_size")
 
@@ -40,9 +38,9 @@ class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
         """
         super().__init__()  # type: ignore[no-untyped-call]
         name = config.get(CLASS_NAME)
-        if name not in TRANSFORMERS:
-            raise InputError(f"{engine.name}: stands for {name!r}; supported: {', '.join(TRANSFORMERS)}")
-        model_class = getattr(diffusers, name)
+        model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not (inspect.isclass(model_class) and issubclass(model_class, ModelMixin)):
+            raise InputError(f"{engine.name}: stands for {name!r}, which is no model of this diffusers")
         parameters = inspect.signature(model_class.__init__).parameters
         defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         self.engine = engine

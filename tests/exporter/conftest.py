@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransfor
 from safetensors.torch import save_file
 
 from exporter.cli import main
+from exporter.gate.table import GateResult
+from tests.exporter.validated_export import Export, export_tiny_pixart
 
 RECIPE = """
 model: {weights: model}
@@ -89,3 +91,15 @@ def pipeline_folder(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ).save_pretrained(root / "vae")
     (root / "model_index.json").write_text(json.dumps(INDEX))
     return root
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The tiny PixArt of `validated_export`, exported."""
+    return export_tiny_pixart(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="session")
+def gate(export: Export) -> tuple[GateResult, Path]:
+    folder = export.folder / "gate"
+    return export.validate(export.path("cpu"), folder), folder

@@ -20,7 +20,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from exporter.cli import main
@@ -202,22 +202,17 @@ def test_what_is_wrong_with_a_pipeline_is_named(
     assert not (tmp_path / "p.safetensors").exists()
 
 
-def test_prompts_are_lines_or_a_json_list(tmp_path: Path) -> None:
+def test_captions_are_those_of_any_prompt_list(tmp_path: Path) -> None:
     lines, listed = tmp_path / "p.txt", tmp_path / "p.json"
     lines.write_text(" one \n\ntwo\n")
     listed.write_text('["one", "two\\nlines"]')
     assert read_texts(lines) == ["one", "two"]
     assert read_texts(listed) == ["one", "two\nlines"]
-    for content, message in {
-        "{}": "expected a JSON list",
-        '["", "x"]': "none of them empty",
-        "[": "cannot be read",
-    }.items():
-        listed.write_text(content)
-        with pytest.raises(InputError, match=message):
-            read_texts(listed)
+    listed.write_text('{"annotations": [{"caption": "b"}, {"caption": "a"}]}')
+    assert read_texts(listed) == ["b", "a"]
     lines.write_text("\n\n")
     with pytest.raises(InputError, match="holds no prompts"):
         read_texts(lines)
-    with pytest.raises(InputError, match="no such file; --prompts takes"):
-        read_texts(tmp_path / "absent.txt")
+    save_file({"prompt_embeds": torch.zeros(1, 2, 3)}, tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match="holds embeddings already"):
+        read_texts(tmp_path / "p.safetensors")

@@ -61,7 +61,8 @@ def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Pa
         conditions = Embedded(Path("test"), tensors)
         drawn.append(generate(pipeline, conditions, images, Settings(3, 4.0, (SIDE, SIDE))))
     assert drawn[0].shape == ((2, 3, 2 * SIDE, 2 * SIDE) if family == "dit" else (2, 3, SIDE, SIDE))
-    assert snr_db(drawn[0].numpy(), drawn[1].numpy()) > 70
+    # One call of the graph is 102 dB from torch's; an absolute limit would measure the latents, which reach a thousand.
+    assert snr_db(drawn[0].numpy(), drawn[1].numpy()) > 90
     assert not torch.allclose(drawn[0][0], drawn[0][1], atol=1e-3)
 
 

@@ -95,6 +95,8 @@ def test_lone_file_needs_only_a_pipeline_and_prompts(
         (["-o", "x.png", "--scheduler", "DDIMSchedular"], "did you mean 'DDIMScheduler'"),
         (["-o", "x.png", "--prompts", "none.safetensors"], "no such file"),
         (["-o", "x.png", "--prompt", "a cat"], "holds no text encoder"),
+        (["-o", "x.png", "--prompt", "a cat", "--prompts", "p.safetensors"], "not both"),
+        (["-o", "x.png", "--negative-prompt", "fog"], "goes with --prompt"),
         (["-o", "x.png", "--steps", "0"], "0 is not in the range"),
         (["-o", "x.png", "--steps", "1"], "take at least 2 steps"),
     ],
@@ -143,6 +145,6 @@ def test_index_that_names_other_classes(
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
     assert "is a FluxPipeline, but PixArtTransformer2DModel works in" in _error(capsys, *words)
     (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["os", "system"]}))
-    assert "text_encoder is ['os', 'system']; known:" in _error(capsys, *words, "--prompt", "a cat")
+    assert "text_encoder is os.system; expected transformers'" in _error(capsys, *words, "--prompt", "a cat")
     (folder / "model_index.json").write_text("{")
     assert "cannot be read as JSON" in _error(capsys, *words)

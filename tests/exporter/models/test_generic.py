@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
-from safetensors.torch import save_file
+from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from exporter.cli import main
 from exporter.errors import InputError
+from exporter.gate.snr import snr_db
 from exporter.metrics import read_metrics
 from exporter.models.generic import GenericAdapter
 from exporter.models.loading import load_transformer
+from exporter.runtime import EngineTransformer
 from tests.exporter.models.small_families import T5_TOKENS, T5_WIDTH, dit, hunyuan
 
 RECIPE = """
@@ -65,6 +68,35 @@ def test_the_whole_job_runs_and_the_gate_passes(sana: Path) -> None:
     metrics = read_metrics(sana / "out.metrics.json")
     assert metrics["fidelity"]["passed"]
     assert metrics["quality"]["eps_snr_db_mean"] > 15
+    original = load_transformer(sana / "model" / "transformer", GenericAdapter({"encoder_hidden_states": []}, None))
+    drawn = [_drawn(transformer, sana) for transformer in (original, EngineTransformer.load(sana / "out.onnx"))]
+    assert snr_db(*(latents.numpy() for latents in drawn)) > 15
+    assert not torch.equal(*drawn)
+
+
+def _drawn(transformer: nn.Module, folder: Path) -> Tensor:
+    """Latents of the family's own pipeline."""
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(folder / "model" / "scheduler")
+    pipe = SanaPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    tensors = load_file(folder / "prompts.safetensors")
+    keys = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+    given = {
+        f"{prefix}{key}": tensors[f"{prefix}{name}"][:1] for name, key in keys.items() for prefix in ("", "negative_")
+    }
+    side = 8 * pipe.vae_scale_factor
+    latents: Tensor = pipe(
+        **{"negative_prompt": None, **given},
+        height=side,
+        width=side,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        use_resolution_binning=False,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return latents
 
 
 @pytest.mark.parametrize(

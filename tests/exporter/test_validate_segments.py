@@ -1,0 +1,75 @@
+"""Large graphs are compared segment by segment, with the verdicts that the whole graph gets."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from exporter.errors import FidelityError
+from exporter.gate import segments
+from exporter.gate.segments import SegmentedSession, with_constants_computed
+from exporter.gate.snr import snr_db
+from exporter.gate.table import GateResult
+from exporter.runtime import OnnxSession
+from exporter.validate import validate_output
+from tests.exporter.validated_export import ADAPTER, LAYER, QUIET, TAMPERINGS, Export, tampered
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx-sm86"])
+def test_a_large_graph_is_compared_in_segments_with_the_same_verdicts(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    whole = export.validate(export.path(target), tmp_path / "whole", target)
+    monkeypatch.setattr(segments, "LARGEST_WHOLE", 0)
+    parts = export.validate(export.path(target), tmp_path / "parts", target)
+    assert [(row.kind, row.name, row.passed) for row in parts.rows] == [
+        (row.kind, row.name, row.passed) for row in whole.rows
+    ]
+    # Fusions across the cuts may change the last bits of a result, and through a code a free-running one.
+    for part, row in zip(parts.rows, whole.rows, strict=True):
+        assert part.threshold_db == row.threshold_db
+        assert part.snr_db == pytest.approx(row.snr_db, abs=25 if row.kind == "end_to_end" else 10)
+
+
+@pytest.mark.parametrize("change", TAMPERINGS)
+def test_tampering_with_a_large_graph_is_caught(
+    export: Export,
+    gate: tuple[GateResult, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, np.ndarray]], str],
+) -> None:
+    monkeypatch.setattr(segments, "LARGEST_WHOLE", 0)
+    folder = shutil.copytree(gate[1], tmp_path / "gate")
+    output = tampered(export.path("cpu"), change, tmp_path / "output.onnx")
+    with pytest.raises(FidelityError, match=LAYER):
+        validate_output(output, folder, output, QUIET, built_sha256="")
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx-sm86"])
+def test_a_segmented_session_gives_what_the_whole_graph_gives(export: Export, target: str) -> None:
+    inputs = export.captured.inputs(torch.arange(4), export.prompts).as_numpy()
+    blocks = [name for name, _ in ADAPTER.blocks(export.quantized)]
+    session = SegmentedSession(onnx.load(export.path(target)), blocks)
+    expected = OnnxSession(export.path(target)).run(inputs)["sample"]
+    first, second = (session.run(inputs)["sample"] for _ in range(2))
+    assert np.array_equal(first, second)
+    assert snr_db(expected, first) > 40
+
+
+def test_constants_are_computed_as_they_would_be_when_the_graph_runs(export: Export) -> None:
+    model = onnx.load(export.path("exported"))
+    computed = with_constants_computed(model)
+    assert not any(node.domain == "fp4export" for node in computed.graph.node)
+    assert sum(len(tensor.raw_data) for tensor in computed.graph.initializer) > 4 * sum(
+        len(tensor.raw_data) for tensor in model.graph.initializer if tensor.name.endswith(".words")
+    )
+    inputs = export.captured.inputs(torch.arange(2), export.prompts).as_numpy()
+    one, other = (OnnxSession(graph).run(inputs)["sample"] for graph in (model, computed))
+    assert np.array_equal(one, other)
