@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.cuda.linear import PackedOnGpu
+from exporter.decoded_weights import unpacked_codes, unpacked_weight
 from exporter.errors import InputError
 from exporter.plan import LayerPlan, Plan
 from exporter.rounding import InputQuantizer, dequantize, round_to_format
@@ -119,13 +120,12 @@ class QuantLinear(nn.Module):
     @property
     def codes(self) -> Tensor:
         """The weight's codes uint8 [N, K], on the device of the scales."""
-        codes = unpack(self.words.numpy(force=True), get_format(self.weight_format).bits, self.in_features)
-        return torch.from_numpy(codes).to(self.scales.device)
+        return unpacked_codes(self.words, get_format(self.weight_format), self.in_features).to(self.scales.device)
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight float32 [N, K]."""
-        return QuantizedWeight(self.codes, self.scales).dequantize(get_format(self.weight_format))
+        return unpacked_weight(self.words, self.scales, get_format(self.weight_format), self.in_features)
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the input's (values [..., K] on the unit grid, scales [..., 1] or [..., K/G]).

@@ -25,7 +25,7 @@ from tools.marked_section import replace_section
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
-_SECONDS_BETWEEN_SAMPLES = 0.03
+_SECONDS_BETWEEN_SAMPLES = 0.1
 _GB = 1e9
 
 
