@@ -29,9 +29,10 @@ from exporter.device.rtx_file import check_rtx_engine
 from exporter.device.sizes import size
 from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
-from exporter.files import atomic_path
+from exporter.files import atomic_path, sha256_of
 from exporter.gpu import free_memory, local_gpu
 from exporter.targets import Target
+from plugins.kernels.library import INDEX
 
 if TYPE_CHECKING:
     from exporter.progress import Progress
@@ -100,7 +101,7 @@ def build_engine(
     shapes = profile_shapes(graph.model, options.batch)
     _check_memory(graph, options, progress)
     start = time.monotonic()
-    cache = timing_cache_path(output)
+    cache = timing_cache_path(output, graph.kernels)
     with atomic_path(output) as temporary:
         job = EngineJob(
             onnx=str(lowered),
@@ -125,9 +126,14 @@ def build_engine(
     return EngineInfo(output, target.name, output.stat().st_size, name, seconds, checks)
 
 
-def timing_cache_path(output: Path) -> Path:
-    """Where an engine's measurements are kept: NAME.timing.cache beside NAME.plan."""
-    return output.with_name(output.stem + CACHE_ENDING)
+def timing_cache_path(output: Path, kernels: Path | None = None) -> Path:
+    """Where an engine's measurements are kept: NAME.timing.cache beside NAME.plan.
+
+    With plugins NAME.HASH.timing.cache, the hash being that of their kernels: TensorRT knows a plugin's measurements by
+    name and shapes alone, so that another release's tactics would be taken for these.
+    """
+    own = "" if kernels is None else f".{sha256_of(kernels / INDEX)[:12]}"
+    return output.with_name(output.stem + own + CACHE_ENDING)
 
 
 def device_command(lowered: Path, output: Path, target: Target, options: BuildOptions | None = None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from exporter.device import build, requirements
-from exporter.device.build import BuildOptions, EngineInfo, build_engine
+from exporter.device.build import BuildOptions, EngineInfo, build_engine, timing_cache_path
 from exporter.device.child import WorkerError
 from exporter.device.jobs import EngineCheck, EngineJob
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
@@ -85,6 +85,19 @@ def test_an_engine_that_is_as_planned_passes_all(worker: Worker, lowered: Path) 
     assert info.builder == "TensorRT 10.3.0"
     kept = {path.name for path in lowered.parent.iterdir()}
     assert kept == {"lowered.orin.onnx", "gate.orin", "out.plan", "out.timing.cache", "out.layers.json"}
+
+
+def test_other_kernels_measurements_are_not_taken_for_these(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "same", "other")]
+    for folder, content in zip(folders, ("{}", "{}", '{"kernels": []}'), strict=True):
+        folder.mkdir()
+        (folder / "kernels.json").write_text(content)
+    output = tmp_path / "e.plan"
+    one, same, other = (timing_cache_path(output, folder) for folder in folders)
+    assert one == same
+    assert len({one, other, timing_cache_path(output)}) == 3
+    assert {path.parent for path in (one, other)} == {tmp_path}
+    assert all(path.name.startswith("e.") and path.name.endswith(".timing.cache") for path in (one, other))
 
 
 def test_the_timing_cache_is_used_by_the_next_build(worker: Worker, lowered: Path) -> None:
