@@ -119,7 +119,7 @@ def repeat_blocks(
     }
     if sorted(placeholders) != sorted(calls) or len(calls) != len(blocks):
         raise NotRepeatedError("the blocks do not run once each")
-    names = _weight_names(model, prefix)
+    names = _weight_names(graph.graph, model, prefix)
     modules = dict(blocks)
     kinds = _kinds(blocks, skips, calls)
     for kind in kinds:
@@ -175,11 +175,13 @@ def _traced(path: str, block: nn.Module, call: BlockCall, skips: Mapping[str, Ma
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-def _weight_names(model: nn.Module, prefix: str) -> dict[int, str]:
-    """id of a parameter or buffer → its name in the graph, the first where modules share it."""
+def _weight_names(graph: ir.Graph, model: nn.Module, prefix: str) -> dict[int, str]:
+    """id of a parameter or buffer → its name: where modules share it, one that the graph has already, or the first."""
     names: dict[int, str] = {}
-    for name, tensor in block_tensors(model).items():
-        names.setdefault(id(tensor), f"{prefix}{name}")
+    for path, tensor in block_tensors(model).items():
+        name = f"{prefix}{path}"
+        if id(tensor) not in names or name in graph.initializers:
+            names[id(tensor)] = name
     return names
 
 
