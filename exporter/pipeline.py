@@ -107,7 +107,8 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     runnable = runnable_graph(job, lowered)
     graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
-    job.timed("kernels", compiled_kernels, lowered)
+    if job.target.kernels == "plugin":
+        job.timed("kernels", compiled_kernels, lowered)
     return Prepared(source, quantized, exported, lowered, runnable, fidelity, ranges)
 
 

@@ -204,8 +204,6 @@ def _copy_onnx(source: Path, copy: Path) -> None:
 
 def compiled_kernels(job: Job, lowered: Path) -> None:
     """The kernels of the lowered graph's plugins, compiled ahead of time into lowered.TARGET.kernels/ beside it."""
-    if job.target.kernels != "plugin":
-        return
     folder, reused = obtain_kernels(lowered, job.target, job.work, job.progress)
     count = len(list(folder.glob("*.ptx")))
     job.progress.note(f"{_verb(reused, 'compiled')} {count} kernels ({folder})")
