@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -258,11 +259,12 @@ def _print_result(result: ExportResult) -> None:
 
 
 def run() -> NoReturn:
-    """Run the command as this process and end it with the exit code.
+    """Run the command as this process and end it with the exit code; SIGTERM interrupts it as Ctrl-C does.
 
     Python kills itself by SIGINT at its end, whatever `sys.exit` says, if a KeyboardInterrupt passed through code
     that a library ran with `exec`, as torch's tracing does; so an interrupted run ends without that last step.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     if code == EXIT_INTERRUPTED:
         sys.stdout.flush()
