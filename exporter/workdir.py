@@ -22,6 +22,9 @@ from exporter.tensor_files import atomic_tensor_path
 QUANTIZED = "quantized"
 """What names of files with calibrated weights begin with."""
 
+UNFINISHED = "unfinished"
+"""What names of folders with the units of a calibration that is under way begin with."""
+
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
 _NAME_DIGITS = 8
 _LOCK = "lock"

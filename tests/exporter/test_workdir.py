@@ -76,7 +76,7 @@ def test_a_folder_that_is_being_worked_in_is_refused_and_free_again_afterwards(t
 def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
     work = WorkDir.open(tmp_path / "w")
     kept = ["a.onnx", ".hidden", ".a.tmp.onnx", "gate.cpu/reference.safetensors"]
-    half = [".a.0123abcd.tmp.onnx", ".a.0123abcd.tmp.onnx.data", "gate.cpu/.r.89abcdef.tmp", ".kernels.89abcdef.tmp/k.ptx"]
+    half = [".a.0123abcd.tmp.onnx", ".a.0123abcd.tmp.onnx.data", "gate.cpu/.r.89abcdef.tmp", ".k.89abcdef.tmp/k.ptx"]
     for name in (*kept, *half):
         work.file(name).parent.mkdir(exist_ok=True)
         work.file(name).write_text("")
