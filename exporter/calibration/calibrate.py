@@ -49,10 +49,11 @@ def calibrate(
     """Quantize the planned linears of `model`, which stays as it is.
 
     Scales are searched with what the layers' inputs are like on the calibration set; then the weights are
-    rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"), or the
-    roundings of each block are learned jointly ("fp4dit"), block by block on the outputs of the network quantized so
-    far, with the original network's outputs as targets. Units that an earlier run has `finished` are not done again.
-    The same seed gives the same result on the same machine, however often it was interrupted.
+    rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"). For
+    "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
+    outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
+    has `finished` are not done again. The same seed gives the same result on the same machine, however often it was
+    interrupted.
     """
     finished = finished or NothingKept()
     run = CalibrationRun(adapter, calibration_set, prompts)
@@ -62,8 +63,11 @@ def calibrate(
     weights = _nearest(model, plan, inputs, method, progress, finished)
     if method.name == "rtn":
         return CalibrationResult(weights)
-    if method.name == "gptq":
-        return _with_feedback(model, plan, inputs, weights, progress, finished)
+    if _feeds_back(method):
+        fed_back = _with_feedback(model, plan, inputs, weights, progress, finished)
+        if method.name == "gptq":
+            return fed_back
+        weights = fed_back.weights
     walk = _Walk(model, plan, weights, run, method, seed, progress, finished)
     statistics = walk.through(list(inputs))
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
@@ -75,9 +79,14 @@ def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
     return static or method.scale_search != "absmax"
 
 
+def _feeds_back(method: MethodSection) -> bool:
+    """Whether weights are rounded with error feedback, at last or to begin with."""
+    return method.name == "gptq" or (method.name == "fp4dit" and method.start == "gptq")
+
+
 def _largest_gram(plan: Plan, method: MethodSection) -> int:
     """The longest rows whose Gram matrix is needed: error feedback takes that of all, the search of short ones."""
-    if method.name == "gptq":
+    if _feeds_back(method):
         return max((layer.in_features for layer in plan.layers), default=0)
     searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
     return LARGEST_GRAM if searched else 0
