@@ -18,6 +18,7 @@ from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import one_thread
 from exporter.memory import release_mapped_weights
+from exporter.method_section import MethodSection
 from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
@@ -29,7 +30,6 @@ from exporter.quantize import (
     planned_linear,
     share_copy,
 )
-from exporter.recipe import MethodSection
 
 # So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
 _LAYERS_AT_ONCE = 16
