@@ -19,7 +19,7 @@ from exporter.passes.layer_table import read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
 from exporter.runtime import OnnxSession
-from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.sampling import Denoiser, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
 from exporter.stages import capture
@@ -45,7 +45,8 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     settings = job.recipe.evaluation
     held_out = held_out_inputs(job, source)
     engine = graph_denoiser(source, open_graph(source, lowered))
-    noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
+    at_once = samples_at_once(_image_tokens(source), guidance=1.0)
+    noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress, batch_size=at_once)
     rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
     batches = [held_out.inputs(row.reshape(1), source.prompts) for row in rows]
     inputs = layer_rows(source.model, source.adapter, source.plan, batches)
@@ -126,7 +127,12 @@ def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
         seed=_held_out_seed(job),
         latent_shape=source.latent_shape,
         progress=job.progress,
+        batch_size=samples_at_once(_image_tokens(source), settings.guidance),
     )
+
+
+def _image_tokens(source: Source) -> int:
+    return source.adapter.image_tokens(source.model, source.latent_shape)
 
 
 def prompt_order(source: Source, count: int) -> Tensor:
