@@ -16,6 +16,7 @@ from torch import nn
 from exporter.errors import InputError
 from exporter.models.location import ModelFiles
 from exporter.models.text_encoders import MODEL_INDEX, load_text_part, read_pipeline
+from exporter.models.weight_files import only_variant, pickle_note
 from exporter.sampling import make_scheduler
 from exporter.transformer_config import CLASS_NAME
 
@@ -123,7 +124,7 @@ def _load_autoencoder(folder: Path) -> Any:
     """The autoencoder in its folder, never from a pickle or the network. Raises `InputError`."""
     loader: Any = diffusers.AutoencoderKL
     try:
-        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=only_variant(folder))
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{folder}: cannot be loaded as an AutoencoderKL: {reason}") from error
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(f"{folder}: cannot be loaded as an AutoencoderKL: {reason}{pickle_note(folder)}") from error
