@@ -171,6 +171,16 @@ def test_encoders_that_are_there_in_one_variant_only(tmp_path: Path, texts: Path
     torch.testing.assert_close(found.float(), whole["prompt_embeds"], atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("output", "message"), [("p.txt", "expected NAME.safetensors"), ("no/p.safetensors", "mkdir -p")]
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_encoded(
+    tmp_path: Path, texts: Path, output: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        embed(str(tmp_path / "no model here"), texts, tmp_path / output)
+
+
 def test_class_labels_need_no_embedding(tmp_path: Path, texts: Path) -> None:
     DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=3
