@@ -66,6 +66,8 @@ def generate(
         "height": height,
         "width": width,
         "use_resolution_binning": False,
+        # It would depend on whether two packages are installed, and `fp4export embed` does not do it either.
+        "clean_caption": False,
         "return_dict": False,
     }
     hooks = [
