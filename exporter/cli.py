@@ -279,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Notes on optional packages and types make no difference here; what diffusers logs as an error, it raises as well.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     debug = "--debug" in words
     try:
         return _run(words)

@@ -31,6 +31,8 @@ PIPELINES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _CPU = torch.device("cpu")
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+# diffusers' DiTPipeline hands the scheduler no generator, and does not scale the first noise.
+_WRONG_IN_DIT = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,13 @@ def open_pipeline(
     Raises `InputError` for a folder that does not fit the transformer or lacks a part that is asked for.
     """
     index = folder.index()
-    pipeline_class = getattr(diffusers, _pipeline_name(folder, index, _class_of(transformer)))
+    name = _pipeline_name(folder, index, _class_of(transformer))
+    if name == "DiTPipeline" and scheduler in _WRONG_IN_DIT:
+        raise InputError(
+            f"diffusers' {name} neither seeds the noise of {scheduler} nor scales it; take --scheduler DDIMScheduler "
+            "or DPMSolverMultistepScheduler"
+        )
+    pipeline_class = getattr(diffusers, name)
     parts: dict[str, Any] = {
         "transformer": transformer,
         "scheduler": make_scheduler(scheduler, folder.scheduler, steps, noise),
@@ -84,7 +92,7 @@ def open_pipeline(
     if text:
         parts.update(_text_parts(folder, index))
     parameters = inspect.signature(pipeline_class.__init__).parameters
-    absent = {name: None for name, value in parameters.items() if name != "self" and value.default is value.empty}
+    absent = {key: None for key, value in parameters.items() if key != "self" and value.default is value.empty}
     if "requires_safety_checker" in parameters:
         parts["requires_safety_checker"] = False
     pipeline = pipeline_class(**{**absent, **parts})
@@ -92,16 +100,23 @@ def open_pipeline(
     return pipeline.to(device)
 
 
+def check_drawable(transformer: object, place: Path) -> None:
+    """Raise `InputError`, naming `place`, for a transformer of a class that no known pipeline draws with."""
+    if transformer not in PIPELINES:
+        raise InputError(
+            f"{place}: no pipeline is known for {transformer}; known: {', '.join(PIPELINES)}. Elsewhere "
+            "exporter.runtime.EngineTransformer stands in for the transformer, in the model's own pipeline in Python"
+        )
+
+
 def _class_of(transformer: nn.Module) -> str:
     """The diffusers class that a transformer is, or that an engine stands for."""
     config: Mapping[str, Any] = getattr(transformer, "config", {})
-    name = config.get(CLASS_NAME, type(transformer).__name__)
-    if name not in PIPELINES:
-        raise InputError(f"no pipeline is known for {name}; known: {', '.join(PIPELINES)}")
-    return str(name)
+    return str(config.get(CLASS_NAME, type(transformer).__name__))
 
 
 def _pipeline_name(folder: PipelineFolder, index: Mapping[str, Any], transformer: str) -> str:
+    check_drawable(transformer, folder.root)
     fitting = PIPELINES[transformer]
     name = index.get(CLASS_NAME, fitting[0])
     if name not in fitting:
