@@ -62,7 +62,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
-        settings=settings.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=settings.sampler,
         trajectories=trajectories,
         seed=seed,
     )
@@ -88,6 +88,7 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
             job.recipe.calibration.seed,
             job.progress,
             units,
+            source.store,
         )
         save_quantized(path, result, source.plan)
 
@@ -116,7 +117,7 @@ def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
     return {
         "model": source.identity,
         "latent_shape": source.latent_shape,
-        "calibration": job.recipe.calibration.model_dump(exclude={"prompts"}),
+        "calibration": job.recipe.calibration.model_dump(exclude={"prompts", "memory"}),
         "method": job.recipe.method.model_dump(),
         "layers": source.layer_facts(),
     }
