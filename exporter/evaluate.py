@@ -101,7 +101,7 @@ def original_samples(job: Job, source: Source, count: int) -> Tensor:
         stage="samples",
         model=source.identity,
         shape=source.latent_shape,
-        settings=job.recipe.calibration.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=job.recipe.calibration.sampler,
         seed=_held_out_seed(job),
         count=count,
     )

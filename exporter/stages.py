@@ -65,7 +65,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
-        settings=settings.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=settings.sampler,
         trajectories=trajectories,
         seed=seed,
     )
@@ -96,7 +96,7 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
 
 def _calibration(job: Job) -> dict[str, Any]:
     """What the captured inputs depend on, beside the model and its prompts."""
-    return job.recipe.calibration.model_dump(exclude={"prompts"})
+    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
 
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
@@ -115,6 +115,7 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
             job.recipe.calibration.seed,
             job.progress,
             units,
+            source.store,
         )
         save_quantized(path, result, source.plan)
 

@@ -127,10 +127,13 @@ class Adapter(ABC):
             )
         return facts.in_channels, side, side
 
+    def tokens(self, model: nn.Module, latent_shape: tuple[int, int, int]) -> int:
+        """Tokens of a sample in the blocks."""
+        return latent_shape[1] * latent_shape[2] // self.config(model).patch_size ** 2
+
     def block_output_size(self, model: nn.Module, latent_shape: tuple[int, int, int]) -> int:
         """Numbers in a block's output per sample."""
-        facts = self.config(model)
-        return latent_shape[1] * latent_shape[2] // facts.patch_size**2 * facts.inner_dim
+        return self.tokens(model, latent_shape) * self.config(model).inner_dim
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """(module path, module) of the transformer blocks, in order of execution."""
