@@ -2,8 +2,9 @@
 
 `python -m tools.full_size --model pixart` makes a model directory with random weights in build/full_size, exports it by
 a round-to-nearest W4A6 recipe for the cpu and for rtx-sm89, each from scratch in a process of its own, and measures the
-resident memory of that process and all that it starts. `--blocks 4` is quick, and is printed instead of written.
-Close everything else: a busy machine takes longer.
+resident memory of that process and all that it starts. What an export that is broken off has taken so far is in
+TARGET.spans.json. `--blocks 4` is quick, and is printed instead of written. Close everything else: a busy machine takes
+longer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import click
 import psutil
 
 from exporter.onnx_files import total_bytes
-from tools.full_size_models import MODELS, FullSize
+from tools.full_size_models import MODELS, TRANSFORMER, FullSize
 from tools.marked_section import replace_section
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def main(name: str, blocks: int | None, targets: tuple[str, ...]) -> None:
     folder = ROOT / "build" / "full_size" / f"{name}-{count}"
     making = [sys.executable, "-m", "tools.full_size_models", name, str(count), str(folder)]
     subprocess.run(making, check=True)
-    weights = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in (folder / TRANSFORMER).glob("*.safetensors"))
     section = markdown(model, weights, [measured_export(folder, target) for target in targets])
     if blocks is None:
         replace_section(PAGE, f"full size: {name}", section)
