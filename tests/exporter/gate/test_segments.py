@@ -8,7 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from exporter.errors import FidelityError
-from exporter.gate.segments import with_constants_computed
+from exporter.gate.segments import DividedGraph
 
 
 def test_constants_that_cannot_be_computed_are_a_failure_of_the_gate() -> None:
@@ -23,5 +23,5 @@ def test_constants_that_cannot_be_computed_are_a_failure_of_the_gate() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     with pytest.raises(FidelityError, match="cannot compute the graph's constants") as failure:
-        with_constants_computed(model)
+        DividedGraph(model).part({}, ["y"])
     assert "\n" not in str(failure.value)
