@@ -34,7 +34,7 @@ _LAYER_ROWS = 512
 _MOST_NUMBERS = 64_000_000
 _FEWEST_ROWS = 32
 # After so many layers the original's weights, which are not looked at again, leave the memory.
-_LAYERS_AT_ONCE = 16
+_LAYERS_AT_ONCE = 48
 
 
 @dataclass(frozen=True)

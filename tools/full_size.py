@@ -21,6 +21,7 @@ import click
 import psutil
 
 from exporter.onnx_files import total_bytes
+from exporter.targets import get_target
 from tools.full_size_models import MODELS, TRANSFORMER, FullSize
 from tools.marked_section import replace_section
 
@@ -28,6 +29,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 _SECONDS_BETWEEN_SAMPLES = 0.1
 _GB = 1e9
+_MOST_OF_FP32 = 0.17
+# Stages that are named where a budget is missed.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -131,20 +135,36 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
     lines.append("| **all** | " + " | ".join(total) + " |")
     lines += ["", "| aim | measured | |", "|---|---|---|"]
     for use in exports:
-        aims = [
-            (f"{use.target}: at most {model.most_seconds} s", use.seconds, f"{use.seconds:.0f} s", model.most_seconds),
-            (
-                f"{use.target}: at most {model.most_bytes / _GB:.1f} GB resident",
-                use.peak_bytes,
-                f"{use.peak_bytes / _GB:.1f} GB",
-                model.most_bytes,
-            ),
-            (f"{use.target}: file at most 0.17 of FP32", use.output_bytes / weights, "", 0.17),
+        seconds, size = use.seconds, use.output_bytes / weights
+        lines += [
+            f"| {use.target}: at most {model.most_seconds} s | {seconds:.0f} s "
+            f"| {_verdict(seconds <= model.most_seconds, _longest(use))} |",
+            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {use.peak_bytes / _GB:.1f} GB "
+            f"| {_verdict(use.peak_bytes <= model.most_bytes, _fullest(use))} |",
+            f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
+            f"| {_verdict(size <= _MOST_OF_FP32, _why_large(use.target))} |",
         ]
-        for text, found, shown, most in aims:
-            verdict = "met" if found <= most else "**missed**"
-            lines.append(f"| {text} | {shown or f'{found:.3f}'} | {verdict} |")
     return "\n".join(lines)
+
+
+def _verdict(met: bool, why_not: str) -> str:
+    return "met" if met else f"**missed**: {why_not}"
+
+
+def _longest(use: ExportUse) -> str:
+    stages = sorted(use.stages, key=lambda stage: -stage.seconds)[:_NAMED]
+    return "most of it are " + ", ".join(f"{stage.name} ({stage.seconds:.0f} s)" for stage in stages)
+
+
+def _fullest(use: ExportUse) -> str:
+    stages = sorted(use.stages, key=lambda stage: -stage.peak_bytes)[:_NAMED]
+    return "most in " + ", ".join(f"{stage.name} ({stage.peak_bytes / _GB:.1f} GB)" for stage in stages)
+
+
+def _why_large(target: str) -> str:
+    if get_target(target).engine == "onnxruntime":
+        return "what stays in high precision is FP32"
+    return "without plugins a TensorRT engine holds a weight in its 8-bit container, which is a quarter of FP32 at best"
 
 
 def _cells(seconds: float, peak: int, weights: int) -> str:

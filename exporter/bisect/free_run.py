@@ -16,7 +16,7 @@ import numpy as np
 from exporter.bisect.suspect import Suspect
 from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import DividedGraph, segment_outputs
+from exporter.gate.segments import DividedGraph, segment_outputs, with_constants
 from exporter.gate.subgraphs import cut, given_name
 from exporter.gate.table import bounded_db
 from exporter.gate.whole import read_by
@@ -118,11 +118,11 @@ def _measure_segments(suspect: Suspect, names: Sequence[str], folder: Path) -> t
     example: Arrays = {}
     rows: list[FreeRow] = []
     graph = DividedGraph(suspect.model)
-    for wanted in segment_outputs(suspect.model, suspect.reference.blocks):
-        part = graph.part(example, wanted)
+    segments = segment_outputs(suspect.model, suspect.reference.blocks)
+    for wanted, constants in with_constants(graph, segments):
+        part = graph.part(example, wanted, constants)
         feeds = [read_by(part.model, feed) for feed in free]
         outputs = run_graph(folder / "free.onnx", feeds, optimized=suspect.optimized, part=part)
-        graph.forget()
         for feed, output in zip(free, outputs, strict=True):
             feed.update({given_name(name): array for name, array in output.items()})
         example |= outputs[0]

@@ -30,7 +30,7 @@ from exporter.quantize import (
 from exporter.recipe import MethodSection
 
 # After so many layers the original's weights, which are not looked at again, leave the memory.
-_LAYERS_AT_ONCE = 16
+_LAYERS_AT_ONCE = 48
 
 
 def calibrate(

@@ -12,7 +12,7 @@ import onnx
 from exporter.gate.linears import linear_feeds, run_linears
 from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import Arrays, run_graph
-from exporter.gate.segments import DividedGraph, segment_outputs
+from exporter.gate.segments import Constants, DividedGraph, segment_outputs, with_constants
 from exporter.gate.subgraphs import given_name
 from exporter.gate.table import GateRow, Stage
 from exporter.gate.whole import boundary_rows, computed_boundaries, end_to_end_row, model_feeds, read_by, tiles_row
@@ -50,14 +50,14 @@ def compare_segments(
         FidelityError: it cannot be run, or has other layers than the reference.
     """
     walk = _Walk(written, plain, layers, reference, stage, path, optimized)
-    for names in segment_outputs(plain, reference.blocks):
-        walk.through(names)
+    for names, constants in with_constants(walk.graph, segment_outputs(plain, reference.blocks)):
+        walk.through(names, constants)
         advance()
     return walk.result()
 
 
 class _Walk:
-    """Goes from segment to segment with what the ones before gave."""
+    """Goes from segment to segment of `graph`, the plain one, with what the ones before gave."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class _Walk:
         path: Path,
         optimized: bool,
     ) -> None:
-        self._plain = DividedGraph(plain)
-        self._tiled = None if written is plain else DividedGraph(written, known=self._plain)
+        self.graph = DividedGraph(plain)
+        self._tiled = None if written is plain else DividedGraph(written)
         self._reference, self._stage, self._path, self._optimized = reference, stage, path, optimized
         self._boundaries = computed_boundaries(plain, reference)
         self._layers = list(layers)
@@ -83,16 +83,16 @@ class _Walk:
         self._tiles_equal: list[bool] = []
         self._linears: Arrays = {}
 
-    def through(self, names: Sequence[str]) -> None:
-        """Compare the segment that computes `names`."""
-        self._run_linears(names)
+    def through(self, names: Sequence[str], constants: Constants) -> None:
+        """Compare the segment that computes `names`, given its constants."""
+        self._run_linears(names, constants)
         count = len(self._forced)
-        outputs = self._run(self._plain, names, [*self._forced, *self._free])
+        outputs = self._run(self.graph, names, constants, [*self._forced, *self._free])
         given, free = outputs[:count], outputs[count:]
         compared = [name for name in self._boundaries if name in names]
         self._rows += boundary_rows(compared, self._reference, given, self._stage)
         if self._tiled is not None:
-            tiled = self._run(self._tiled, names, self._free)
+            tiled = self._run(self._tiled, names, constants, self._free)
             self._tiles_equal += [
                 np.array_equal(a[name], b[name]) for a, b in zip(free, tiled, strict=True) for name in a
             ]
@@ -100,21 +100,24 @@ class _Walk:
         for feed, output in zip(self._free, free, strict=True):
             feed.update({given_name(name): array for name, array in output.items()})
         self._example |= free[0]
-        self._plain.forget()
 
-    def _run(self, graph: DividedGraph, names: Sequence[str], feeds: Sequence[Arrays]) -> list[Arrays]:
-        part = graph.part(self._example, names)
+    def _run(
+        self, graph: DividedGraph, names: Sequence[str], constants: Constants, feeds: Sequence[Arrays]
+    ) -> list[Arrays]:
+        part = graph.part(self._example, names, constants)
         read = [read_by(part.model, feed) for feed in feeds]
         return run_graph(self._path, read, optimized=self._optimized, part=part)
 
-    def _run_linears(self, names: Sequence[str]) -> None:
+    def _run_linears(self, names: Sequence[str], constants: Constants) -> None:
         """Run the layers that no segment before this one had."""
         outputs = [entry.output for entry in self._layers]
-        here = self._plain.computes(self._example, names, outputs)
+        here = self.graph.computes(self._example, names, outputs)
         inside = [entry for entry in self._layers if entry.output in here]
         self._layers = [entry for entry in self._layers if entry.output not in here]
         if inside:
-            self._linears |= run_linears(self._plain, inside, self._linear_feeds, self._path, optimized=self._optimized)
+            self._linears |= run_linears(
+                self.graph, inside, self._linear_feeds, constants, self._path, optimized=self._optimized
+            )
 
     def result(self) -> SegmentsComparison:
         """All rows, after the last segment."""

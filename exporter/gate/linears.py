@@ -15,7 +15,7 @@ from exporter.errors import FidelityError
 from exporter.gate.codes import CodeComparison, compare_codes, encode_values
 from exporter.gate.records import LinearRecord
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import DividedGraph, is_large
+from exporter.gate.segments import Constants, DividedGraph, is_large
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.subgraphs import GivenTensor, cut, given_name
 from exporter.gate.table import GateRow, Stage, bounded_db
@@ -115,10 +115,10 @@ def linear_outputs(layers: Sequence[LayerEntry]) -> list[str]:
 
 
 def run_linears(
-    graph: DividedGraph, layers: Sequence[LayerEntry], feeds: Arrays, path: Path, *, optimized: bool
+    graph: DividedGraph, layers: Sequence[LayerEntry], feeds: Arrays, known: Constants, path: Path, *, optimized: bool
 ) -> Arrays:
-    """What these linears of a large graph give on their own `feeds`."""
-    part = graph.part(given_to_linears(layers, feeds), linear_outputs(layers))
+    """What these linears of a large graph, of which some constants are `known`, give on their own `feeds`."""
+    part = graph.part(given_to_linears(layers, feeds), linear_outputs(layers), known)
     own = {value.name: feeds[value.name] for value in part.model.graph.input}
     return run_graph(path, [own], optimized=optimized, part=part)[0]
 
@@ -129,8 +129,7 @@ def _run_few_at_a_time(
     graph = DividedGraph(model)
     found: Arrays = {}
     for some in _few_at_a_time(layers):
-        found |= run_linears(graph, some, feeds, path, optimized=optimized)
-        graph.forget()
+        found |= run_linears(graph, some, feeds, {}, path, optimized=optimized)
     return found
 
 

@@ -52,8 +52,12 @@ class Part:
         return self._with([numpy_helper.from_array(array, name) for name, array in self.constants.items()])
 
     def session(self, *, optimized: bool) -> ort.InferenceSession:
-        """ONNX Runtime's session, which reads large constants where they are: they must outlive it."""
+        """ONNX Runtime's session, which reads large constants where they are: they must outlive it.
+
+        They are not laid out anew for its kernels, which pays only after many runs.
+        """
         options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", "1")
         if not optimized:
             options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
         large = {name: array for name, array in self.constants.items() if array.nbytes >= _SMALLEST_EXTERNAL}

@@ -6,7 +6,8 @@ everything on the way until all are done: up to 14 times a model's FP32 weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,7 +37,8 @@ LARGEST_WHOLE = 16_000_000
 # Decoded when the graph runs: computed ahead, a container's weights would be FP32 in memory.
 _DECODERS = frozenset({"DequantizeLinear"})
 
-_Constants: TypeAlias = dict[str, npt.NDArray[Any]]
+Constants: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""Computed constants by name."""
 
 
 def is_large(layers: Iterable[LayerEntry]) -> bool:
@@ -60,14 +62,13 @@ def _is_shared(name: str) -> bool:
 class DividedGraph:
     """A large graph to take parts from.
 
-    What depends on constants alone is computed by ONNX Runtime, each node as it stands, when a part first needs it, and
-    kept until `forget`. So a block, its linears each on their own and the block with tiles, which read the same tensors
-    of the same nodes, have their weights decoded once.
+    What depends on constants alone is computed by ONNX Runtime, each node as it stands, and handed to the parts that
+    read it: a block, its linears each on their own and the block with tiles read the same tensors of the same nodes, so
+    that their weights are decoded once.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, decode: bool = True, known: DividedGraph | None = None) -> None:
-        """Without `decode`, weights in containers stay in them. `known` is a graph with the same constants by name,
-        whose computed ones are shared."""
+    def __init__(self, model: onnx.ModelProto, *, decode: bool = True) -> None:
+        """Without `decode`, weights in containers stay in them."""
         keep = frozenset() if decode else _DECODERS
         self._model = model
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -76,10 +77,13 @@ class DividedGraph:
         self._inputs = {value.name: value for value in model.graph.input}
         self._types = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
         self._constant = _constant_nodes(self._nodes, self._stored, keep)
-        self._computed: _Constants = {} if known is None else known._computed
 
-    def part(self, given: Mapping[str, npt.NDArray[np.generic]], wanted: Sequence[str]) -> Part:
+    def part(
+        self, given: Mapping[str, npt.NDArray[np.generic]], wanted: Sequence[str], known: Constants | None = None
+    ) -> Part:
         """What computes `wanted` from the graph's inputs and the `given` tensors, named as `cut` names them.
+
+        Constants that are not `known` are computed.
 
         Raises:
             CutError: the graph lacks a tensor.
@@ -92,7 +96,7 @@ class DividedGraph:
         renamed = {name: given_name(name) for name in given}
         nodes = [_reading(self._nodes[index], renamed) for index in sorted(indices)]
         read = {name for node in nodes for name in names_read(node)}
-        constants = self._constants({name for name in (*read, *wanted) if self._writer.get(name) in self._constant})
+        constants = self._computed(self._computable([*read, *wanted]), known or {})
         inputs = [
             given_input(GivenTensor.like(name, np.asarray(given[name]))) for name in given if renamed[name] in read
         ]
@@ -111,9 +115,10 @@ class DividedGraph:
         indices = self._needed(given, wanted)
         return frozenset(name for name in names if self._writer.get(name) in indices)
 
-    def forget(self) -> None:
-        """Let go of the constants that have been computed."""
-        self._computed.clear()
+    def constants(self, given: Collection[str], wanted: Sequence[str]) -> Constants:
+        """The computed constants that are read on the way from `given` to `wanted`. Raises `FidelityError`."""
+        read = [name for index in self._needed(given, wanted) for name in names_read(self._nodes[index])]
+        return self._computed(self._computable([*read, *wanted]), {})
 
     def _needed(self, given: Collection[str], wanted: Sequence[str]) -> set[int]:
         """The nodes, by index, that compute `wanted` from `given` and from constants."""
@@ -127,11 +132,13 @@ class DividedGraph:
             open_names += [name for name in names_read(self._nodes[index]) if name not in given]
         return needed
 
-    def _constants(self, names: Collection[str]) -> _Constants:
-        missing = sorted(name for name in names if name not in self._computed)
-        if missing:
-            self._computed.update(zip(missing, self._compute(missing), strict=True))
-        return {name: self._computed[name] for name in names}
+    def _computable(self, names: Iterable[str]) -> frozenset[str]:
+        return frozenset(name for name in names if self._writer.get(name) in self._constant)
+
+    def _computed(self, names: frozenset[str], known: Constants) -> Constants:
+        missing = sorted(names - known.keys())
+        new = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        return {name: new[name] if name in new else known[name] for name in names}
 
     def _compute(self, names: Sequence[str]) -> list[npt.NDArray[Any]]:
         indices: set[int] = set()
@@ -196,6 +203,20 @@ def _reading(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto
     return copy
 
 
+def with_constants(
+    graph: DividedGraph, segments: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[tuple[str, ...], Constants]]:
+    """The segments in order, each with its constants; those of the next are computed while one is being used."""
+    given = [frozenset(name for names in segments[:index] for name in names) for index in range(len(segments))]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(graph.constants, given[0], segments[0])
+        for index, names in enumerate(segments):
+            constants = ahead.result()
+            if index + 1 < len(segments):
+                ahead = pool.submit(graph.constants, given[index + 1], segments[index + 1])
+            yield names, constants
+
+
 class SegmentedSession:
     """A large graph ready to run like an `OnnxSession`, loaded segment by segment when it first runs.
 
@@ -211,12 +232,16 @@ class SegmentedSession:
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """The model's output by name. Raises `InputError` as `OnnxSession.run` does, and the errors of a part."""
         state: dict[str, npt.NDArray[Any]] = {}
-        for index, names in enumerate(self._segments):
-            if index == len(self._sessions):
-                part = self._graph.part(state, names)
-                self._sessions.append(OnnxSession(part.complete(), fold_constants=False, keep_arena=False))
-                self._graph.forget()
-            session = self._sessions[index]
+        for session in self._sessions or self._loaded(state):
             available = {**feeds, **{given_name(name): array for name, array in state.items()}}
             state |= session.run({spec.name: available[spec.name] for spec in session.inputs})
         return {OUTPUT: state[OUTPUT]}
+
+    def _loaded(self, state: Mapping[str, npt.NDArray[Any]]) -> Iterator[OnnxSession]:
+        """The sessions one after the other; `state` has what those before gave."""
+        graph, sessions = self._graph, []
+        for names, constants in with_constants(graph, self._segments):
+            part = graph.part(state, names, constants)
+            sessions.append(OnnxSession(part.complete(), fold_constants=False, keep_arena=False))
+            yield sessions[-1]
+        self._sessions = sessions
