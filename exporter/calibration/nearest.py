@@ -35,7 +35,7 @@ def nearest_weight(
 def _rounded(weight: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None) -> QuantizedWeight:
     """What `round_to_nearest` gives, by so few rows at a time that they stay in the cache."""
     rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
-    parts = zip(weight.split(rows), scales.split(rows), strict=True)
+    parts = zip(torch.split(weight, rows), torch.split(scales, rows), strict=True)
     codes = torch.cat([round_to_nearest(*part, fmt).codes for part in parts])
     return QuantizedWeight(codes, scales.detach().cpu().contiguous(), input_scale)
 
