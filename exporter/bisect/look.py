@@ -11,12 +11,13 @@ import numpy.typing as npt
 import onnx
 
 from exporter.bisect.suspect import Suspect
+from exporter.gate.large import compare_segments
 from exporter.gate.records import OUTPUT, LinearRecord
 from exporter.gate.rows import chosen_rows
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
 from exporter.gate.table import GateRow, bounded_db
-from exporter.gate.whole import compare_blocks, compare_end_to_end, compare_segments, model_feeds
+from exporter.gate.whole import compare_blocks, compare_end_to_end, model_feeds
 from exporter.onnx_files import save_onnx
 
 # Within a block a right graph drifts by the codes that flip at rounding boundaries, far less than this.
@@ -72,7 +73,7 @@ def blocks_and_end(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> tu
     reference, stage, optimized = suspect.reference, suspect.stage, suspect.optimized
     path = folder / "look.onnx"
     if suspect.segmented:
-        *blocks, end_to_end = compare_segments(model, model, reference, stage, path, optimized=optimized)
+        *blocks, end_to_end = compare_segments(model, model, (), reference, stage, path, optimized=optimized).rows
         return tuple(blocks), end_to_end
     compared = compare_blocks(model, reference, stage, path, optimized=optimized)
     save_onnx(model, path)
