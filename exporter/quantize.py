@@ -66,7 +66,8 @@ def encode_grid_values(values: Tensor, fmt: Format) -> Tensor:
     largest = fmt.max_numerator
     numerators = np.arange(-largest, largest + 1, dtype=np.float64)
     table = torch.from_numpy(fmt.encode((numerators * fmt.step).astype(np.float32)))
-    return table[(values / fmt.step).to(torch.int32).add_(largest)]
+    indices = (values / fmt.step).to(torch.int32).add_(largest)
+    return table.index_select(0, indices.flatten()).view(values.shape)
 
 
 def expand_scales(scales: Tensor, count: int) -> Tensor:
@@ -204,12 +205,12 @@ def quantize_model(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized
 class BlockStatistics:
     """What learned rounding gained on one block, or on one layer outside the blocks.
 
-    Errors are squared errors of the block's output relative to the original output's power, on the same inputs: by
-    rounding to nearest, and as shipped. They are equal where rounding to nearest was kept because it was better.
+    Errors are squared errors of the block's output relative to the original output's power, on the same inputs: as the
+    roundings began, and as shipped. They are equal where the first roundings were kept because they were better.
     """
 
     name: str
-    error_rtn: float
+    error_start: float
     error_calibrated: float
     seconds: float
 

@@ -112,8 +112,9 @@ def capture_trajectories(
         seed=seed,
         latent_shape=latent_shape,
         progress=progress,
-        batch_size=samples_at_once(adapter.image_tokens(model, latent_shape), settings.guidance),
+        batch_size=samples_at_once(adapter.tokens(model, latent_shape), settings.guidance),
         record=keep,
+        finish=False,
     )
     order = torch.cat(places).argsort()
     captured = CalibrationSet(
