@@ -63,7 +63,6 @@ def evaluate_output(
     prompts = _prompts(options, preset)
     if options.references is not None and not options.references.is_dir():
         raise InputError(f"{options.references}: no such folder; --reference-images has the real images")
-    folder.mkdir(parents=True, exist_ok=True)
     reports = progress if shard.is_first else NullProgress()
     with shard.joined():
         output = _exported(subject, folder, shard, reports)
@@ -98,6 +97,7 @@ def _exported(subject: str, folder: Path, shard: Shard, progress: Progress) -> P
     if shard.is_first:
         from exporter.pipeline import export
 
+        folder.mkdir(parents=True, exist_ok=True)
         export(load_recipe(subject), output, progress=progress)
     shard.wait()
     return output

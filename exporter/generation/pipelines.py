@@ -90,7 +90,7 @@ def open_pipeline(
     if folder.has_vae:
         parts["vae"] = _load_autoencoder(folder.root / "vae")
     if text:
-        parts.update(_text_parts(folder, index))
+        parts.update({part: load_text_part(folder.root, index, part) for part in text_part_names(folder)})
     parameters = inspect.signature(pipeline_class.__init__).parameters
     absent = {key: None for key, value in parameters.items() if key != "self" and value.default is value.empty}
     if "requires_safety_checker" in parameters:
@@ -124,15 +124,16 @@ def _pipeline_name(folder: PipelineFolder, index: Mapping[str, Any], transformer
     return str(name)
 
 
-def _text_parts(folder: PipelineFolder, index: dict[str, Any]) -> dict[str, Any]:
-    """The text encoders and tokenizers that the index names. Raises `InputError` when there is none."""
+def text_part_names(folder: PipelineFolder) -> list[str]:
+    """The text encoders and tokenizers that the pipeline has. Raises `InputError` when there is none."""
+    index = folder.index()
     names = [name for name in _TEXT_PARTS if index.get(name) not in (None, [None, None])]
     if "text_encoder" not in names:
         raise InputError(
             f"{folder.root}: holds no text encoder, so texts cannot be drawn; give embeddings (safetensors), or a "
             "whole pipeline's folder with --pipeline"
         )
-    return {name: load_text_part(folder.root, index, name) for name in names}
+    return names
 
 
 def _load_autoencoder(folder: Path) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from exporter.errors import InputError
 from exporter.generation.conditions import Conditions, Embedded, Texts, class_labels, read_conditions
-from exporter.generation.pipelines import PipelineFolder, check_drawable, open_pipeline
+from exporter.generation.pipelines import PipelineFolder, check_drawable, open_pipeline, text_part_names
 from exporter.models.adapter import Adapter
 from exporter.models.families import adapter_of
 from exporter.models.inputs import HIDDEN_STATES
@@ -135,6 +135,7 @@ class DrawingSource:
         """
         classes = self._classes()
         if not classes:
+            text_part_names(self.folder)
             return Texts(tuple(texts), negative, tokens)
         for text in texts:
             if not text.isdecimal() or int(text) >= classes:
