@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -66,7 +67,7 @@ Beside OUT (here NAME.onnx) it writes
   NAME.report.html   samples, noise-prediction SNR, every layer, sizes, times (of the NAME made last)
   NAME.metrics.json  the same figures for programs
   NAME.recipe.yaml   the recipe with every default filled in
-  NAME.work/         finished stages: a second run, also after Ctrl-C, goes on from them
+  NAME.work/         finished stages and blocks: a second run goes on from them, also after Ctrl-C or a crash
   OUT.origin.json    where `fp4export validate OUT` finds the reference
 
 \b
@@ -258,11 +259,12 @@ def _print_result(result: ExportResult) -> None:
 
 
 def run() -> NoReturn:
-    """Run the command as this process and end it with the exit code.
+    """Run the command as this process and end it with the exit code; SIGTERM interrupts it as Ctrl-C does.
 
     Python kills itself by SIGINT at its end, whatever `sys.exit` says, if a KeyboardInterrupt passed through code
     that a library ran with `exec`, as torch's tracing does; so an interrupted run ends without that last step.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     if code == EXIT_INTERRUPTED:
         sys.stdout.flush()

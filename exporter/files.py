@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from exporter.errors import InputError
 
 _CHUNK = 1 << 20
+# What `atomic_path` calls a file while it is being written, and what others put beside it under that name.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
 
 
 @contextmanager
@@ -54,6 +57,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `atomic_path` was writing anywhere below `folder` when its process was killed."""
+    for path in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
+        _remove(path)
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:

@@ -81,10 +81,11 @@ def export(
     `exporter.errors`; the output is written only after validation has passed.
     """
     job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress or NullProgress())
-    made = prepare(job, validate=validate)
-    engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
-    evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
-    report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
+    with job.work.locked():
+        made = prepare(job, validate=validate)
+        engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
+        evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
+        report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
     fidelity = made.fidelity[0] if made.fidelity else None
     return ExportResult(engine, report, metrics, job.work.path, fidelity, evaluation)
 

@@ -86,6 +86,9 @@ class MethodSection(Section):
     """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
 
     name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
+    start: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="the roundings that fp4dit begins with: the nearest, or those of error feedback"
+    )
     iterations: Count = 2500
     batch_size: Count = 32
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.03, description="relative to the group's amax")

@@ -38,9 +38,13 @@ class RoundingLinear(nn.Module):
         self.rounding: LearnedRounding | None = None
         self.penalty: Penalty | None = None
 
-    def start(self) -> LearnedRounding:
-        """Make the rounding soft, on the scales that the weight already has."""
-        self.rounding = LearnedRounding(self._original, self.quantized.scales.to(self._original), self.format)
+    def start(self, method: MethodSection) -> LearnedRounding:
+        """Make the rounding soft, on the scales that the weight already has, and with its values if so asked."""
+        scales = self.quantized.scales.to(self._original)
+        values = None
+        if method.start != "nearest":
+            values = torch.tensor(self.format.values).to(self._original)[self.quantized.codes.int()]
+        self.rounding = LearnedRounding(self._original, scales, self.format, values)
         return self.rounding
 
     def decide(self, keep: bool) -> QuantizedWeight:
@@ -85,26 +89,26 @@ def reconstruct(
     """Learn all roundings of `unit` jointly; return its statistics and its outputs on `inputs` afterwards.
 
     `targets` [M, ...] are the original block's outputs on its original inputs, `inputs` come from the network that
-    is quantized up to here. If what was learned is worse than rounding to nearest, the latter stays.
+    is quantized up to here. If what was learned is worse than the first roundings, these stay.
     """
     begin = time.perf_counter()
-    nearest = inputs.outputs(unit.module)
-    error_rtn = _squared_error(nearest, targets)
+    start = inputs.outputs(unit.module)
+    error_start = _squared_error(start, targets)
     power = float(targets.square().mean(dtype=torch.float64)) or 1.0
-    if error_rtn == 0.0:
+    if error_start == 0.0:
         task.advance(method.iterations)
-        return BlockStatistics(unit.name, 0.0, 0.0, time.perf_counter() - begin), nearest
-    _optimize(unit, inputs, targets, method, generator, task, error_rtn)
+        return BlockStatistics(unit.name, 0.0, 0.0, time.perf_counter() - begin), start
+    _optimize(unit, inputs, targets, method, generator, task, error_start)
     before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
     learned = inputs.outputs(unit.module)
     error = _squared_error(learned, targets)
     # Written so that a NaN counts as worse.
-    if not error < error_rtn:
+    if not error < error_start:
         for name, layer in unit.layers.items():
             layer.replace(before[name])
-        learned, error = nearest, error_rtn
+        learned, error = start, error_start
     seconds = time.perf_counter() - begin
-    return BlockStatistics(unit.name, error_rtn / power, error / power, seconds), learned
+    return BlockStatistics(unit.name, error_start / power, error / power, seconds), learned
 
 
 def _optimize(
@@ -114,14 +118,14 @@ def _optimize(
     method: MethodSection,
     generator: torch.Generator,
     task: Task,
-    error_rtn: float,
+    error_start: float,
 ) -> None:
     """Minimise reconstruction error + penalty.
 
-    The squared error is divided by that of rounding to nearest and counted once per weight, so that the penalty's
+    The squared error is divided by that of the first roundings and counted once per weight, so that the penalty's
     weight means the same for every model, layer and unit of measurement.
     """
-    roundings = [layer.start() for layer in unit.layers.values()]
+    roundings = [layer.start(method) for layer in unit.layers.values()]
     parameters = [rounding.alpha for rounding in roundings]
     optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, fused=True)
     weights = sum(parameter.numel() for parameter in parameters)
@@ -132,7 +136,7 @@ def _optimize(
             layer.penalty = penalty
         indices = torch.randint(len(inputs), (method.batch_size,), generator=generator)
         output = inputs.run(unit.module, indices)
-        loss = F.mse_loss(output, targets[indices]) * (weights / error_rtn)
+        loss = F.mse_loss(output, targets[indices]) * (weights / error_start)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
