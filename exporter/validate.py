@@ -240,7 +240,8 @@ def _compare_blocks(
     if is_large(read_layer_table(written)):
         save_onnx(cut_between_blocks(plain, reference), cut_path)
         return compare_segments(written, plain, reference, stage, path, optimized=optimized)
-    blocks = compare_blocks(plain, reference, stage, cut_path, optimized=optimized)
+    layers = read_layer_table(plain)
+    blocks = compare_blocks(plain, reference, stage, cut_path, optimized=optimized, layers=layers)
     tiles: tuple[GateRow, ...] = ()
     if plain is not written:
         tiles = (compare_tiles(path, plain, reference, stage, cut_path.with_name(f"whole.{stage}.onnx")),)
