@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 from torch import nn
 
+from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
+from exporter.calibration.inputs import CalibrationRun
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
@@ -62,7 +65,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
-        settings=settings.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=settings.sampler,
         trajectories=trajectories,
         seed=seed,
     )
@@ -70,6 +73,30 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
     captured = CalibrationSet.load(path)
     job.progress.note(f"{_verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
     return captured
+
+
+def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
+    """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
+
+    What was found is sealed in the work folder.
+    """
+    if not job.recipe.method.balance:
+        return source
+    folds = source.adapter.channel_folds(source.model)
+
+    def make(path: Path) -> None:
+        run = CalibrationRun(source.adapter, captured, source.prompts)
+        find_balance(run, source.model, folds).save(path)
+
+    key = key_of(stage="balance", model=source.identity, shape=source.latent_shape, calibration=_calibration(job))
+    path, reused = job.work.obtain("balance.safetensors", key, make)
+    job.progress.note(f"{_verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
+    return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
+
+
+def _calibration(job: Job) -> dict[str, Any]:
+    """What the captured inputs depend on, beside the model and its prompts."""
+    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
 
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
@@ -88,6 +115,7 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
             job.recipe.calibration.seed,
             job.progress,
             units,
+            source.store,
         )
         save_quantized(path, result, source.plan)
 
@@ -116,7 +144,7 @@ def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
     return {
         "model": source.identity,
         "latent_shape": source.latent_shape,
-        "calibration": job.recipe.calibration.model_dump(exclude={"prompts"}),
+        "calibration": _calibration(job),
         "method": job.recipe.method.model_dump(),
         "layers": source.layer_facts(),
     }

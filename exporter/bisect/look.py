@@ -11,11 +11,12 @@ import onnx
 
 from exporter.bisect.suspect import Suspect
 from exporter.gate.entering import InputRow, entering, input_rows
+from exporter.gate.large import compare_segments
 from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
 from exporter.gate.table import GateRow
-from exporter.gate.whole import compare_blocks, compare_end_to_end, compare_segments, model_feeds
+from exporter.gate.whole import compare_blocks, compare_end_to_end, model_feeds, read_by
 from exporter.onnx_files import save_onnx
 
 
@@ -50,7 +51,7 @@ def blocks_and_end(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> tu
     reference, stage, optimized = suspect.reference, suspect.stage, suspect.optimized
     path = folder / "look.onnx"
     if suspect.segmented:
-        *blocks, end_to_end = compare_segments(model, model, reference, stage, path, optimized=optimized)
+        *blocks, end_to_end = compare_segments(model, model, (), reference, stage, path, optimized=optimized).rows
         return tuple(blocks), end_to_end
     compared = compare_blocks(model, reference, stage, path, optimized=optimized)
     save_onnx(model, path)
@@ -81,6 +82,5 @@ def run_between_boundaries(suspect: Suspect, model: onnx.ModelProto, wanted: Seq
     """These tensors, one mapping per timestep, all boundaries given; the cut graph goes to `path`."""
     graph = cut(model, given_boundaries(suspect, model), wanted)
     save_onnx(graph, path)
-    read = {value.name for value in graph.graph.input}
-    feeds = [{name: array for name, array in feed.items() if name in read} for feed in model_feeds(suspect.reference)]
+    feeds = [read_by(graph, feed) for feed in model_feeds(suspect.reference)]
     return run_graph(path, feeds, optimized=suspect.optimized)

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.activations import ActivationStore
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import FinishedUnits, NothingKept
 from exporter.calibration.gptq import round_with_feedback
 from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
-from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
+from exporter.calibration.reconstruction import Limits, RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import one_thread
 from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
@@ -32,7 +33,7 @@ from exporter.quantize import (
 from exporter.recipe import MethodSection
 
 # So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
-_LAYERS_AT_ONCE = 16
+_LAYERS_AT_ONCE = 48
 
 
 def calibrate(
@@ -45,6 +46,7 @@ def calibrate(
     seed: int,
     progress: Progress,
     finished: FinishedUnits | None = None,
+    store: ActivationStore | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
@@ -52,11 +54,11 @@ def calibrate(
     rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"). For
     "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
-    has `finished` are not done again. The same seed gives the same result on the same machine, however often it was
-    interrupted.
+    has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
+    same result on the same machine, however often it was interrupted and wherever activations are.
     """
     finished = finished or NothingKept()
-    run = CalibrationRun(adapter, calibration_set, prompts)
+    run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore())
     inputs: Mapping[str, InputStatistics] = {}
     if method.name != "rtn" or _looks_at_inputs(plan, method):
         inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
@@ -183,6 +185,7 @@ class _Walk:
     ) -> None:
         self._model, self._plan, self._run = model, plan, run
         self._method, self._seed, self._progress, self._finished = method, seed, progress, finished
+        self._limits = Limits(run.limit)
         self._quantized = share_copy(model)
         self.layers: dict[str, RoundingLinear] = {}
         for layer in plan.layers:
@@ -208,9 +211,9 @@ class _Walk:
         if found is not None:
             return found
         original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
+        targets = self._outputs(original, self._model.get_submodule(name))
         quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
-        targets = original.outputs(self._model.get_submodule(name))
-        return self._learn(unit, quantized, targets)[0]
+        return self._learn(unit, quantized, targets)
 
     def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
         """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.
@@ -231,20 +234,19 @@ class _Walk:
             given = {argument: kept.pop(source) for argument, source in skips.get(name, {}).items()}
             original = original.with_skips({argument: outputs[0] for argument, outputs in given.items()})
             quantized = quantized.with_skips({argument: outputs[1] for argument, outputs in given.items()})
-            targets = original.outputs(block)
+            # The original's inputs are not needed any more: one tensor of all samples less.
+            original = original.advanced(self._outputs(original, block))
             layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
             unit = Unit(name, self._quantized.get_submodule(name), layers)
-            found = self._restored(unit) if layers else None
-            if found is None and layers:
-                found, outputs = self._learn(unit, quantized, targets)
-            else:
-                outputs = quantized.outputs(unit.module)
-            if found is not None:
-                statistics.append(found)
+            if layers:
+                statistics.append(self._restored(unit) or self._learn(unit, quantized, original.hidden))
+            quantized = quantized.advanced(self._outputs(quantized, unit.module))
             if name in wanted:
-                kept[name] = (targets, outputs)
-            original, quantized = original.advanced(targets), quantized.advanced(outputs)
+                kept[name] = (original.hidden, quantized.hidden)
         return statistics
+
+    def _outputs(self, inputs: BlockInputs, module: nn.Module) -> Tensor:
+        return inputs.outputs(module, self._run.store, self._limits.forward)
 
     def _restored(self, unit: Unit) -> BlockStatistics | None:
         """Let the unit be as an earlier run left it; None if none has finished it."""
@@ -256,13 +258,13 @@ class _Walk:
         (statistics,) = found.blocks
         return statistics
 
-    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> tuple[BlockStatistics, Tensor]:
+    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> BlockStatistics:
         generator = torch.Generator().manual_seed(_unit_seed(self._seed, unit.name))
         with self._progress.task(f"calibrate {unit.name}", self._method.iterations) as task:
-            statistics, outputs = reconstruct(unit, inputs, targets, self._method, generator, task)
+            statistics = reconstruct(unit, inputs, targets, self._method, generator, self._limits, task)
         weights = {name: layer.quantized for name, layer in unit.layers.items()}
         self._finished.keep(unit.name, self._layers_of(unit), CalibrationResult(weights, (statistics,)))
-        return statistics, outputs
+        return statistics
 
     def _layers_of(self, unit: Unit) -> list[LayerPlan]:
         return [layer for layer in self._plan.layers if layer.name in unit.layers]

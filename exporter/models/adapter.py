@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import InputError
+from exporter.models.channel_folds import ChannelFold
 from exporter.models.config import TransformerConfig
 from exporter.models.inputs import HIDDEN_STATES, TIMESTEP, Condition, TransformerInputs
 from exporter.models.text_encoders import TextEncoder
@@ -75,6 +76,10 @@ class Adapter(ABC):
         `inputs` show the sizes, which may decide constants.
         """
 
+    @abstractmethod
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """Where `method.balance` can change the inputs of linear layers for free."""
+
     def config(self, model: nn.Module) -> TransformerConfig:
         """The checked config of a loaded model."""
         return self.parse_config(config_of(model))
@@ -122,10 +127,13 @@ class Adapter(ABC):
             )
         return facts.in_channels, side, side
 
+    def tokens(self, model: nn.Module, latent_shape: tuple[int, int, int]) -> int:
+        """Tokens of a sample in the blocks."""
+        return latent_shape[1] * latent_shape[2] // self.config(model).patch_size ** 2
+
     def block_output_size(self, model: nn.Module, latent_shape: tuple[int, int, int]) -> int:
         """Numbers in a block's output per sample."""
-        facts = self.config(model)
-        return latent_shape[1] * latent_shape[2] // facts.patch_size**2 * facts.inner_dim
+        return self.tokens(model, latent_shape) * self.config(model).inner_dim
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """(module path, module) of the transformer blocks, in order of execution."""
