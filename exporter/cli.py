@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +26,7 @@ from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open
 
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
+    from exporter.recipe import Recipe
 
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
@@ -65,7 +67,7 @@ Beside OUT (here NAME.onnx) it writes
   NAME.report.html   samples, noise-prediction SNR, every layer, sizes, times (of the NAME made last)
   NAME.metrics.json  the same figures for programs
   NAME.recipe.yaml   the recipe with every default filled in
-  NAME.work/         finished stages: a second run, also after Ctrl-C, goes on from them
+  NAME.work/         finished stages and blocks: a second run goes on from them, also after Ctrl-C or a crash
   OUT.origin.json    where `fp4export validate OUT` finds the reference
 
 \b
@@ -217,20 +219,13 @@ def export(
     loaded = load_recipe(recipe, overrides, target, seed)
     resolve_target(loaded.target, output)
     if dry_run:
-        from exporter.describe import describe, print_description
-
-        print_description(describe(loaded, output), open_console(stderr=False))
+        _print_plan(loaded, output)
         return
     from exporter.pipeline import export as run_export
 
+    validated, progress = not no_validate, open_progress(quiet=quiet)
     result = run_export(
-        loaded,
-        output,
-        work_dir=work_dir,
-        validate=not no_validate,
-        keep_graphs=keep_graphs,
-        fresh=fresh,
-        progress=open_progress(quiet=quiet),
+        loaded, output, work_dir=work_dir, validate=validated, keep_graphs=keep_graphs, fresh=fresh, progress=progress
     )
     if not quiet:
         _print_result(result)
@@ -250,6 +245,12 @@ def doctor(words: tuple[str, ...]) -> int:
     return device_main(["doctor", *words])
 
 
+def _print_plan(recipe: Recipe, output: str) -> None:
+    from exporter.describe import describe, print_description
+
+    print_description(describe(recipe, output), open_console(stderr=False))
+
+
 def _print_result(result: ExportResult) -> None:
     click.echo(f"engine   {result.output}")
     click.echo(f"report   {result.report}")
@@ -258,11 +259,12 @@ def _print_result(result: ExportResult) -> None:
 
 
 def run() -> NoReturn:
-    """Run the command as this process and end it with the exit code.
+    """Run the command as this process and end it with the exit code; SIGTERM interrupts it as Ctrl-C does.
 
     Python kills itself by SIGINT at its end, whatever `sys.exit` says, if a KeyboardInterrupt passed through code
     that a library ran with `exec`, as torch's tracing does; so an interrupted run ends without that last step.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     if code == EXIT_INTERRUPTED:
         sys.stdout.flush()
@@ -276,6 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Before torch loads: threads that spin while they wait slow everything down on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Notes on optional packages and types make no difference here; what diffusers logs as an error, it raises as well.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     debug = "--debug" in words
     try:
         return _run(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from exporter.errors import InputError
 
 _CHUNK = 1 << 20
+# What `atomic_path` calls a file while it is being written, and what others put beside it under that name.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\..+)?")
 
 
 @contextmanager
@@ -25,8 +28,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         InputError: the folder does not exist, or writing failed (disk full, read-only, no permission).
     """
     final = Path(path)
-    if not final.parent.is_dir():
-        raise InputError(f"{final}: the folder does not exist; make it first: mkdir -p {final.parent}")
+    check_parent(final)
     temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
     try:
         yield temporary
@@ -39,6 +41,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise InputError(f"{final}: cannot be written: {error.strerror or error}") from error
     finally:
         _remove(temporary)
+
+
+def check_parent(path: Path) -> None:
+    """Raise `InputError` unless the folder that `path` is to be written in exists."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder does not exist; make it first: mkdir -p {path.parent}")
 
 
 def _open_to_others(path: Path) -> None:
@@ -54,6 +62,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `atomic_path` was writing anywhere below `folder` when its process was killed."""
+    for path in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
+        _remove(path)
 
 
 def write_text_atomically(path: Path | str, text: str) -> None:

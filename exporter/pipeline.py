@@ -21,6 +21,7 @@ from exporter.recipe import Recipe
 from exporter.results import write_results
 from exporter.source import Source, load_source
 from exporter.stages import (
+    balanced,
     build,
     calibrated_weights,
     captured_inputs,
@@ -81,10 +82,11 @@ def export(
     `exporter.errors`; the output is written only after validation has passed.
     """
     job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress or NullProgress())
-    made = prepare(job, validate=validate)
-    engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
-    evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
-    report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
+    with job.work.locked():
+        made = prepare(job, validate=validate)
+        engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
+        evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
+        report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
     fidelity = made.fidelity[0] if made.fidelity else None
     return ExportResult(engine, report, metrics, job.work.path, fidelity, evaluation)
 
@@ -96,6 +98,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
         products = {layer.name: layer.product for layer in source.plan.layers}
         refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
+    source = job.timed("balance", balanced, source, captured)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     # The codes, a byte each; the quantized model holds them packed.

@@ -205,12 +205,12 @@ def quantize_model(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized
 class BlockStatistics:
     """What learned rounding gained on one block, or on one layer outside the blocks.
 
-    Errors are squared errors of the block's output relative to the original output's power, on the same inputs: by
-    rounding to nearest, and as shipped. They are equal where rounding to nearest was kept because it was better.
+    Errors are squared errors of the block's output relative to the original output's power, on the same inputs: as the
+    roundings began, and as shipped. They are equal where the first roundings were kept because they were better.
     """
 
     name: str
-    error_rtn: float
+    error_start: float
     error_calibrated: float
     seconds: float
 

@@ -15,7 +15,7 @@ from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
 from exporter.ranges import HEADROOM, Amax, measured_ranges
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
+from exporter.stages import balanced, calibrated_weights, captured_inputs, exported_graph, fake_quantized
 
 Verdict = Literal["not finite", "infinite", "tight", "fits", "loses bits"]
 
@@ -91,11 +91,13 @@ def largest_first(found: Iterable[Amax]) -> tuple[Range, ...]:
 
 def scan_ranges(job: Job) -> RangeScan:
     """Run the job's stages up to the exported graph, as far as the work folder lacks them, and measure it in FP32."""
-    source = load_source(job)
-    captured = captured_inputs(job, source)
-    quantized = fake_quantized(job, source, calibrated_weights(job, source, captured))
-    exported = exported_graph(job, source, quantized)
-    return RangeScan.of(job.recipe.name, len(captured), measured_ranges(job, source, captured, exported))
+    with job.work.locked():
+        source = load_source(job)
+        captured = captured_inputs(job, source)
+        source = balanced(job, source, captured)
+        quantized = fake_quantized(job, source, calibrated_weights(job, source, captured))
+        exported = exported_graph(job, source, quantized)
+        return RangeScan.of(job.recipe.name, len(captured), measured_ranges(job, source, captured, exported))
 
 
 def print_scan(scan: RangeScan, console: Console, top: int) -> None:

@@ -80,12 +80,25 @@ class CalibrationSection(Section):
     guidance: Annotated[float, Field(ge=0)] = 4.5
     samples: Count = Field(default=16, description="how many sampling trajectories are captured")
     seed: Seed = 0
+    memory: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="GB of memory for activations of all samples, beyond which they are files in the work folder; "
+        "unset: half of what is free",
+    )
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """What a trajectory depends on beside its prompt and seed."""
+        return self.model_dump(exclude={"prompts", "samples", "seed", "memory"})
 
 
 class MethodSection(Section):
     """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
 
     name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
+    start: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="the roundings that fp4dit begins with: the nearest, or those of error feedback"
+    )
     iterations: Count = 2500
     batch_size: Count = 32
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.03, description="relative to the group's amax")
@@ -97,6 +110,9 @@ class MethodSection(Section):
     beta_start: Annotated[float, Field(gt=0)] = 20.0
     beta_end: Annotated[float, Field(gt=0)] = 2.0
     scale_search: Literal["absmax", "mse", "output"] = "output"
+    balance: bool = Field(
+        default=False, description="balance the channels of inputs where the layers in front can do it for free"
+    )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 
     @model_validator(mode="after")
@@ -209,6 +225,14 @@ class Recipe(Section):
             raise ValueError(
                 "calibration.prompts: missing; it is the safetensors file with the prompt embeddings, as fp4export "
                 "embed makes it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balances_what_is_known(self) -> Recipe:
+        if self.method.balance and self.model.family == "generic":
+            raise ValueError(
+                "method.balance: of family generic it is not known what is in front of the layers; leave it out"
             )
         return self
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 from torch import nn
 
+from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.calibration.finished import UnitFiles
+from exporter.calibration.inputs import CalibrationRun
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
@@ -26,11 +31,15 @@ from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import QUANTIZED, key_of, name_for
+from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
-    """The transformer's inputs along real sampler trajectories, for calibration and for the gate."""
+    """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
+
+    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost.
+    """
+    _unit_files(job, source).refuse_others()
     settings = job.recipe.calibration
     return capture(job, source, "calibration.safetensors", trajectories=settings.samples, seed=settings.seed)
 
@@ -56,7 +65,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
-        settings=settings.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=settings.sampler,
         trajectories=trajectories,
         seed=seed,
     )
@@ -66,11 +75,36 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
     return captured
 
 
-def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
-    """Codes and scales of every planned layer, sealed in the work folder."""
-    settings = job.recipe.calibration
+def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
+    """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
+
+    What was found is sealed in the work folder.
+    """
+    if not job.recipe.method.balance:
+        return source
+    folds = source.adapter.channel_folds(source.model)
 
     def make(path: Path) -> None:
+        run = CalibrationRun(source.adapter, captured, source.prompts)
+        find_balance(run, source.model, folds).save(path)
+
+    key = key_of(stage="balance", model=source.identity, shape=source.latent_shape, calibration=_calibration(job))
+    path, reused = job.work.obtain("balance.safetensors", key, make)
+    job.progress.note(f"{_verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
+    return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
+
+
+def _calibration(job: Job) -> dict[str, Any]:
+    """What the captured inputs depend on, beside the model and its prompts."""
+    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
+
+
+def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
+    """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
+    units = _unit_files(job, source)
+
+    def make(path: Path) -> None:
+        units.begin()
         result = calibrate(
             source.model,
             source.adapter,
@@ -78,27 +112,42 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
             captured,
             source.prompts,
             job.recipe.method,
-            settings.seed,
+            job.recipe.calibration.seed,
             job.progress,
+            units,
+            source.store,
         )
         save_quantized(path, result, source.plan)
 
     name = name_for(QUANTIZED, ".safetensors", source.layer_facts())
     path, reused = job.work.obtain(name, calibration_key(job, source), make)
-    job.progress.note(f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name})")
+    units.remove()
+    earlier = f", {units.found} units of an earlier run" if units.found else ""
+    job.progress.note(
+        f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
+    )
     return load_quantized(path, source.plan)
+
+
+def _unit_files(job: Job, source: Source) -> UnitFiles:
+    folder = name_for(UNFINISHED, "", source.layer_facts())
+    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source))
 
 
 def calibration_key(job: Job, source: Source) -> str:
     """The key of the calibrated weights, on which all later stages depend."""
-    return key_of(
-        stage="calibrate",
-        model=source.identity,
-        shape=source.latent_shape,
-        calibration=job.recipe.calibration.model_dump(exclude={"prompts"}),
-        method=job.recipe.method.model_dump(),
-        layers=source.layer_facts(),
-    )
+    return key_of(stage="calibrate", **calibration_settings(job, source))
+
+
+def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
+    """All that the calibrated weights depend on beside the program, as JSON values by name."""
+    return {
+        "model": source.identity,
+        "latent_shape": source.latent_shape,
+        "calibration": _calibration(job),
+        "method": job.recipe.method.model_dump(),
+        "layers": source.layer_facts(),
+    }
 
 
 def _verb(reused: bool, verb: str) -> str:

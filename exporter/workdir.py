@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.files import write_text_atomically
+from exporter.errors import InputError
+from exporter.files import remove_leftovers, write_text_atomically
 from exporter.onnx_files import checksum_of, rename_data
 from exporter.tensor_files import atomic_tensor_path
 
 QUANTIZED = "quantized"
 """What names of files with calibrated weights begin with."""
 
+UNFINISHED = "unfinished"
+"""What names of folders with the units of a calibration that is under way begin with."""
+
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "numpy")
 _NAME_DIGITS = 8
+_LOCK = "lock"
 
 
 def key_of(**parts: object) -> str:
@@ -62,6 +71,32 @@ class WorkDir:
         """Create the folder if need be; raises `OSError` where that cannot be done."""
         path.mkdir(exist_ok=True)
         return cls(path, fresh)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Have the folder to oneself. What a killed run was still writing is removed.
+
+        The lock ends with the process, however that ends. Raises `InputError` where another process has it, or where
+        the file system has no locks.
+        """
+        with self.file(_LOCK).open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise InputError(
+                    f"{self.path}: {holder} is working in this folder: wait for it, or take another one with --work-dir"
+                ) from error
+            except OSError as error:
+                raise InputError(
+                    f"{self.path}: cannot be locked: {error.strerror}; take a folder on another disk with --work-dir"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            remove_leftovers(self.path)
+            yield
 
     def file(self, name: str) -> Path:
         """Path of `name` in the folder."""

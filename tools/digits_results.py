@@ -42,6 +42,7 @@ ROWS = (
     ),
     Row("W4A6, E2M1/E2M3, round to nearest", ("method.name=rtn",)),
     Row("**W4A6, E2M1/E2M3, AdaRound** (the recipe)", ()),
+    Row("W4A6, E2M1/E2M3, error feedback (GPTQ)", ("method.name=gptq",)),
     Row("W4A8, E2M1/E4M3, AdaRound", ("preset=w4a8",)),
     Row("W4A16, E2M1, AdaRound", ("preset=w4a16",)),
     Row("W8A8, E4M3/E4M3, round to nearest", ("preset=w8a8", "method.name=rtn")),

@@ -55,7 +55,7 @@ def run_free(suspect: Suspect, folder: Path, available: int | None = None) -> Fr
     names = [*(f"{block}.output" for block in suspect.reference.blocks), OUTPUT]
     limit = suspect.reference.end_to_end_threshold
     if suspect.segmented:
-        return _judged(
+        return judged(
             _measure_segments(suspect, names, folder), limit, f"in segments, with all {len(names)} boundaries"
         )
     needed = sum(np.asarray(suspect.reference.models[0].boundaries[name]).nbytes for name in names)
@@ -63,7 +63,7 @@ def run_free(suspect: Suspect, folder: Path, available: int | None = None) -> Fr
     size = f"{needed / 1e6:.1f} MB a timestep"
     if needed <= budget:
         rows = _measure(suspect, names, folder)
-        return _judged(rows, limit, f"one run with all {len(names)} boundaries as outputs ({size})")
+        return judged(rows, limit, f"one run with all {len(names)} boundaries as outputs ({size})")
     seen: dict[str, FreeRow] = {}
 
     def leaves(index: int) -> bool:
@@ -76,7 +76,7 @@ def run_free(suspect: Suspect, folder: Path, available: int | None = None) -> Fr
     return FreeRun(rows, limit, "" if index == len(names) else names[index], how)
 
 
-def _judged(rows: tuple[FreeRow, ...], limit: float, how: str) -> FreeRun:
+def judged(rows: tuple[FreeRow, ...], limit: float, how: str) -> FreeRun:
     """The verdict on all boundaries."""
     return FreeRun(rows, limit, next((row.name for row in rows if not row.snr_db >= limit), ""), how)
 

@@ -96,17 +96,18 @@ def export_bundle(
     check_place(output)
     work = open_work_dir(output, work_dir, fresh=fresh)
     graphs = []
-    for own, choice in asked:
-        progress.note(f"target {choice.target.name} ({choice.reason})")
-        job = Job(own, output, choice, work, keep_graphs, progress)
-        made = prepare(job, validate=validate)
-        graphs.append(_Graphs(job, made.exported, made.lowered, validated=made.fidelity is not None))
-        weights = _Weights(find_licence(made.source.files), made.source.identity)
-        # What the first target had made anew is new enough for the others.
-        work = replace(work, fresh=False)
-    with new_folder(output) as folder:
-        entries = tuple(_collect(one, folder) for one in graphs)
-        manifest = _finish(recipe, weights, entries, folder, output)
+    with work.locked():
+        for own, choice in asked:
+            progress.note(f"target {choice.target.name} ({choice.reason})")
+            job = Job(own, output, choice, work, keep_graphs, progress)
+            made = prepare(job, validate=validate)
+            graphs.append(_Graphs(job, made.exported, made.lowered, validated=made.fidelity is not None))
+            weights = _Weights(find_licence(made.source.files), made.source.identity)
+            # What the first target had made anew is new enough for the others.
+            work = replace(work, fresh=False)
+        with new_folder(output) as folder:
+            entries = tuple(_collect(one, folder) for one in graphs)
+            manifest = _finish(recipe, weights, entries, folder, output)
     size = sum(manifest.sizes.values())
     progress.note(f"wrote {output} ({size / 1e6:.2f} MB in {len(manifest.files)} files)")
     return BundleResult(output, work.path, manifest)

@@ -20,6 +20,14 @@ from plugins.formats import Format
 ZETA = 1.1
 GAMMA = -0.1
 
+# How far h begins from the unrounded weight towards values that it is to start with. Past the middle, so that the first
+# decisions are these wherever in its cell the weight lies. Nearer to them it starts as well as they are (on the digits
+# model 0.9 ends 2 dB better than 0.6); at 1 the gradient of h would vanish.
+_START_SHARE = 0.9
+
+# The next float32 below is this times as large.
+_JUST_BELOW = 1 - 2.0**-24
+
 # Keeps the logarithm of |2h − 1| finite.
 _SMALLEST_BASE = 1e-30
 
@@ -64,16 +72,23 @@ class LearnedRounding(nn.Module):
     gap: Tensor
     inverse_step: Tensor
 
-    def __init__(self, weight: Tensor, scales: Tensor, fmt: Format) -> None:
+    def __init__(self, weight: Tensor, scales: Tensor, fmt: Format, start: Tensor | None = None) -> None:
+        """`start` [N, K] are values of the format, in units of the scales, that the decisions begin with; without them
+        they begin with the nearest ones."""
         super().__init__()
         self._format = fmt
         self._scales = expand_scales(scales, weight.shape[1])
         units = weight / self._scales
+        if start is not None:
+            units = _in_a_cell_beside(start, units, fmt)
         # One float32 below the largest value, which has no neighbour above: so it is the upper one of its pair.
-        magnitude = units.abs().clamp_(max=fmt.max * (1 - 2.0**-24))
+        magnitude = units.abs().clamp_(max=fmt.max * _JUST_BELOW)
         step = element_step(magnitude, fmt)
         floor = (magnitude / step).floor_()
         fraction = magnitude / step - floor
+        if start is not None:
+            chosen = (start.abs() > floor * step).to(fraction)
+            fraction = torch.lerp(fraction, chosen, _START_SHARE)
         self._lower_units = torch.copysign(floor * step, units)
         self._gap_units = torch.copysign(step, units)
         self.register_buffer("lower", self._lower_units * self._scales, persistent=False)
@@ -97,6 +112,15 @@ class LearnedRounding(nn.Module):
         """Return the penalty's value, a scalar."""
         h = _stretched_sigmoid(torch.sigmoid(self.alpha * self.inverse_step)).clamp(0.0, 1.0)
         return penalty.weight * (1 - (2 * h - 1).abs().pow(penalty.beta)).sum()
+
+
+def _in_a_cell_beside(values: Tensor, units: Tensor, fmt: Format) -> Tensor:
+    """Move `units` as little as puts them between the neighbours of `values`, both [N, K]."""
+    sign = torch.where(values == 0, units, values).sign()
+    magnitude = values.abs()
+    below = magnitude - element_step(magnitude * _JUST_BELOW, fmt)
+    above = (magnitude + element_step(magnitude, fmt)) * _JUST_BELOW
+    return (units * sign).clamp_(min=below, max=above) * sign
 
 
 def _stretched_sigmoid(sigmoid: Tensor) -> Tensor:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.activations import ActivationStore
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.finished import FinishedUnits, NothingKept
 from exporter.calibration.gptq import round_with_feedback
 from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
-from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
+from exporter.calibration.reconstruction import Limits, RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import one_thread
 from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
-from exporter.progress import Progress
+from exporter.progress import Progress, Task
 from exporter.quantize import (
     BlockStatistics,
     CalibrationResult,
@@ -29,7 +32,7 @@ from exporter.quantize import (
 )
 from exporter.recipe import MethodSection
 
-# After so many layers the original's weights, which are not looked at again, leave the memory.
+# So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
 _LAYERS_AT_ONCE = 48
 
 
@@ -42,25 +45,32 @@ def calibrate(
     method: MethodSection,
     seed: int,
     progress: Progress,
+    finished: FinishedUnits | None = None,
+    store: ActivationStore | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
     Scales are searched with what the layers' inputs are like on the calibration set; then the weights are
-    rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"), or the
-    roundings of each block are learned jointly ("fp4dit"), block by block on the outputs of the network quantized so
-    far, with the original network's outputs as targets. The same seed gives the same result on the same machine.
+    rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"). For
+    "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
+    outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
+    has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
+    same result on the same machine, however often it was interrupted and wherever activations are.
     """
-    run = CalibrationRun(adapter, calibration_set, prompts)
+    finished = finished or NothingKept()
+    run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore())
     inputs: Mapping[str, InputStatistics] = {}
     if method.name != "rtn" or _looks_at_inputs(plan, method):
         inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
-    weights = _nearest(model, plan, inputs, method, progress)
+    weights = _nearest(model, plan, inputs, method, progress, finished)
     if method.name == "rtn":
         return CalibrationResult(weights)
-    if method.name == "gptq":
-        return _with_feedback(model, plan, inputs, weights, progress)
-    generator = torch.Generator().manual_seed(seed)
-    walk = _Walk(model, plan, weights, run, method, generator, progress)
+    if _feeds_back(method):
+        fed_back = _with_feedback(model, plan, inputs, weights, progress, finished)
+        if method.name == "gptq":
+            return fed_back
+        weights = fed_back.weights
+    walk = _Walk(model, plan, weights, run, method, seed, progress, finished)
     statistics = walk.through(list(inputs))
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
@@ -71,9 +81,14 @@ def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
     return static or method.scale_search != "absmax"
 
 
+def _feeds_back(method: MethodSection) -> bool:
+    """Whether weights are rounded with error feedback, at last or to begin with."""
+    return method.name == "gptq" or (method.name == "fp4dit" and method.start == "gptq")
+
+
 def _largest_gram(plan: Plan, method: MethodSection) -> int:
     """The longest rows whose Gram matrix is needed: error feedback takes that of all, the search of short ones."""
-    if method.name == "gptq":
+    if _feeds_back(method):
         return max((layer.in_features for layer in plan.layers), default=0)
     searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
     return LARGEST_GRAM if searched else 0
@@ -85,23 +100,32 @@ def _with_feedback(
     inputs: Mapping[str, InputStatistics],
     weights: Mapping[str, QuantizedWeight],
     progress: Progress,
+    finished: FinishedUnits,
 ) -> CalibrationResult:
     """Round again with error feedback; a layer that never ran, so that its inputs are not known, stays as it is."""
-    rounded, statistics = dict(weights), []
-    with progress.task("error feedback", len(plan.layers)) as task:
-        for layer in plan.layers:
+
+    def fed_back(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
+        rounded, statistics = {layer.name: weights[layer.name] for layer in layers}, []
+        for layer in layers:
             seen = inputs.get(layer.name)
             if seen is not None and seen.gram is not None:
                 weight = planned_linear(model, layer).weight.detach()
                 rounded[layer.name], gained = round_with_feedback(layer, weight, weights[layer.name], seen.gram)
                 statistics.append(gained)
             task.advance()
-    return CalibrationResult(rounded, tuple(statistics))
+        return CalibrationResult(rounded, tuple(statistics))
+
+    return _some_layers_at_once("error feedback", plan, fed_back, progress, finished)
 
 
 def _nearest(
-    model: nn.Module, plan: Plan, inputs: Mapping[str, InputStatistics], method: MethodSection, progress: Progress
-) -> dict[str, QuantizedWeight]:
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, InputStatistics],
+    method: MethodSection,
+    progress: Progress,
+    finished: FinishedUnits,
+) -> Mapping[str, QuantizedWeight]:
     """One layer per core at a time: each works on its own in operations too small to be shared out."""
 
     def quantized(layer: LayerPlan) -> QuantizedWeight:
@@ -109,15 +133,40 @@ def _nearest(
             weight = planned_linear(model, layer).weight.detach()
             return nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
 
-    cores = torch.get_num_threads()
-    with progress.task("scales", len(plan.layers)) as task, ThreadPoolExecutor(cores) as pool:
+    def nearest(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
         weights = {}
-        for layer, weight in zip(plan.layers, pool.map(quantized, plan.layers), strict=True):
-            weights[layer.name] = weight
-            if len(weights) % _LAYERS_AT_ONCE == 0:
-                release_mapped_weights()
-            task.advance()
-    return weights
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for layer, weight in zip(layers, pool.map(quantized, layers), strict=True):
+                weights[layer.name] = weight
+                task.advance()
+        release_mapped_weights()
+        return CalibrationResult(weights)
+
+    return _some_layers_at_once("scales", plan, nearest, progress, finished).weights
+
+
+def _some_layers_at_once(
+    title: str,
+    plan: Plan,
+    work: Callable[[Sequence[LayerPlan], Task], CalibrationResult],
+    progress: Progress,
+    finished: FinishedUnits,
+) -> CalibrationResult:
+    """`work` on all planned layers, `_LAYERS_AT_ONCE` as a unit."""
+    weights: dict[str, QuantizedWeight] = {}
+    statistics: list[BlockStatistics] = []
+    with progress.task(title, len(plan.layers)) as task:
+        for start in range(0, len(plan.layers), _LAYERS_AT_ONCE):
+            layers = plan.layers[start : start + _LAYERS_AT_ONCE]
+            unit = finished.find(title, layers)
+            if unit is None:
+                unit = work(layers, task)
+                finished.keep(title, layers, unit)
+            else:
+                task.advance(len(layers))
+            weights.update(unit.weights)
+            statistics.extend(unit.blocks)
+    return CalibrationResult(weights, tuple(statistics))
 
 
 class _Walk:
@@ -130,11 +179,13 @@ class _Walk:
         weights: Mapping[str, QuantizedWeight],
         run: CalibrationRun,
         method: MethodSection,
-        generator: torch.Generator,
+        seed: int,
         progress: Progress,
+        finished: FinishedUnits,
     ) -> None:
-        self._model, self._run = model, run
-        self._method, self._generator, self._progress = method, generator, progress
+        self._model, self._plan, self._run = model, plan, run
+        self._method, self._seed, self._progress, self._finished = method, seed, progress, finished
+        self._limits = Limits(run.limit)
         self._quantized = share_copy(model)
         self.layers: dict[str, RoundingLinear] = {}
         for layer in plan.layers:
@@ -155,11 +206,14 @@ class _Walk:
 
     def _learn_layer(self, name: str) -> BlockStatistics:
         """Learn one layer outside the blocks on its own."""
-        original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
-        quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
-        targets = original.outputs(self._model.get_submodule(name))
         unit = Unit(name, self.layers[name], {name: self.layers[name]})
-        return self._learn(unit, quantized, targets)[0]
+        found = self._restored(unit)
+        if found is not None:
+            return found
+        original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
+        targets = self._outputs(original, self._model.get_submodule(name))
+        quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
+        return self._learn(unit, quantized, targets)
 
     def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
         """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.
@@ -180,19 +234,42 @@ class _Walk:
             given = {argument: kept.pop(source) for argument, source in skips.get(name, {}).items()}
             original = original.with_skips({argument: outputs[0] for argument, outputs in given.items()})
             quantized = quantized.with_skips({argument: outputs[1] for argument, outputs in given.items()})
-            targets = original.outputs(block)
+            # The original's inputs are not needed any more: one tensor of all samples less.
+            original = original.advanced(self._outputs(original, block))
             layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
             unit = Unit(name, self._quantized.get_submodule(name), layers)
             if layers:
-                block_statistics, outputs = self._learn(unit, quantized, targets)
-                statistics.append(block_statistics)
-            else:
-                outputs = quantized.outputs(unit.module)
+                statistics.append(self._restored(unit) or self._learn(unit, quantized, original.hidden))
+            quantized = quantized.advanced(self._outputs(quantized, unit.module))
             if name in wanted:
-                kept[name] = (targets, outputs)
-            original, quantized = original.advanced(targets), quantized.advanced(outputs)
+                kept[name] = (original.hidden, quantized.hidden)
         return statistics
 
-    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> tuple[BlockStatistics, Tensor]:
+    def _outputs(self, inputs: BlockInputs, module: nn.Module) -> Tensor:
+        return inputs.outputs(module, self._run.store, self._limits.forward)
+
+    def _restored(self, unit: Unit) -> BlockStatistics | None:
+        """Let the unit be as an earlier run left it; None if none has finished it."""
+        found = self._finished.find(unit.name, self._layers_of(unit))
+        if found is None:
+            return None
+        for name, layer in unit.layers.items():
+            layer.replace(found.weights[name])
+        (statistics,) = found.blocks
+        return statistics
+
+    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> BlockStatistics:
+        generator = torch.Generator().manual_seed(_unit_seed(self._seed, unit.name))
         with self._progress.task(f"calibrate {unit.name}", self._method.iterations) as task:
-            return reconstruct(unit, inputs, targets, self._method, self._generator, task)
+            statistics = reconstruct(unit, inputs, targets, self._method, generator, self._limits, task)
+        weights = {name: layer.quantized for name, layer in unit.layers.items()}
+        self._finished.keep(unit.name, self._layers_of(unit), CalibrationResult(weights, (statistics,)))
+        return statistics
+
+    def _layers_of(self, unit: Unit) -> list[LayerPlan]:
+        return [layer for layer in self._plan.layers if layer.name in unit.layers]
+
+
+def _unit_seed(seed: int, unit: str) -> int:
+    """A seed of the unit's own, so that what it learns does not depend on whether this run has done those before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {unit}".encode()).digest()[:8], "big")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
 from exporter.calibration.inputs import BlockInputs
 from exporter.plan import LayerPlan
@@ -38,9 +39,13 @@ class RoundingLinear(nn.Module):
         self.rounding: LearnedRounding | None = None
         self.penalty: Penalty | None = None
 
-    def start(self) -> LearnedRounding:
-        """Make the rounding soft, on the scales that the weight already has."""
-        self.rounding = LearnedRounding(self._original, self.quantized.scales.to(self._original), self.format)
+    def start(self, method: MethodSection) -> LearnedRounding:
+        """Make the rounding soft, on the scales that the weight already has, and with its values if so asked."""
+        scales = self.quantized.scales.to(self._original)
+        values = None
+        if method.start != "nearest":
+            values = torch.tensor(self.format.values).to(self._original)[self.quantized.codes.int()]
+        self.rounding = LearnedRounding(self._original, scales, self.format, values)
         return self.rounding
 
     def decide(self, keep: bool) -> QuantizedWeight:
@@ -66,6 +71,14 @@ class RoundingLinear(nn.Module):
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How many samples a unit is run on at once, alone and with what its gradients need."""
+
+    forward: BatchLimit = field(default_factory=BatchLimit)
+    backward: BatchLimit = field(default_factory=BatchLimit.unlimited)
+
+
+@dataclass(frozen=True)
 class Unit:
     """A block (or layer) whose planned linears are `layers`, by module path in the model."""
 
@@ -80,31 +93,30 @@ def reconstruct(
     targets: Tensor,
     method: MethodSection,
     generator: torch.Generator,
+    limits: Limits,
     task: Task,
-) -> tuple[BlockStatistics, Tensor]:
-    """Learn all roundings of `unit` jointly; return its statistics and its outputs on `inputs` afterwards.
+) -> BlockStatistics:
+    """Learn all roundings of `unit` jointly.
 
     `targets` [M, ...] are the original block's outputs on its original inputs, `inputs` come from the network that
-    is quantized up to here. If what was learned is worse than rounding to nearest, the latter stays.
+    is quantized up to here. If what was learned is worse than the first roundings, these stay.
     """
     begin = time.perf_counter()
-    nearest = inputs.outputs(unit.module)
-    error_rtn = _squared_error(nearest, targets)
-    power = float(targets.square().mean(dtype=torch.float64)) or 1.0
-    if error_rtn == 0.0:
+    power = _mean_square(targets) or 1.0
+    error_start = error = inputs.squared_error(unit.module, targets, limits.forward)
+    if error_start > 0.0:
+        _optimize(unit, inputs, targets, method, generator, limits.backward, task, error_start)
+        before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
+        learned = inputs.squared_error(unit.module, targets, limits.forward)
+        # Written so that a NaN counts as worse.
+        if learned < error_start:
+            error = learned
+        else:
+            for name, layer in unit.layers.items():
+                layer.replace(before[name])
+    else:
         task.advance(method.iterations)
-        return BlockStatistics(unit.name, 0.0, 0.0, time.perf_counter() - begin), nearest
-    _optimize(unit, inputs, targets, method, generator, task, error_rtn)
-    before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
-    learned = inputs.outputs(unit.module)
-    error = _squared_error(learned, targets)
-    # Written so that a NaN counts as worse.
-    if not error < error_rtn:
-        for name, layer in unit.layers.items():
-            layer.replace(before[name])
-        learned, error = nearest, error_rtn
-    seconds = time.perf_counter() - begin
-    return BlockStatistics(unit.name, error_rtn / power, error / power, seconds), learned
+    return BlockStatistics(unit.name, error_start / power, error / power, time.perf_counter() - begin)
 
 
 def _optimize(
@@ -113,31 +125,56 @@ def _optimize(
     targets: Tensor,
     method: MethodSection,
     generator: torch.Generator,
+    limit: BatchLimit,
     task: Task,
-    error_rtn: float,
+    error_start: float,
 ) -> None:
     """Minimise reconstruction error + penalty.
 
-    The squared error is divided by that of rounding to nearest and counted once per weight, so that the penalty's
+    The squared error is divided by that of the first roundings and counted once per weight, so that the penalty's
     weight means the same for every model, layer and unit of measurement.
     """
-    roundings = [layer.start() for layer in unit.layers.values()]
+    roundings = [layer.start(method) for layer in unit.layers.values()]
     parameters = [rounding.alpha for rounding in roundings]
     optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, fused=True)
     weights = sum(parameter.numel() for parameter in parameters)
     schedule = Schedule(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
     for iteration in range(method.iterations):
         penalty = schedule.penalty(iteration)
-        for layer in unit.layers.values():
-            layer.penalty = penalty
         indices = torch.randint(len(inputs), (method.batch_size,), generator=generator)
-        output = inputs.run(unit.module, indices)
-        loss = F.mse_loss(output, targets[indices]) * (weights / error_rtn)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        _backward(unit, inputs, targets, indices, weights / error_start, penalty, limit)
         optimizer.step()
         task.advance()
 
 
-def _squared_error(outputs: Tensor, targets: Tensor) -> float:
-    return float((outputs - targets).square().mean(dtype=torch.float64))
+def _backward(
+    unit: Unit,
+    inputs: BlockInputs,
+    targets: Tensor,
+    indices: Tensor,
+    factor: float,
+    penalty: Penalty | None,
+    limit: BatchLimit,
+) -> None:
+    """Set the gradients of `factor` · squared error + penalty, of as many samples at once as memory takes."""
+
+    def add(part: Tensor, *, with_penalty: bool) -> None:
+        for layer in unit.layers.values():
+            layer.penalty = penalty if with_penalty else None
+        loss = F.mse_loss(inputs.run(unit.module, part), targets[part]) * (factor * len(part) / len(indices))
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def add_all() -> None:
+        for layer in unit.layers.values():
+            layer.zero_grad(set_to_none=True)
+        size = limit.samples(len(indices), inputs.tokens)
+        for start in range(0, len(indices), size):
+            add(indices[start : start + size], with_penalty=start == 0)
+
+    while not limit.fits(limit.samples(len(indices), inputs.tokens), inputs.tokens, add_all):
+        pass
+
+
+def _mean_square(x: Tensor) -> float:
+    """Sample by sample, since there is no memory for another tensor of its size."""
+    return sum(float(sample.square().sum(dtype=torch.float64)) for sample in x) / x.numel()

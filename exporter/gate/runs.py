@@ -203,6 +203,17 @@ def load_reference(path: Path) -> list[Arrays]:
     return [dict(iteration.items()) for iteration in results[REFERENCE_NAME]]
 
 
+def load_recorded(path: Path) -> list[Arrays]:
+    """Read what `polygraphy run --save-outputs` wrote of one runner. Raises `InputError` for anything else."""
+    from polygraphy.comparator import RunResults
+
+    results = _loaded(RunResults.load, path)
+    if not isinstance(results, RunResults) or len(results) != 1:
+        raise InputError(f"{path}: not the outputs of one engine as polygraphy writes them")
+    ((_, iterations),) = results.items()
+    return [dict(iteration.items()) for iteration in iterations]
+
+
 def _loaded(load: Callable[[str], object], path: Path) -> object:
     from polygraphy.exception import PolygraphyException
 

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from exporter.models.adapter import Adapter, config_of, create_on_meta, restore_position_embedding
+from exporter.models.channel_folds import ChannelFold, behind_attention, behind_own_modulation
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import Condition, TransformerInputs
 
@@ -56,6 +57,7 @@ class DiTAdapter(Adapter):
     # class (all alike in the published checkpoints); the first block's run a second time, for the final modulation.
     high_precision = ("pos_embed.*", "proj_out_1", "proj_out_2")
     never_quantized = ("transformer_blocks.*.norm1.emb.*",)
+    stored_by_every_block = "norm1.emb"
 
     def config(self, model: nn.Module) -> DiTConfig:
         return DiTConfig.model_validate(config_of(model))
@@ -67,15 +69,26 @@ class DiTAdapter(Adapter):
         restore_position_embedding(model, DiTConfig.model_validate(config), 1.0)
         return model
 
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """All inputs but that of the second feed-forward layer."""
+        blocks = [name for name, _ in self.blocks(model)]
+        folds = []
+        for block in blocks:
+            attention = tuple(f"{block}.attn1.to_{part}" for part in "qkv")
+            folds.append(behind_own_modulation(f"{block}.norm1.linear", 0, attention))
+            folds.append(behind_own_modulation(f"{block}.norm1.linear", 3, (f"{block}.ff.net.0.proj",)))
+        return (*folds, *behind_attention(model, (f"{block}.attn1" for block in blocks)))
+
     def share_weights(self, model: nn.Module) -> None:
         """One embedder of timestep and class for all blocks that have the same one."""
-        first, *others = (block.get_submodule("norm1") for _, block in self.blocks(model))
-        shared = first.get_submodule("emb")
+        path = self.stored_by_every_block
+        first, *others = (block for _, block in self.blocks(model))
+        shared = first.get_submodule(path)
         weights = shared.state_dict()
-        for norm in others:
-            own = norm.get_submodule("emb").state_dict()
+        for block in others:
+            own = block.get_submodule(path).state_dict()
             if all(torch.equal(tensor, own[name]) for name, tensor in weights.items()):
-                norm.set_submodule("emb", shared)
+                block.set_submodule(path, shared)
 
     def conditions(self, model: nn.Module) -> tuple[Condition, ...]:
         classes = self.config(model).num_embeds_ada_norm

@@ -92,14 +92,15 @@ def quantize_onnx(
         refuse_saturating_cpu(products, choice.target, str(source))
     source_bytes = total_bytes(source)
     _note_kept(loaded.selection, progress)
-    modules = loaded.modules(progress)
-    exported = _exported(loaded, modules, work, choice.target, progress)
-    lowered, runnable = _lowered(exported, work, choice.target, progress)
-    fidelity, snr_db = None, None
-    if validate:
-        fidelity, snr_db = _validated(loaded, modules, Graphs(exported, runnable), work, choice.target, progress)
-    _write(lowered, output, choice.target, progress)
-    Origin.of(output, runnable, None).save(output)
+    with work.locked():
+        modules = loaded.modules(progress)
+        exported = _exported(loaded, modules, work, choice.target, progress)
+        lowered, runnable = _lowered(exported, work, choice.target, progress)
+        fidelity, snr_db = None, None
+        if validate:
+            fidelity, snr_db = _validated(loaded, modules, Graphs(exported, runnable), work, choice.target, progress)
+        _write(lowered, output, choice.target, progress)
+        Origin.of(output, runnable, None).save(output)
     size = total_bytes(output) if choice.target.engine == "onnxruntime" else output.stat().st_size
     return OnnxResult(source, output, work.path, loaded.selection, source_bytes, size, fidelity, snr_db)
 

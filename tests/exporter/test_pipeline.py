@@ -84,18 +84,18 @@ def test_finished_stages_are_reused_and_the_bytes_are_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "after",
+    ("after", "by"),
     [
-        "stopped.work",
-        "stopped.work/calibration.safetensors.seal",
-        "stopped.work/quantized.*.safetensors.seal",
-        "stopped.work/traced.*.onnx.seal",
-        "stopped.work/gate.cpu",
-        "stopped.onnx",
+        ("stopped.work", signal.SIGINT),
+        ("stopped.work/calibration.safetensors.seal", signal.SIGTERM),
+        ("stopped.work/quantized.*.safetensors.seal", signal.SIGINT),
+        ("stopped.work/traced.*.onnx.seal", signal.SIGINT),
+        ("stopped.work/gate.cpu", signal.SIGTERM),
+        ("stopped.onnx", signal.SIGINT),
     ],
 )
-def test_ctrl_c_at_any_stage_ends_with_130_one_line_and_no_half_written_file(
-    tiny_job: Path, tmp_path: Path, after: str
+def test_a_run_interrupted_at_any_stage_ends_with_130_one_line_and_no_half_written_file(
+    tiny_job: Path, tmp_path: Path, after: str, by: signal.Signals
 ) -> None:
     output = tmp_path / "stopped.onnx"
     command = [sys.executable, "-m", "exporter", str(tiny_job / "tiny.yaml"), "-o", str(output)]
@@ -109,7 +109,7 @@ def test_ctrl_c_at_any_stage_ends_with_130_one_line_and_no_half_written_file(
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
@@ -205,4 +205,4 @@ def test_a_classifier_that_cannot_judge_is_found_before_any_work(
     assert "labels" in capsys.readouterr().err
     assert main([*command, "--set", f"calibration.prompts={tmp_path / 'labelled.safetensors'}"]) == 2
     assert str(tmp_path / "c.onnx") in capsys.readouterr().err
-    assert list((tmp_path / "x.work").iterdir()) == []
+    assert [path.name for path in (tmp_path / "x.work").iterdir()] == ["lock"]

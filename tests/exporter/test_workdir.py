@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_an_interrupted_stage_leaves_the_earlier_file_and_no_rubbish(tmp_path: P
         work.obtain("a.txt", key_of(seed=2), interrupted)
     assert path.read_text() == "one"
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.txt", "a.txt.seal"]
+
+
+def test_a_folder_that_is_being_worked_in_is_refused_and_free_again_afterwards(tmp_path: Path) -> None:
+    first, second = (WorkDir.open(tmp_path / "w") for _ in range(2))
+    with first.locked():
+        with pytest.raises(InputError, match=f"process {os.getpid()} on .*--work-dir") as caught, second.locked():
+            pass
+        assert "\n" not in str(caught.value)
+    with second.locked():
+        pass
+
+
+def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    work = WorkDir.open(tmp_path / "w")
+    kept = ["a.onnx", ".hidden", ".a.tmp.onnx", "gate.cpu/reference.safetensors"]
+    half = [".a.0123abcd.tmp.onnx", ".a.0123abcd.tmp.onnx.data", "gate.cpu/.r.89abcdef.tmp", ".k.89abcdef.tmp/k.ptx"]
+    for name in (*kept, *half):
+        work.file(name).parent.mkdir(exist_ok=True)
+        work.file(name).write_text("")
+    with work.locked():
+        left = {path.relative_to(work.path).as_posix() for path in work.path.rglob("*") if path.is_file()}
+    assert left == {*kept, "lock"}
 
 
 def test_key_depends_on_names_values_and_nothing_else() -> None:

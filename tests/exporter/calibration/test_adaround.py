@@ -64,6 +64,27 @@ def test_it_starts_at_the_original_weight_and_decides_like_rounding_to_nearest(n
     assert torch.equal(rounding.hard_values(), nearest + 0.0)
 
 
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_it_can_start_with_any_values_of_the_format(name: str) -> None:
+    """Whatever value a weight is to start with, the other choice is that value's neighbour on the weight's side."""
+    fmt = get_format(name)
+    grid = torch.from_numpy(np.unique(fmt.values[np.isfinite(fmt.values)]))[-64:]
+    grid = grid[grid.abs() <= fmt.max]
+    start, weight = torch.cartesian_prod(grid, torch.cat([grid, grid[:-1].lerp(grid[1:], 0.3)])).T.contiguous()[:, None]
+    rounding = LearnedRounding(weight, torch.ones(1, 1), fmt, start)
+    assert torch.equal(rounding.hard_values(), start + 0.0)
+    h = torch.sigmoid(rounding.alpha.detach() * rounding.inverse_step) * (ZETA - GAMMA) + GAMMA
+    assert float((h - 0.5).abs().min()) > 0.09
+    with torch.no_grad():
+        rounding.alpha.neg_()
+    other = rounding.hard_values()
+    assert set(other.flatten().tolist()) <= _values(fmt)
+    between = (torch.minimum(start, other) < grid[:, None]) & (grid[:, None] < torch.maximum(start, other))
+    assert not bool(between.any())
+    outside = start.abs() < fmt.max
+    assert bool(((other - start) * (weight - start) >= 0)[outside].all())
+
+
 @pytest.mark.parametrize("penalty", [None, Penalty(0.3, 20.0), Penalty(0.3, 5.3), Penalty(0.3, 2.0)])
 def test_gradients_are_those_of_the_plain_formula(penalty: Penalty | None) -> None:
     fmt = get_format("e2m1")

@@ -83,7 +83,7 @@ def test_learned_rounding_beats_rounding_to_nearest_block_by_block_and_at_the_ou
     learned = run(plan, LEARNED.model_copy(update={"quantize_activations": quantize_activations}))
     assert nearest.blocks == ()
     assert [block.name for block in learned.blocks] == ["transformer_blocks.0", "transformer_blocks.1"]
-    assert all(0 < block.error_calibrated < 0.95 * block.error_rtn < 0.2 for block in learned.blocks)
+    assert all(0 < block.error_calibrated < 0.95 * block.error_start < 0.2 for block in learned.blocks)
     errors = [
         _noise_error(model, quantize_model(model, plan, result.weights), adapter, captured, prompts)
         for result in (nearest, learned)
@@ -152,7 +152,7 @@ def test_rounding_to_nearest_stays_where_learning_does_worse(run: Calibrator, pl
     plan = plan_for("transformer_blocks.0")
     hopeless = LEARNED.model_copy(update={"iterations": 3, "learning_rate": 50.0, "warmup": 0.0})
     result = run(plan, hopeless)
-    assert result.blocks[0].error_calibrated == result.blocks[0].error_rtn > 0
+    assert result.blocks[0].error_calibrated == result.blocks[0].error_start > 0
     assert _same(result, run(plan, RTN))
 
 
@@ -205,7 +205,7 @@ def test_a_block_that_rounds_without_error_is_left_alone(
     method = LEARNED.model_copy(update={"scale_search": "absmax"})
     plan = replace(plan, layers=tuple(replace(layer, scales="channel") for layer in plan.layers))
     result = calibrate(exact, adapter, plan, captured, prompts, method, 0, NullProgress())
-    assert result.blocks[0].error_rtn == result.blocks[0].error_calibrated == 0.0
+    assert result.blocks[0].error_start == result.blocks[0].error_calibrated == 0.0
 
 
 @pytest.mark.parametrize(("scales", "fmt"), [("nvfp4", "e2m1"), ("mx", "e4m3")])
@@ -249,10 +249,20 @@ def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
     plan = plan_for("transformer_blocks", activation="none")
     nearest, fed_back = run(plan, RTN), run(plan, MethodSection(name="gptq", scale_search="mse"))
     assert [block.name for block in fed_back.blocks] == [layer.name for layer in plan.layers]
-    assert all(block.error_calibrated <= block.error_rtn for block in fed_back.blocks)
+    assert all(block.error_calibrated <= block.error_start for block in fed_back.blocks)
     errors = [
         _noise_error(model, quantize_model(model, plan, result.weights), adapter, captured, prompts)
         for result in (nearest, fed_back)
     ]
     assert errors[1] < 0.7 * errors[0]
     assert _same(fed_back, run(plan, MethodSection(name="gptq", scale_search="mse")))
+
+
+def test_learning_goes_on_from_error_feedback(run: Calibrator, plan_for: Planner) -> None:
+    """It begins with the decisions of error feedback, and learns from there."""
+    plan, method = plan_for("transformer_blocks.1", activation="none"), LEARNED.model_copy(update={"start": "gptq"})
+    fed_back = run(plan, MethodSection(name="gptq", scale_search="mse"))
+    assert _same(fed_back, run(plan, method.model_copy(update={"iterations": 1, "learning_rate": 1e-9})))
+    (learned,) = run(plan, method.model_copy(update={"learning_rate": 0.005})).blocks
+    (nearest,) = run(plan, LEARNED).blocks
+    assert learned.error_calibrated < learned.error_start < 0.9 * nearest.error_start

@@ -113,7 +113,7 @@ def test_what_was_gained_is_the_output_s_error() -> None:
     values = torch.tensor(fmt.values)[rounded.codes.int()]
     assert gained.name == "blocks.0.proj"
     assert gained.error_calibrated == pytest.approx(_error(weight, values, rounded.scales, x) / power, rel=1e-3)
-    assert gained.error_calibrated < 0.2 * gained.error_rtn
+    assert gained.error_calibrated < 0.2 * gained.error_start
     assert torch.equal(rounded.scales, nearest.scales)
 
 
@@ -122,4 +122,4 @@ def test_nearest_stays_where_nothing_is_gained() -> None:
     nearest = round_to_nearest(weight, choose_scales(weight, fmt, GROUP, "mse"), fmt)
     rounded, gained = round_with_feedback(_layer(), weight, nearest, torch.eye(COUNT))
     assert rounded is nearest
-    assert gained.error_calibrated == gained.error_rtn
+    assert gained.error_calibrated == gained.error_start

@@ -1,0 +1,65 @@
+"""Calibrate the same recipe several times, kill each run (SIGKILL) at a random moment, and let the last one finish.
+
+`python -m tests.exporter.kill_runs RECIPE OUT RUNS` prints the moments and ends with the last run's exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+# Imported once, lazily loaded classes too: runs are forks of this process, which computes nothing and has no threads.
+from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+
+from exporter.job import open_job
+from exporter.progress import NullProgress, Progress
+from exporter.recipe import load_recipe
+from exporter.source import load_source
+from exporter.stages import calibrated_weights, captured_inputs
+
+SEARCH = "method.scale_search=absmax"
+"""Of the recipe, for speed."""
+
+IMPORTED = (DPMSolverMultistepScheduler, PixArtTransformer2DModel)
+
+
+def calibrate(recipe: Path, output: Path, progress: Progress | None = None) -> None:
+    """What an export of `recipe` to `output` does up to the calibrated weights, its lock included."""
+    quick = load_recipe(recipe, [SEARCH])
+    job = open_job(quick, output, None, fresh=False, keep_graphs=False, progress=progress or NullProgress())
+    with job.work.locked():
+        source = load_source(job)
+        calibrated_weights(job, source, captured_inputs(job, source))
+
+
+def kill_runs(recipe: Path, output: Path, runs: int) -> None:
+    """Kill every run a little after it has finished something more than those before it."""
+    work = output.with_suffix(".work")
+    for _ in range(runs):
+        before = len(list(work.rglob("*.seal")))
+        child = _fork(recipe, output)
+        while len(list(work.rglob("*.seal"))) <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        delay = random.uniform(0, 0.05)
+        time.sleep(delay)
+        sys.stdout.write(f"killed {delay:.3f} s after there were {before + 1} seals\n")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _fork(recipe: Path, output: Path) -> int:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        calibrate(recipe, output)
+        os._exit(0)
+    return child
+
+
+if __name__ == "__main__":
+    kill_runs(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(_fork(Path(sys.argv[1]), Path(sys.argv[2])), 0)[1]))

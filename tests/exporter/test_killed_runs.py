@@ -1,0 +1,57 @@
+"""Work that was finished before a run was killed is never lost, and never mixed with another recipe's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exporter.cli import main
+from tests.exporter.interrupted import InterruptedProgress
+from tests.exporter.kill_runs import SEARCH, calibrate
+
+ROOT = Path(__file__).parents[2]
+KILLED = 4
+
+
+def _files(work: Path) -> dict[Path, bytes]:
+    return {path.relative_to(work): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_same_run_ends_with_the_same_bytes(tiny_job: Path, tmp_path: Path) -> None:
+    recipe, killed, whole = tiny_job / "tiny.yaml", tmp_path / "killed.onnx", tmp_path / "whole.onnx"
+    calibrate(recipe, whole)
+    command = [sys.executable, "-m", "tests.exporter.kill_runs", str(recipe), str(killed), str(KILLED)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("killed") == KILLED
+    files, expected = (_files(output.with_suffix(".work")) for output in (killed, whole))
+    lock = Path("lock")
+    assert files.pop(lock) != expected.pop(lock)
+    assert files == expected, run.stdout
+
+
+def test_an_interrupted_calibration_is_not_lost_to_another_recipe(
+    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, output, work = tiny_job / "tiny.yaml", tmp_path / "x.onnx", tmp_path / "x.work"
+    # Steps of capturing, of the scales of all layers, and of the first block.
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(recipe, output, InterruptedProgress(3 + 20 + 4))
+    before = _files(work)
+    for change, words in {
+        "calibration.steps=4": "had calibration.steps 3, not 4: ",
+        "method.iterations=7": "had method.iterations 6, not 7: ",
+    }.items():
+        assert main([str(recipe), "-o", str(output), "--quiet", "--set", SEARCH, "--set", change]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert before == _files(work)
+    rest = InterruptedProgress()
+    calibrate(recipe, output, rest)
+    assert rest.begun == ["scales", "calibrate transformer_blocks.0", "calibrate transformer_blocks.1"]
+    assert not any(work.glob("unfinished.*"))
