@@ -26,6 +26,7 @@ from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open
 
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
+    from exporter.recipe import Recipe
 
 _ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
@@ -218,20 +219,13 @@ def export(
     loaded = load_recipe(recipe, overrides, target, seed)
     resolve_target(loaded.target, output)
     if dry_run:
-        from exporter.describe import describe, print_description
-
-        print_description(describe(loaded, output), open_console(stderr=False))
+        _print_plan(loaded, output)
         return
     from exporter.pipeline import export as run_export
 
+    validated, progress = not no_validate, open_progress(quiet=quiet)
     result = run_export(
-        loaded,
-        output,
-        work_dir=work_dir,
-        validate=not no_validate,
-        keep_graphs=keep_graphs,
-        fresh=fresh,
-        progress=open_progress(quiet=quiet),
+        loaded, output, work_dir=work_dir, validate=validated, keep_graphs=keep_graphs, fresh=fresh, progress=progress
     )
     if not quiet:
         _print_result(result)
@@ -249,6 +243,12 @@ def build(words: tuple[str, ...]) -> int:
 def doctor(words: tuple[str, ...]) -> int:
     """Hand everything to the program that devices have."""
     return device_main(["doctor", *words])
+
+
+def _print_plan(recipe: Recipe, output: str) -> None:
+    from exporter.describe import describe, print_description
+
+    print_description(describe(recipe, output), open_console(stderr=False))
 
 
 def _print_result(result: ExportResult) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from exporter.cli_bundle import is_bundle, validate_bundle
 from exporter.errors import FidelityError, InputError
+from exporter.targets import SUFFIXES
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
+
+if TYPE_CHECKING:
+    from exporter.bisect.engine_findings import EngineFindings
+    from exporter.bisect.findings import Findings
 
 
 @click.command(short_help="Repeat the validation of an engine that an export wrote.")
@@ -30,25 +36,45 @@ def validate(file: str, *, quiet: bool, debug: bool) -> None:
     validate_output(file, progress=open_progress(quiet=quiet))
 
 
-@click.command(short_help="Find the block and the layer where a graph leaves the reference.")
+@click.command(short_help="Find the block and the layer where an output leaves the reference.")
 @click.argument("file")
+@click.option("--engine", is_flag=True, help="Bisect the engine that FILE, a lowered graph, is built into.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="OUTPUTS",
+    help="What the device recorded of the engine: boundaries.outputs.json, then layers.outputs.json.",
+)
 @click.option("--no-trial", is_flag=True, help="Do not compute deviating layers in FP32 to see whether that helps.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @QUIET
 @DEBUG
-def bisect(file: str, *, no_trial: bool, as_json: bool, quiet: bool, debug: bool) -> int:
-    """Find where FILE, an .onnx that an export wrote or a graph in its work folder, leaves the reference.
+def bisect(
+    file: str, *, engine: bool, against: tuple[str, ...], no_trial: bool, as_json: bool, quiet: bool, debug: bool
+) -> int:
+    """Find where FILE, an output of an export or a graph in its work folder, leaves the reference.
 
-    First the graph runs free, with the boundaries between its blocks as outputs. Then every block, and every quantized
-    linear, gets the reference's own inputs, so that the first guilty one is named whatever the others do. Layers that
-    deviate are computed in FP32 to see whether the deviation goes away; then the rule for the recipe is printed.
+    A graph runs in ONNX Runtime: free, with the boundaries between its blocks as outputs, then every block, and every
+    quantized linear, on the reference's own inputs, so that the first guilty one is named whatever the others do.
+    Layers that deviate are computed in FP32 to see whether the deviation goes away; then the rule for the recipe is
+    printed.
 
-    Ends with 0 where nothing deviates and with 4 where something does.
+    An engine (NAME.plan, or a lowered graph with --engine) is built once more, with its boundaries as outputs, and
+    runs where its GPU is. If that is not here, NAME.bisect/ is what to take there, and a script in it leaves the
+    outputs that --against goes on with. The layers of a block that deviates are then tried in FP32 in the same way.
+
+    Ends with 0 where nothing deviates, with 4 where something does, and with 3 where it is the device's turn.
     """
-    from exporter.bisect.search import bisect as search
+    from exporter.bisect.engine import bisect_engine
+    from exporter.bisect.search import bisect as bisect_graph
     from exporter.bisect.show import print_findings
 
-    found = search(file, trial=not no_trial, progress=open_progress(quiet=quiet))
+    progress, recorded = open_progress(quiet=quiet), [Path(outputs) for outputs in against]
+    found: Findings | EngineFindings
+    if engine or recorded or Path(file).suffix in SUFFIXES["tensorrt"]:
+        found = bisect_engine(file, recorded, trial=not no_trial, progress=progress)
+    else:
+        found = bisect_graph(file, trial=not no_trial, progress=progress)
     if as_json:
         click.echo(found.to_json())
     elif not quiet:

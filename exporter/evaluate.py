@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,21 @@ from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import read_model
 from exporter.passes.layer_table import read_layer_table
 from exporter.passes.tiling import untiled
-from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
+from exporter.quality import (
+    BATCH,
+    LayerQuality,
+    NoiseSnr,
+    class_accuracy,
+    collected_rows,
+    layer_quality,
+    noise_prediction_snr,
+)
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
 from exporter.stages import capture
 from exporter.workdir import key_of
-
-_LAYER_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -44,16 +51,17 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     """Compare the original with the lowered graph on held-out trajectories and on samples from the same seeds."""
     settings = job.recipe.evaluation
     held_out = held_out_inputs(job, source)
-    engine = graph_denoiser(source, open_graph(source, lowered))
-    noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
-    rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
-    batches = [held_out.inputs(row.reshape(1), source.prompts) for row in rows]
-    inputs = layer_rows(source.model, source.adapter, source.plan, batches)
-    layers = layer_quality(source.model, quantized, source.plan, inputs)
-    scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
     judged = settings.samples if settings.classifier is not None else settings.grid
     count = max(judged, settings.grid)
-    original, ours = original_samples(job, source, count), samples(job, source, engine, count)
+    original = original_samples(job, source, count)
+    engine = graph_denoiser(source, open_graph(source, lowered))
+    with collected_rows(source.model, source.plan, math.ceil(len(held_out) / BATCH)) as inputs:
+        noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
+    ours = samples(job, source, engine, count)
+    # A large graph's weights leave the memory before the layers' come.
+    del engine
+    layers = layer_quality(source.model, quantized, source.plan, inputs)
+    scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
     return Evaluation(
         noise=noise,
         layers=layers,

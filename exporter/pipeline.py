@@ -21,6 +21,7 @@ from exporter.recipe import Recipe
 from exporter.results import write_results
 from exporter.source import Source, load_source
 from exporter.stages import (
+    balanced,
     build,
     calibrated_weights,
     captured_inputs,
@@ -97,6 +98,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
         products = {layer.name: layer.product for layer in source.plan.layers}
         refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
+    source = job.timed("balance", balanced, source, captured)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     # The codes, a byte each; the quantized model holds them packed.

@@ -15,7 +15,7 @@ from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
 from exporter.ranges import HEADROOM, Amax, measured_ranges
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
+from exporter.stages import balanced, calibrated_weights, captured_inputs, exported_graph, fake_quantized
 
 Verdict = Literal["not finite", "infinite", "tight", "fits", "loses bits"]
 
@@ -94,6 +94,7 @@ def scan_ranges(job: Job) -> RangeScan:
     with job.work.locked():
         source = load_source(job)
         captured = captured_inputs(job, source)
+        source = balanced(job, source, captured)
         quantized = fake_quantized(job, source, calibrated_weights(job, source, captured))
         exported = exported_graph(job, source, quantized)
         return RangeScan.of(job.recipe.name, len(captured), measured_ranges(job, source, captured, exported))

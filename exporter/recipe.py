@@ -110,6 +110,9 @@ class MethodSection(Section):
     beta_start: Annotated[float, Field(gt=0)] = 20.0
     beta_end: Annotated[float, Field(gt=0)] = 2.0
     scale_search: Literal["absmax", "mse", "output"] = "output"
+    balance: bool = Field(
+        default=False, description="balance the channels of inputs where the layers in front can do it for free"
+    )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 
     @model_validator(mode="after")
@@ -222,6 +225,14 @@ class Recipe(Section):
             raise ValueError(
                 "calibration.prompts: missing; it is the safetensors file with the prompt embeddings, as fp4export "
                 "embed makes it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balances_what_is_known(self) -> Recipe:
+        if self.method.balance and self.model.family == "generic":
+            raise ValueError(
+                "method.balance: of family generic it is not known what is in front of the layers; leave it out"
             )
         return self
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 from torch import nn
 
+from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
+from exporter.calibration.inputs import CalibrationRun
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
@@ -72,6 +75,30 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
     return captured
 
 
+def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
+    """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
+
+    What was found is sealed in the work folder.
+    """
+    if not job.recipe.method.balance:
+        return source
+    folds = source.adapter.channel_folds(source.model)
+
+    def make(path: Path) -> None:
+        run = CalibrationRun(source.adapter, captured, source.prompts)
+        find_balance(run, source.model, folds).save(path)
+
+    key = key_of(stage="balance", model=source.identity, shape=source.latent_shape, calibration=_calibration(job))
+    path, reused = job.work.obtain("balance.safetensors", key, make)
+    job.progress.note(f"{_verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
+    return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
+
+
+def _calibration(job: Job) -> dict[str, Any]:
+    """What the captured inputs depend on, beside the model and its prompts."""
+    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
+
+
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
     """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
     units = _unit_files(job, source)
@@ -117,7 +144,7 @@ def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
     return {
         "model": source.identity,
         "latent_shape": source.latent_shape,
-        "calibration": job.recipe.calibration.model_dump(exclude={"prompts", "memory"}),
+        "calibration": _calibration(job),
         "method": job.recipe.method.model_dump(),
         "layers": source.layer_facts(),
     }

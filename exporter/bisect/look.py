@@ -11,14 +11,14 @@ import numpy.typing as npt
 import onnx
 
 from exporter.bisect.suspect import Suspect
+from exporter.gate.large import compare_segments
 from exporter.gate.records import OUTPUT, LinearRecord
 from exporter.gate.rows import chosen_rows
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, tensor_names
 from exporter.gate.table import GateRow, bounded_db
-from exporter.gate.whole import compare_blocks, compare_end_to_end, compare_segments, model_feeds
+from exporter.gate.whole import compare_blocks, compare_end_to_end, model_feeds
 from exporter.onnx_files import save_onnx
-from exporter.passes.layer_table import LayerEntry
 
 # Within a block a right graph drifts by the codes that flip at rounding boundaries, far less than this.
 INPUT_DB = 30.0
@@ -63,16 +63,17 @@ def look_at(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> Look:
 
     Raises `CutError` and `FidelityError` as the gate does.
     """
-    blocks, end_to_end = _blocks_and_end(suspect, model, folder)
+    blocks, end_to_end = blocks_and_end(suspect, model, folder)
     inputs = [row for block in blocks if block.kind == "block" for row in _inputs(suspect, model, block, folder)]
     return Look(blocks, tuple(inputs), end_to_end)
 
 
-def _blocks_and_end(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> tuple[tuple[GateRow, ...], GateRow]:
+def blocks_and_end(suspect: Suspect, model: onnx.ModelProto, folder: Path) -> tuple[tuple[GateRow, ...], GateRow]:
+    """The rows of `model`'s blocks and what lies around them, given the reference's inputs, and that of its output."""
     reference, stage, optimized = suspect.reference, suspect.stage, suspect.optimized
     path = folder / "look.onnx"
     if suspect.segmented:
-        *blocks, end_to_end = compare_segments(model, model, reference, stage, path, optimized=optimized)
+        *blocks, end_to_end = compare_segments(model, model, (), reference, stage, path, optimized=optimized).rows
         return tuple(blocks), end_to_end
     compared = compare_blocks(model, reference, stage, path, optimized=optimized)
     save_onnx(model, path)
@@ -89,7 +90,8 @@ def _inputs(suspect: Suspect, model: onnx.ModelProto, block: GateRow, folder: Pa
     entries = [entry for entry in suspect.layers if inside.get(entry.input) is entry]
     if not entries:
         return []
-    outputs = _run_between_boundaries(suspect, model, entries, folder / "inputs.onnx")
+    wanted = [entry.input for entry in entries]
+    outputs = run_between_boundaries(suspect, model, wanted, folder / "inputs.onnx")
     records = {record.layer: record for record in suspect.reference.linears}
     needed = min(INPUT_DB, block.threshold_db) if block.passed else block.threshold_db
     return [
@@ -98,18 +100,20 @@ def _inputs(suspect: Suspect, model: onnx.ModelProto, block: GateRow, folder: Pa
     ]
 
 
-def _run_between_boundaries(
-    suspect: Suspect, model: onnx.ModelProto, entries: Sequence[LayerEntry], path: Path
-) -> list[Arrays]:
-    """The layers' inputs, one mapping per timestep, all boundaries given."""
+def given_boundaries(suspect: Suspect, model: onnx.ModelProto) -> list[GivenTensor]:
+    """The reference's boundaries that `model` has, as what it is cut at."""
     known = tensor_names(model)
     boundaries = suspect.reference.models[0].boundaries
-    given = [
+    return [
         GivenTensor.like(name, np.asarray(array))
         for name, array in boundaries.items()
         if name != OUTPUT and name in known
     ]
-    graph = cut(model, given, [entry.input for entry in entries])
+
+
+def run_between_boundaries(suspect: Suspect, model: onnx.ModelProto, wanted: Sequence[str], path: Path) -> list[Arrays]:
+    """These tensors, one mapping per timestep, all boundaries given; the cut graph goes to `path`."""
+    graph = cut(model, given_boundaries(suspect, model), wanted)
     save_onnx(graph, path)
     read = {value.name for value in graph.graph.input}
     feeds = [{name: array for name, array in feed.items() if name in read} for feed in model_feeds(suspect.reference)]

@@ -1,29 +1,23 @@
-"""What is bisected: a graph with the reference that its export kept, and why an engine is refused."""
+"""What is bisected: a graph with the reference that its export kept."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from exporter.device.acceptance import INPUTS, OUTPUTS
 from exporter.device.program import BUNDLE_SUFFIX
-from exporter.errors import EnvironmentLacksError, InputError
+from exporter.errors import InputError
 from exporter.gate.records import Reference
 from exporter.gate.segments import is_large
 from exporter.gate.table import Stage
-from exporter.gate.whole import model_feeds
 from exporter.onnx_files import checksum_of, read_model
 from exporter.onnx_input.model import GraphState, state_of
 from exporter.origin import Origin, origin_path
-from exporter.passes.emulate import EMULATED, relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, LayerEntry, read_layer_table
 from exporter.passes.tiling import untiled
 from exporter.targets import Target, get_target
-
-_ENGINES = (".plan", ".engine")
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,7 @@ class Suspect:
 def open_suspect(path: Path) -> Suspect:
     """Read a graph and find its reference: beside an output by its origin, in a work folder by the target's name.
 
-    Raises `InputError` for what is no graph of an export, or has no reference any more, and `EnvironmentLacksError`
-    for an engine, saying what can be done about it.
+    Raises `InputError` for what is no graph of an export, or has no reference any more.
     """
     if BUNDLE_SUFFIX in (path.suffix, path.parent.suffix):
         raise InputError(
@@ -70,8 +63,6 @@ def open_suspect(path: Path) -> Suspect:
         raise InputError(
             f"{path}: no such file; bisect takes an output that fp4export wrote, or a graph in its work folder"
         )
-    if path.suffix in _ENGINES:
-        raise _refusal(path)
     light = read_model(path, external_data=False)
     state = state_of(light)
     if state is GraphState.FOREIGN:
@@ -107,34 +98,6 @@ def _reference_folder(path: Path, target: Target) -> tuple[Path, tuple[str, ...]
     if checksum_of(path) == origin.output_sha256:
         return origin.gate, ()
     return origin.gate, (f"{path.name} has changed since it was exported (SHA-256 differs): export again to repair it",)
-
-
-def _refusal(path: Path) -> EnvironmentLacksError:
-    """Why an engine is not bisected, with the command that bisects its graph and, where ONNX Runtime ran that very
-    graph, the one for the device."""
-    origin = Origin.load(path)
-    graph = shlex.join(["fp4export", "bisect", str(origin.graph)])
-    advice = f"here, bisect {origin.graph.name}, {relation_to_engine(origin.graph)}: {graph}"
-    if not origin.graph.name.startswith(f"{EMULATED}."):
-        advice += (
-            f"; on the device, compare every block of that graph, cut between them: {_device_command(origin.gate)}"
-        )
-    return EnvironmentLacksError(
-        f"{path}: an engine has no boundaries between its blocks to look at, and runs only on its own GPU; {advice}"
-    )
-
-
-def _device_command(gate: Path) -> str:
-    """The polygraphy line that builds the gate's cut graph for the GPU it runs on and compares every block."""
-    cut = gate / "blocks.lowered.onnx"
-    feed = model_feeds(Reference.load(gate))[0]
-    model = read_model(cut, external_data=False)
-    read = [value.name for value in model.graph.input]
-    shapes = [f"{name}:[{','.join(map(str, feed[name].shape))}]" for name in read]
-    words = ["polygraphy", "run", str(cut), "--trt", "--strongly-typed", "--input-shapes", *shapes]
-    words += ["--load-inputs", str(gate / INPUTS), "--load-outputs", str(gate / OUTPUTS), "--compare", "snr"]
-    rtx = _target_of(model).engine == "tensorrt-rtx"
-    return ("POLYGRAPHY_USE_TENSORRT_RTX=1 " if rtx else "") + shlex.join(words)
 
 
 def _target_of(model: onnx.ModelProto) -> Target:

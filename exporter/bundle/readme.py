@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from exporter.bundle.manifest import Manifest, TargetEntry
-from exporter.device.versions import OLDEST_PLUGINS
+from plugins.tensorrt_plugins.releases import OLDEST_TENSORRT
 
 README = "README.md"
 
@@ -56,7 +56,7 @@ def _section(target: TargetEntry, folder: str) -> str:
     lines += [check] if check else []
     lines.append("```\n")
     if target.kernels is not None:
-        lines.append(f"Its plugins need TensorRT ≥ {'.'.join(map(str, OLDEST_PLUGINS))} and `{target.kernels}/`.\n")
+        lines.append(f"Its plugins need TensorRT ≥ {'.'.join(map(str, OLDEST_TENSORRT))} and `{target.kernels}/`.\n")
     if target.acceptance is None:
         lines.append("It was exported without validation, so there is nothing to compare an engine with.\n")
     return "\n".join(lines)

@@ -33,7 +33,7 @@ from exporter.quantize import (
 from exporter.recipe import MethodSection
 
 # So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
-_LAYERS_AT_ONCE = 16
+_LAYERS_AT_ONCE = 48
 
 
 def calibrate(

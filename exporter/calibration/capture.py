@@ -110,6 +110,7 @@ def capture_trajectories(
         latent_shape=latent_shape,
         progress=progress,
         record=keep,
+        finish=False,
     )
     captured = CalibrationSet(
         **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}

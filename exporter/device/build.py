@@ -27,12 +27,12 @@ from exporter.device.profiles import BatchRange, profile_shapes
 from exporter.device.requirements import installed_version, missing_builder
 from exporter.device.rtx_file import check_rtx_engine
 from exporter.device.sizes import size
-from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
 from exporter.files import atomic_path, sha256_of
 from exporter.gpu import free_memory, local_gpu
 from exporter.targets import Target
 from plugins.kernels.library import INDEX
+from plugins.tensorrt_plugins.releases import OLDEST_TENSORRT
 
 if TYPE_CHECKING:
     from exporter.progress import Progress
@@ -167,7 +167,7 @@ def _journey(graph: LoweredGraph, options: BuildOptions) -> str:
     weights = graph.path.with_name(f"{graph.path.name}.data")
     beside = [path for path in (weights, graph.kernels, _gate_folder(graph, options)) if path and path.exists()]
     names = ", ".join(path.name if path.is_file() else f"{path.name}/" for path in beside)
-    oldest = ".".join(map(str, OLDEST_PLUGINS))
+    oldest = ".".join(map(str, OLDEST_TENSORRT))
     needed = f" (its plugins need TensorRT {oldest} or later there)" if graph.plugins else ""
     return f"take it{f' and {names}' if names else ''} to the device{needed} and run"
 

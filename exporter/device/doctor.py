@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from exporter.device.machine import Machine, look_around
 from exporter.device.requirements import missing_builder
 from exporter.device.sizes import size
-from exporter.device.versions import OLDEST_PLUGINS, version_of
+from exporter.device.versions import version_of
 from exporter.targets import TARGETS, Target
+from plugins.tensorrt_plugins.releases import OLDEST_TENSORRT
 
 _BUILD_PACKAGES = ("numpy", "onnx", "ml_dtypes", "polygraphy")
 _NO_DOT_PRODUCTS = "this CPU has no 8-bit dot product (VNNI): W4A8 with INT8 activations is not exact here"
@@ -63,8 +64,8 @@ def _limits(target: Target, machine: Machine) -> str:
     if target.engine == "tensorrt-rtx":
         here = machine.gpu is not None and machine.gpu.compute_capability == target.compute_capability
         return "" if here else "built here, but run and checked only on its GPU"
-    if version_of(machine.packages["tensorrt"]) < OLDEST_PLUGINS:
-        oldest = ".".join(map(str, OLDEST_PLUGINS))
+    if version_of(machine.packages["tensorrt"]) < OLDEST_TENSORRT:
+        oldest = ".".join(map(str, OLDEST_TENSORRT))
         return f"without plugins (kernels: native): they need TensorRT {oldest} or later"
     return ""
 

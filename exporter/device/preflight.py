@@ -9,13 +9,13 @@ from onnx import TensorProto
 
 from exporter.device.graph import LoweredGraph, is_plugin
 from exporter.device.requirements import release_of
-from exporter.device.versions import OLDEST_PLUGINS
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.onnx_files import nodes_of
 from exporter.targets import TARGETS, Target
 from exporter.tensorrt_parsers import PARSERS, Parser, refusal
 from plugins.kernels.library import KernelLibrary, KernelLibraryError, kernels_folder
 from plugins.op import is_ours
+from plugins.tensorrt_plugins.releases import OLDEST_TENSORRT
 
 _EVERYWHERE = ("fp16", "fp32")
 
@@ -80,8 +80,8 @@ def check_kernels(graph: LoweredGraph, target: Target) -> None:
 
 def check_version(graph: LoweredGraph, version: tuple[int, int]) -> None:
     """Raise `EnvironmentLacksError` where this TensorRT is too old for the graph's plugins."""
-    if graph.plugins and version < OLDEST_PLUGINS:
-        here, oldest = (".".join(map(str, pair)) for pair in (version, OLDEST_PLUGINS))
+    if graph.plugins and version < OLDEST_TENSORRT:
+        here, oldest = (".".join(map(str, pair)) for pair in (version, OLDEST_TENSORRT))
         raise EnvironmentLacksError(
             f"{graph.path.name}: has the plugin {graph.plugins[0]}, which needs TensorRT {oldest} or later, not {here}"
             "; export with --set kernels=native for this machine"

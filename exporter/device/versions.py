@@ -6,9 +6,6 @@ import importlib
 import re
 from typing import Any
 
-OLDEST_PLUGINS = (10, 9)
-"""The first TensorRT with quickly deployable plugins that are compiled ahead of time."""
-
 
 def module_name(*, rtx: bool) -> str:
     """The Python package of TensorRT or of TensorRT-RTX."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import InputError
+from exporter.models.channel_folds import ChannelFold
 from exporter.models.config import TransformerConfig
 from exporter.models.inputs import HIDDEN_STATES, TIMESTEP, Condition, TransformerInputs
 from exporter.models.text_encoders import TextEncoder
@@ -74,6 +75,10 @@ class Adapter(ABC):
 
         `inputs` show the sizes, which may decide constants.
         """
+
+    @abstractmethod
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """Where `method.balance` can change the inputs of linear layers for free."""
 
     def config(self, model: nn.Module) -> TransformerConfig:
         """The checked config of a loaded model."""

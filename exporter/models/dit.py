@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from exporter.models.adapter import Adapter, config_of, create_on_meta, restore_position_embedding
+from exporter.models.channel_folds import ChannelFold, behind_attention, behind_own_modulation
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import Condition, TransformerInputs
 
@@ -66,6 +67,16 @@ class DiTAdapter(Adapter):
         model = create_on_meta(DiTTransformer2DModel, config)
         restore_position_embedding(model, DiTConfig.model_validate(config), 1.0)
         return model
+
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """All inputs but that of the second feed-forward layer."""
+        blocks = [name for name, _ in self.blocks(model)]
+        folds = []
+        for block in blocks:
+            attention = tuple(f"{block}.attn1.to_{part}" for part in "qkv")
+            folds.append(behind_own_modulation(f"{block}.norm1.linear", 0, attention))
+            folds.append(behind_own_modulation(f"{block}.norm1.linear", 3, (f"{block}.ff.net.0.proj",)))
+        return (*folds, *behind_attention(model, (f"{block}.attn1" for block in blocks)))
 
     def share_weights(self, model: nn.Module) -> None:
         """One embedder of timestep and class for all blocks that have the same one."""

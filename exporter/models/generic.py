@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from exporter.errors import InputError, did_you_mean
 from exporter.models.adapter import Adapter, config_of
+from exporter.models.channel_folds import ChannelFold
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import HIDDEN_STATES, TIMESTEP, Condition, TransformerInputs
 
@@ -109,6 +110,10 @@ class GenericAdapter(Adapter):
 
     def conditions(self, model: nn.Module) -> tuple[Condition, ...]:
         return tuple(Condition(name, name, sizes) for name, sizes in self._inputs.items())
+
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """None: what is in front of the layers is not known, so a recipe that asks for it is refused."""
+        return ()
 
     def forward_module(self, model: nn.Module, inputs: TransformerInputs) -> nn.Module:
         return _Forward(model, self.input_names(model))

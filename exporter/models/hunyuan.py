@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from exporter.models.adapter import PIXELS_PER_LATENT, Adapter, config_of, create_on_meta
+from exporter.models.channel_folds import ChannelFold, behind_attention, behind_norm
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import Condition, TransformerInputs
 from exporter.models.text_encoders import TextEncoder
@@ -150,6 +151,19 @@ class HunyuanAdapter(Adapter):
         middle = len(names) // 2
         sources = names[: max(middle - 1, 0)]
         return {name: {"skip": source} for name, source in zip(names[middle + 1 :], reversed(sources), strict=True)}
+
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """All inputs but those of the second feed-forward layer, and the text that cross-attention reads."""
+        folds = []
+        for block, module in self.blocks(model):
+            attention = tuple(f"{block}.attn1.to_{part}" for part in "qkv")
+            folds.append(behind_norm(f"{block}.norm1.norm", attention, added=f"{block}.norm1.linear"))
+            folds.append(behind_norm(f"{block}.norm2", (f"{block}.attn2.to_q",)))
+            folds.append(behind_norm(f"{block}.norm3", (f"{block}.ff.net.0.proj",)))
+            folds += behind_attention(model, (f"{block}.attn1", f"{block}.attn2"))
+            if getattr(module, "skip_linear", None) is not None:
+                folds.append(behind_norm(f"{block}.skip_norm", (f"{block}.skip_linear",)))
+        return tuple(folds)
 
     def forward_module(self, model: nn.Module, inputs: TransformerInputs) -> nn.Module:
         return _Forward(model, self._rotary(model, inputs.hidden_states))

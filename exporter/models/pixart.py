@@ -14,6 +14,7 @@ from exporter.models.adapter import (
     create_on_meta,
     restore_position_embedding,
 )
+from exporter.models.channel_folds import ChannelFold, behind_attention, behind_linear, behind_shared_modulation
 from exporter.models.config import TransformerConfig, Width
 from exporter.models.inputs import Condition, TransformerInputs
 from exporter.models.text_encoders import TextEncoder
@@ -121,6 +122,24 @@ class PixArtAdapter(Adapter):
             Condition("encoder_hidden_states", "prompt_embeds", (None, width)),
             Condition("encoder_attention_mask", "prompt_attention_mask", (None,), "mask", of="prompt_embeds"),
         )
+
+    def channel_folds(self, model: nn.Module) -> tuple[ChannelFold, ...]:
+        """What modulated norms give self-attention and feed-forward, what attention makes of its values, the captions.
+
+        Not the queries of cross-attention, which read the residual stream, nor the second feed-forward layer's input.
+        """
+        blocks = [name for name, _ in self.blocks(model)]
+        embedder, tables = "adaln_single.linear", [f"{block}.scale_shift_table" for block in blocks]
+        attention = [tuple(f"{block}.attn1.to_{part}" for part in "qkv") for block in blocks]
+        folds = [
+            behind_shared_modulation(embedder, tables, 0, attention),
+            behind_shared_modulation(embedder, tables, 3, [(f"{block}.ff.net.0.proj",) for block in blocks]),
+            *behind_attention(model, (f"{block}.{kind}" for block in blocks for kind in ("attn1", "attn2"))),
+        ]
+        if self.config(model).caption_channels is not None:
+            captions = tuple(f"{block}.attn2.to_{part}" for block in blocks for part in "kv")
+            folds.append(behind_linear(model, "caption_projection.linear_2", captions))
+        return tuple(folds)
 
     def text_encoders(self, pipeline: str) -> tuple[TextEncoder, ...]:
         tokens = 300 if pipeline == "PixArtSigmaPipeline" else 120

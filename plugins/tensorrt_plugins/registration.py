@@ -18,11 +18,9 @@ from plugins.kernels.hardware import Capability
 from plugins.kernels.library import KernelLibrary, LibraryKernel
 from plugins.op import is_ours
 from plugins.tensorrt_plugins.launch import launch
+from plugins.tensorrt_plugins.releases import OLDEST_TENSORRT
 from plugins.tensorrt_plugins.types import type_name, type_names
 from plugins.tensorrt_plugins.variant import PluginVariant, plugin_variant
-
-OLDEST_VERSION = "10.9"
-"""The first release with plugins that are compiled ahead of time; JetPack 6 has 10.3, which has none."""
 
 # TensorRT's own tactics are not positive.
 _FIRST_TACTIC = 1
@@ -49,7 +47,7 @@ def register(op_types: Iterable[str], library: KernelLibrary, capability: Capabi
     plugin is registered.
 
     Raises:
-        PluginError: TensorRT is older than `OLDEST_VERSION`, or an operator is registered already.
+        PluginError: TensorRT is older than `OLDEST_TENSORRT`, or an operator is registered already.
         KernelLibraryError: a kernel is missing.
         UnknownOperatorError: an op_type is no operator with kernels.
     """
@@ -69,10 +67,11 @@ def _plugin_api() -> Any:
 
     # Releases since 10.7 tell parsers which kind of plugin is asked for, those since 10.9 take it from an ONNX file.
     version = tuple(int(part) for part in tensorrt.__version__.split(".")[:2])
-    if version < tuple(int(part) for part in OLDEST_VERSION.split(".")):
+    if version < OLDEST_TENSORRT:
+        oldest = ".".join(map(str, OLDEST_TENSORRT))
         raise PluginError(
             f"TensorRT {tensorrt.__version__} has no plugins that are compiled ahead of time (they begin with "
-            f"{OLDEST_VERSION}; JetPack 6 stays on 10.3): export with `kernels: native`, or update TensorRT"
+            f"{oldest}; JetPack 6 stays on 10.3): export with `kernels: native`, or update TensorRT"
         )
     import tensorrt.plugin as trtp
 

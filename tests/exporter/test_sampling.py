@@ -86,6 +86,33 @@ def test_guidance_calls_negative_prompts_first_and_guidance_1_leaves_them_out(pr
     assert calls[0].prompts.tolist() == [1, 3]
 
 
+def test_without_a_finish_the_last_call_is_recorded_but_not_made(prompts: Prompts) -> None:
+    calls: list[DenoiserCall] = []
+    _sample(prompts, [0, 2], guidance=2.0, record=calls.append)
+    recorded, made = [], []
+
+    def counting(inputs: TransformerInputs) -> Tensor:
+        made.append(inputs)
+        return denoiser(inputs)
+
+    sample(
+        counting,
+        prompts,
+        torch.tensor([0, 2]),
+        make_scheduler("DPMSolverMultistepScheduler", None, 10),
+        steps=10,
+        guidance=2.0,
+        seed=0,
+        latent_shape=SHAPE,
+        record=recorded.append,
+        finish=False,
+    )
+    assert len(made) == len(calls) - 1
+    assert [call.step for call in recorded] == list(range(10))
+    for found, expected in zip(recorded, calls, strict=True):
+        assert torch.equal(found.inputs.hidden_states, expected.inputs.hidden_states)
+
+
 def test_the_checkpoints_noise_schedule_is_used_with_any_scheduler(tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     config = {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.05, "solver_order": 3, "unheard_of": 1}

@@ -1,16 +1,19 @@
-"""What one target's stages leave in the work folder, another target's do not replace."""
+"""What stages leave in the work folder and what they add to the graph."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
 
 from exporter.job import open_job
 from exporter.progress import NullProgress
 from exporter.recipe import load_recipe
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, captured_inputs
+from exporter.stages import balanced, calibrated_weights, captured_inputs, exported_graph, fake_quantized
 
 
 @pytest.mark.slow
@@ -28,3 +31,22 @@ def test_targets_with_other_group_multipliers_keep_their_own_weights(tiny_job: P
     assert multipliers[0] != multipliers[1] == multipliers[2], "else this test says nothing"
     assert [len(files) for files in written] == [1, 2, 2, 2]
     assert written[0].items() <= written[1].items() == written[2].items() == written[3].items()
+
+
+@pytest.mark.slow
+def test_balanced_inputs_add_nothing_to_the_graph(tiny_job: Path, tiny_export: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny_job / "tiny.yaml", ["method.name=rtn", "method.balance=true"], "cpu")
+    progress = NullProgress()
+    job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=progress)
+    original = load_source(job)
+    captured = captured_inputs(job, original)
+    source = balanced(job, original, captured)
+    quantized = fake_quantized(job, source, calibrated_weights(job, source, captured))
+    graphs = (exported_graph(job, source, quantized), tiny_export.with_name("tiny.work") / "exported.cpu.onnx")
+    kinds = [Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node) for path in graphs]
+    assert kinds[0] == kinds[1]
+    assert not torch.equal(source.model.adaln_single.linear.bias, original.model.adaln_single.linear.bias)
+    written = (tmp_path / "x.work" / "balance.safetensors").stat().st_mtime_ns
+    again = balanced(job, original, captured)
+    assert torch.equal(again.model.adaln_single.linear.bias, source.model.adaln_single.linear.bias)
+    assert (tmp_path / "x.work" / "balance.safetensors").stat().st_mtime_ns == written

@@ -18,7 +18,6 @@ from exporter.bisect.look import look_at
 from exporter.bisect.search import bisect
 from exporter.bisect.suspect import open_suspect
 from exporter.cli import main
-from exporter.origin import origin_path
 from exporter.passes.layer_table import read_layer_table
 from tests.exporter.bisect.conftest import Sabotage
 from tests.exporter.tampering import flip_a_bit_of_one_code
@@ -265,13 +264,9 @@ def test_halving_finds_the_first_of_all_and_asks_rarely(count: int) -> None:
 def test_what_cannot_be_bisected_is_refused_with_what_can_be_done(
     tiny_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = tmp_path / "tiny.plan"
-    plan.write_bytes(b"engine")
-    shutil.copy(origin_path(tiny_export), origin_path(plan))
-    assert main(["bisect", str(plan)]) == 3
-    error = capsys.readouterr().err
-    assert "fp4export bisect" in error
-    assert "polygraphy run" in error
+    for words in ("--engine", "--against x.json"):
+        assert main(["bisect", str(tiny_export), *words.split()]) == 2
+        assert "no engine is made of it" in capsys.readouterr().err
     foreign = tmp_path / "foreign.onnx"
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])

@@ -52,11 +52,14 @@ class Profile:
         self.shapes[name] = shapes
 
 
-def fake_tensorrt(flags: type[IntEnum] = Flags10, gpu: bytes = b"gpu", engine: bytes | None = b"engine") -> Any:
-    """A module of the name; what it was told is in its `told`."""
-    config = Config(gpu)
-    told = SimpleNamespace(config=config, flags=None, parsed=None)
+class Logger:
+    WARNING = 2
 
+    def __init__(self, _severity: int) -> None:
+        pass
+
+
+def builder_class(told: SimpleNamespace, engine: bytes | None) -> type:
     class Builder:
         def __init__(self, _logger: object) -> None:
             pass
@@ -66,17 +69,22 @@ def fake_tensorrt(flags: type[IntEnum] = Flags10, gpu: bytes = b"gpu", engine: b
             return "network"
 
         def create_builder_config(self) -> Config:
+            config: Config = told.config
             return config
 
         def create_optimization_profile(self) -> Profile:
             return Profile()
 
-        def build_serialized_network(self, _network: str, _config: Config) -> bytes | None:
+        def build_serialized_network(self, _network: str, config: Config) -> bytes | None:
             config.progress_monitor.phase_start("Building", None, 2)
             config.progress_monitor.step_complete("Building", 0)
             config.progress_monitor.phase_finish("Building")
             return engine
 
+    return Builder
+
+
+def parser_class(told: SimpleNamespace) -> type:
     class Parser:
         num_errors = 1
 
@@ -91,16 +99,16 @@ def fake_tensorrt(flags: type[IntEnum] = Flags10, gpu: bytes = b"gpu", engine: b
             facts = {"node": 7, "desc": "no importer", "node_name": "late", "node_operator": "Swish"}
             return SimpleNamespace(**{name: lambda fact=fact: fact for name, fact in facts.items()})
 
-    class Logger:
-        WARNING = 2
+    return Parser
 
-        def __init__(self, _severity: int) -> None:
-            pass
 
+def fake_tensorrt(flags: type[IntEnum] = Flags10, gpu: bytes = b"gpu", engine: bytes | None = b"engine") -> Any:
+    """A module of the name; what it was told is in its `told`."""
+    told = SimpleNamespace(config=Config(gpu), flags=None, parsed=None)
     return SimpleNamespace(
         told=told,
-        Builder=Builder,
-        OnnxParser=Parser,
+        Builder=builder_class(told, engine),
+        OnnxParser=parser_class(told),
         Logger=Logger,
         IProgressMonitor=type("IProgressMonitor", (), {}),
         NetworkDefinitionCreationFlag=SimpleNamespace(**flags.__members__),

@@ -110,6 +110,7 @@ def _drawn(transformer: nn.Module, folder: Path) -> Tensor:
         ("model.blocks=blocks", "lists with linear layers here: transformer_blocks"),
         ("model.family=dit", "inputs and blocks describe a model to family generic"),
         ("model.inputs={}", "family generic needs inputs"),
+        ("method.balance=true", "method.balance: of family generic it is not known"),
     ],
 )
 def test_what_a_recipe_gets_wrong_is_named(
