@@ -28,7 +28,7 @@ from exporter.quality import (
     noise_prediction_snr,
 )
 from exporter.runtime import OnnxSession
-from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.sampling import Denoiser, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
 from exporter.stages import capture
@@ -55,8 +55,11 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     count = max(judged, settings.grid)
     original = original_samples(job, source, count)
     engine = graph_denoiser(source, open_graph(source, lowered))
-    with collected_rows(source.model, source.plan, math.ceil(len(held_out) / BATCH)) as inputs:
-        noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
+    at_once = min(BATCH, samples_at_once(_tokens(source), guidance=1.0))
+    with collected_rows(source.model, source.plan, math.ceil(len(held_out) / at_once)) as inputs:
+        noise = noise_prediction_snr(
+            source.denoiser, engine, held_out, source.prompts, job.progress, batch_size=at_once
+        )
     ours = samples(job, source, engine, count)
     # A large graph's weights leave the memory before the layers' come.
     del engine
@@ -134,7 +137,12 @@ def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
         seed=_held_out_seed(job),
         latent_shape=source.latent_shape,
         progress=job.progress,
+        batch_size=samples_at_once(_tokens(source), settings.guidance),
     )
+
+
+def _tokens(source: Source) -> int:
+    return source.adapter.tokens(source.model, source.latent_shape)
 
 
 def prompt_order(source: Source, count: int) -> Tensor:

@@ -27,6 +27,9 @@ Denoiser = Callable[[TransformerInputs], Tensor]
 
 
 _PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
+# Of one call: matrix products are at full speed by then, and a model of 1.5 B parameters needs some 3 GB for them.
+_MOST_TOKENS = 16_384
+_MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def samples_at_once(tokens: int, guidance: float) -> int:
+    """How many samples of `tokens` tokens each to denoise in one batch, so that memory stays bounded."""
+    rows = 1 if guidance == 1.0 else 2
+    return max(1, min(_MOST_SAMPLES, _MOST_TOKENS // (rows * tokens)))
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -111,7 +120,7 @@ def sample(
     seed: int,
     latent_shape: tuple[int, int, int],
     progress: Progress | None = None,
-    batch_size: int = 64,
+    batch_size: int = _MOST_SAMPLES,
     record: Callable[[DenoiserCall], None] | None = None,
     finish: bool = True,
 ) -> Tensor:

@@ -20,7 +20,7 @@ from exporter.models.generic import GenericAdapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.loading import load_transformer, model_shapes
 from exporter.models.location import CONFIG, ModelFiles, locate_model
-from exporter.models.prompts import Prompts, class_prompts, load_prompts
+from exporter.models.prompts import Prompts, class_prompts, load_prompts, spread_labels
 from exporter.models.weight_files import weight_files
 from exporter.plan import Plan, plan_layers
 from exporter.quality import class_accuracy
@@ -108,7 +108,7 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
     if settings.prompts is not None:
         return load_prompts(recipe.resolve_path(settings.prompts), conditions)
     (label,) = conditions
-    classes = settings.classes or [index * label.classes // settings.samples for index in range(settings.samples)]
+    classes = settings.classes or spread_labels(label.classes, settings.samples)
     if max(classes) >= label.classes:
         raise InputError(
             f"{recipe.name}: calibration.classes: {max(classes)} is over the model's last class, {label.classes - 1}"

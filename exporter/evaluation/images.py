@@ -98,6 +98,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) 
                 f"{folder}: holds images drawn with another {', '.join(changed)}; remove it or give another folder"
             )
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True) + "\n")
     for model in models:
         (folder / model).mkdir(exist_ok=True)

@@ -17,9 +17,11 @@ from torch import Tensor
 from exporter.errors import Fp4ExportError, InputError, did_you_mean
 from exporter.evaluation.presets import FidMode
 from exporter.evaluation.scorers import preference_scores
+from exporter.models.location import fetch_snapshot
 from exporter.progress import Progress, Task
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
+_CLIP_FILES = ("*.json", "*.txt", "model*.safetensors")
 _FID_BATCH = 32
 
 
@@ -148,12 +150,23 @@ def _clip_score(pictures: Pictures, tools: Tools, task: Task) -> float:
     from torchmetrics.multimodal import CLIPScore
 
     texts = _texts(pictures)
-    metric = CLIPScore(model_name_or_path=cast(Any, tools.clip_model)).to(tools.device)
+    metric = CLIPScore(model_name_or_path=cast(Any, _clip_folder(tools.clip_model))).to(tools.device)
     with torch.no_grad():
         for name, text in zip(pictures.names, texts, strict=True):
             metric.update(_pixels(pictures.folder / name, tools.device).to(torch.uint8), text)
             task.advance()
     return float(metric.compute())
+
+
+def _clip_folder(given: str) -> str:
+    """The folder of CLIP's weights: a Hub id is looked up once, not file by file with many tries each."""
+    if Path(given).is_dir():
+        return given
+    try:
+        advice = "download it where there is a network and give the folder: --clip-model DIR"
+        return str(fetch_snapshot("CLIP", given, _CLIP_FILES, advice))
+    except Fp4ExportError as error:
+        raise NotComputedError(str(error)) from error
 
 
 def _texts(pictures: Pictures) -> tuple[str, ...]:

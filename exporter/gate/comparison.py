@@ -92,7 +92,8 @@ class _Compared:
             cut = self.cut_path("linears")
             linears = compare_linears(self.plain, self.layers, self.records, stage, cut, optimized=optimized)
             task.advance()
-            blocks = compare_blocks(self.plain, reference, stage, self.cut_path("blocks"), optimized=optimized)
+            cut = self.cut_path("blocks")
+            blocks = compare_blocks(self.plain, reference, stage, cut, optimized=optimized, layers=self.layers)
             task.advance()
             tiles: tuple[GateRow, ...] = ()
             if self.plain is not self.written:

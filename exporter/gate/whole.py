@@ -8,37 +8,52 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from exporter.gate.entering import entering, input_rows, judged_by_inputs
 from exporter.gate.records import OUTPUT, Reference
-from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.runs import Arrays, Part, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, tensor_names
 from exporter.gate.table import SNR_CEILING_DB, GateRow, Kind, Stage, bounded_db
 from exporter.onnx_files import save_onnx
+from exporter.passes.layer_table import LayerEntry
 
 
 def compare_blocks(
-    model: onnx.ModelProto, reference: Reference, stage: Stage, path: Path, *, optimized: bool
+    model: onnx.ModelProto,
+    reference: Reference,
+    stage: Stage,
+    path: Path,
+    *,
+    optimized: bool,
+    layers: Sequence[LayerEntry] = (),
 ) -> tuple[GateRow, ...]:
     """Cut `model` between the blocks, write the cut graph to `path`, run it and compare every boundary.
 
-    Every block, and the tail, reads the reference's tensors; so each row is about one block alone.
+    Every block, and the tail, reads the reference's tensors; so each row is about one block alone. It fails as well
+    where what enters one of the `layers` in the block deviates, which the block's output may hide.
 
     Raises:
         CutError: the graph lacks a block's output.
         FidelityError: it cannot be run.
     """
-    graph = cut_between_blocks(model, reference)
-    save_onnx(graph, path)
+    save_onnx(cut_between_blocks(model, reference), path)
+    entries = {block: entering(layers, block, reference) for block in reference.blocks}
+    read = [entry.input for inside in entries.values() for entry in inside]
+    graph = cut_between_blocks(model, reference, read)
     feeds = [read_by(graph, feed) for feed in model_feeds(reference)]
-    outputs = run_graph(path, feeds, optimized=optimized)
-    return boundary_rows(computed_boundaries(model, reference), reference, outputs, stage)
+    outputs = run_graph(path, feeds, optimized=optimized, part=Part(graph, {}))
+    rows = boundary_rows(computed_boundaries(model, reference), reference, outputs, stage)
+    return tuple(judged_by_inputs(row, input_rows(row, entries.get(row.name, ()), reference, outputs)) for row in rows)
 
 
-def cut_between_blocks(model: onnx.ModelProto, reference: Reference) -> onnx.ModelProto:
-    """The graph whose every block, and the tail, reads the reference's tensors. Raises `CutError`."""
+def cut_between_blocks(model: onnx.ModelProto, reference: Reference, more: Sequence[str] = ()) -> onnx.ModelProto:
+    """The graph whose every block, and the tail, reads the reference's tensors; tensors in `more` are outputs, too.
+
+    Raises `CutError`.
+    """
     names = computed_boundaries(model, reference)
     example = reference.models[0].boundaries
     given = [GivenTensor.like(name, np.asarray(example[name])) for name in names if name != OUTPUT]
-    return cut(model, given, names)
+    return cut(model, given, [*names, *more])
 
 
 def boundary_rows(

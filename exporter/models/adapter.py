@@ -52,6 +52,8 @@ class Adapter(ABC):
     # Linear layers whose weights are read without calling the layer, or that run more than once: no rule can either.
     never_quantized: ClassVar[tuple[str, ...]] = ()
     blocks_path: str = "transformer_blocks"
+    # A module that every block stores, in published checkpoints with the same weights; "" without one.
+    stored_by_every_block: ClassVar[str] = ""
     # The noise schedule of a checkpoint without a scheduler; None where the family's versions differ.
     training_noise: ClassVar[Mapping[str, Any] | None] = LINEAR_NOISE
 

@@ -13,7 +13,7 @@ from exporter.errors import InputError
 from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.recipe import SCHEDULERS
-from exporter.sampling import DenoiserCall, make_scheduler, sample
+from exporter.sampling import DenoiserCall, make_scheduler, sample, samples_at_once
 
 SHAPE = (1, 4, 4)
 
@@ -54,6 +54,13 @@ def test_samples_do_not_depend_on_the_batch(prompts: Prompts, scheduler: str) ->
     apart = _sample(prompts, [0, 1, 2, 3, 0], scheduler, guidance=2.0, batch_size=2)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
     assert bool(together.isfinite().all())
+
+
+def test_long_samples_are_denoised_few_at_once() -> None:
+    assert samples_at_once(tokens=64, guidance=4.5) == 64
+    assert samples_at_once(tokens=1024, guidance=1.0) == 2 * samples_at_once(tokens=1024, guidance=4.5)
+    assert samples_at_once(tokens=4096, guidance=4.5) == 2
+    assert samples_at_once(tokens=1 << 20, guidance=4.5) == 1
 
 
 def test_the_seed_decides_the_samples(prompts: Prompts) -> None:
