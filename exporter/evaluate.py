@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
+from exporter.memory import return_freed_memory
 from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import read_model
 from exporter.passes.layer_table import read_layer_table
@@ -54,7 +57,7 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     judged = settings.samples if settings.classifier is not None else settings.grid
     count = max(judged, settings.grid)
     original = original_samples(job, source, count)
-    engine = graph_denoiser(source, open_graph(source, lowered))
+    engine = graph_denoiser(source, cache(partial(open_graph, source, lowered)))
     at_once = min(BATCH, samples_at_once(_tokens(source), guidance=1.0))
     with collected_rows(source.model, source.plan, math.ceil(len(held_out) / at_once)) as inputs:
         noise = noise_prediction_snr(
@@ -63,6 +66,7 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     ours = samples(job, source, engine, count)
     # A large graph's weights leave the memory before the layers' come.
     del engine
+    return_freed_memory()
     layers = layer_quality(source.model, quantized, source.plan, inputs)
     scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
     return Evaluation(
@@ -95,12 +99,13 @@ def open_graph(source: Source, lowered: Path) -> OnnxSession | SegmentedSession:
     return SegmentedSession(untiled(model), [name for name, _ in source.adapter.blocks(source.model)])
 
 
-def graph_denoiser(source: Source, session: OnnxSession | SegmentedSession) -> Denoiser:
-    """The noise prediction of an exported graph."""
+def graph_denoiser(source: Source, session: Callable[[], OnnxSession | SegmentedSession]) -> Denoiser:
+    """The noise prediction of an exported graph, whose `session` is asked for when it is to run: not before, since the
+    original may have filled the memory."""
 
     def denoise(inputs: TransformerInputs) -> Tensor:
         complete = source.adapter.with_conditions(source.model, inputs)
-        raw = session.run(complete.as_numpy())["sample"]
+        raw = session().run(complete.as_numpy())["sample"]
         return torch.from_numpy(source.adapter.noise_prediction(raw, source.model))
 
     return denoise

@@ -153,7 +153,7 @@ def _verdict(met: bool, why_not: str) -> str:
 
 def _longest(use: ExportUse) -> str:
     stages = sorted(use.stages, key=lambda stage: -stage.seconds)[:_NAMED]
-    return "most of it are " + ", ".join(f"{stage.name} ({stage.seconds:.0f} s)" for stage in stages)
+    return "the longest are " + ", ".join(f"{stage.name} ({stage.seconds:.0f} s)" for stage in stages)
 
 
 def _fullest(use: ExportUse) -> str:

@@ -18,6 +18,7 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.prompts import Prompts
+from exporter.shards import Shard
 
 # Tokens for a Gram matrix, of the whole set: plenty for a few thousand columns.
 _GRAM_TOKENS = 1 << 17
@@ -59,7 +60,7 @@ class BlockInputs:
 
     @torch.no_grad()
     def squared_error(self, block: nn.Module, targets: Tensor, limit: BatchLimit) -> float:
-        """Mean squared difference of the block's outputs from `targets` [M, ...]."""
+        """Sum of the squared differences of the block's outputs from `targets` [M, ...]."""
         errors = torch.zeros(len(self), dtype=torch.float64)
 
         def add(part: slice) -> None:
@@ -67,7 +68,7 @@ class BlockInputs:
             errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
 
         limit.each(len(self), self.tokens, add)
-        return float(errors.sum()) / targets.numel()
+        return float(errors.sum())
 
     def advanced(self, hidden: Tensor) -> BlockInputs:
         """Return the next block's inputs, without skips: `hidden` is the output of this one."""
@@ -113,7 +114,8 @@ class InputStatistics:
 class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model.
 
-    `store` says where activations of all samples are kept, `limit` how many samples go through a model at once.
+    `store` says where activations of all samples are kept, `limit` how many samples go through a model at once. Of
+    several processes each has every `world`-th sample.
     """
 
     adapter: Adapter
@@ -121,22 +123,27 @@ class CalibrationRun:
     prompts: Prompts
     store: ActivationStore = field(default_factory=ActivationStore)
     limit: BatchLimit = field(default_factory=BatchLimit)
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def samples(self) -> int:
-        """How many inputs there are."""
-        return len(self.calibration_set)
+        """How many inputs this process has."""
+        return len(self._indices)
+
+    @property
+    def _indices(self) -> Tensor:
+        return torch.arange(self.shard.rank, len(self.calibration_set), self.shard.world)
 
     @torch.no_grad()
     def through(self, model: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
-        """Run `model` once over the whole set, in order and some samples at once, then remove the hooks."""
+        """Run `model` once over this process's samples, in order and some at once, then remove the hooks."""
         size = self.limit.samples(self.samples, self._tokens(model))
         with _removed(hooks):
             for start in range(0, self.samples, size):
                 self._forward(model, slice(start, min(start + size, self.samples)))
 
     def _forward(self, model: nn.Module, part: slice) -> None:
-        inputs = self.calibration_set.inputs(torch.arange(part.start, part.stop), self.prompts)
+        inputs = self.calibration_set.inputs(self._indices[part], self.prompts)
         self.adapter.forward(model, inputs)
 
     def _tokens(self, model: nn.Module) -> int:
@@ -151,7 +158,7 @@ class CalibrationRun:
         Gram matrices are made for layers of at most `largest_gram` inputs, of all tokens where they are few, otherwise
         of tokens spread evenly over the set.
         """
-        statistics = _Sums(self.samples, largest_gram)
+        statistics = _Sums(len(self.calibration_set), largest_gram, self.shard)
         self.through(model, [_watch(model, name, statistics.add) for name in layers])
         return statistics.result()
 
@@ -196,10 +203,13 @@ class CalibrationRun:
 
 
 class _Sums:
-    """Sums over the inputs of layers, from which their statistics come. Samples come in order."""
+    """Sums over the inputs of layers, from which their statistics come.
 
-    def __init__(self, samples: int, largest_gram: int) -> None:
-        self._samples, self._largest_gram = samples, largest_gram
+    Of `samples` in all, this process's come in order.
+    """
+
+    def __init__(self, samples: int, largest_gram: int, shard: Shard) -> None:
+        self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
         self._squares: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._largest: dict[str, float] = {}
@@ -218,17 +228,29 @@ class _Sums:
         if x.shape[-1] > self._largest_gram:
             return
         if self._last is None or self._last[0] is not x:
-            every = _spread(self._samples * (len(tokens) // len(x)))
-            chosen = tokens[-before % every :: every]
+            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x))]
             self._last = x, chosen.T @ chosen
         self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
 
+    def _chosen(self, before: int, samples: int, tokens: int) -> Tensor:
+        """Which tokens of the next `samples` count, bool [samples · tokens]: the same whoever has them, and when."""
+        own = before // tokens + torch.arange(samples)
+        numbers = (self._shard.rank + self._shard.world * own).unsqueeze(1) * tokens + torch.arange(tokens)
+        return numbers.flatten() % _spread(self._samples * tokens) == 0
+
     def result(self) -> dict[str, InputStatistics]:
-        """The statistics of every layer that has run."""
-        return {
-            name: InputStatistics((total / self._counts[name]).float(), self._largest[name], self._grams.get(name))
-            for name, total in self._squares.items()
-        }
+        """The statistics of every layer that has run, of all processes."""
+        return {name: self._statistics(name) for name in self._squares}
+
+    def _statistics(self, name: str) -> InputStatistics:
+        squares, gram = self._shard.add_up(self._squares[name]), self._grams.get(name)
+        count = self._shard.add_up(torch.tensor(self._counts[name]))
+        return InputStatistics(
+            (squares / count).float(),
+            self._shard.largest(self._largest[name]),
+            # Layers with the same input have the same tensor.
+            None if gram is None else self._shard.add_up(gram if self._shard.world == 1 else gram.clone()),
+        )
 
 
 def _spread(tokens: int) -> int:

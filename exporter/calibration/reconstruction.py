@@ -20,6 +20,7 @@ from exporter.plan import LayerPlan
 from exporter.progress import Task
 from exporter.quantize import BlockStatistics, QuantizedWeight, input_quantizer
 from exporter.recipe import MethodSection
+from exporter.shards import Shard
 from plugins.formats import get_format
 
 
@@ -71,11 +72,17 @@ class RoundingLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How many samples a unit is run on at once, alone and with what its gradients need."""
+class Execution:
+    """How units are run: on how many samples at once, alone and with what gradients need, and by which processes."""
 
     forward: BatchLimit = field(default_factory=BatchLimit)
     backward: BatchLimit = field(default_factory=BatchLimit.unlimited)
+    shard: Shard = field(default_factory=Shard)
+
+    def mean(self, total: float, count: int) -> float:
+        """The quotient of sums over all processes, of which these are this one's."""
+        totals = self.shard.add_up(torch.tensor([total, count], dtype=torch.float64))
+        return float(totals[0] / totals[1])
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,11 @@ class Unit:
     module: nn.Module
     layers: Mapping[str, RoundingLinear]
 
+    def restore(self, weights: Mapping[str, QuantizedWeight]) -> None:
+        """Compute with these weights from now on."""
+        for name, layer in self.layers.items():
+            layer.replace(weights[name])
+
 
 def reconstruct(
     unit: Unit,
@@ -93,21 +105,26 @@ def reconstruct(
     targets: Tensor,
     method: MethodSection,
     generator: torch.Generator,
-    limits: Limits,
+    execution: Execution,
     task: Task,
 ) -> BlockStatistics:
     """Learn all roundings of `unit` jointly.
 
     `targets` [M, ...] are the original block's outputs on its original inputs, `inputs` come from the network that
-    is quantized up to here. If what was learned is worse than the first roundings, these stay.
+    is quantized up to here. Several processes, each with its own samples of both, learn the same together. If what was
+    learned is worse than the first roundings, these stay.
     """
     begin = time.perf_counter()
-    power = _mean_square(targets) or 1.0
-    error_start = error = inputs.squared_error(unit.module, targets, limits.forward)
+
+    def error_now() -> float:
+        return execution.mean(inputs.squared_error(unit.module, targets, execution.forward), targets.numel())
+
+    power = execution.mean(_square_sum(targets), targets.numel()) or 1.0
+    error_start = error = error_now()
     if error_start > 0.0:
-        _optimize(unit, inputs, targets, method, generator, limits.backward, task, error_start)
+        _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
         before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
-        learned = inputs.squared_error(unit.module, targets, limits.forward)
+        learned = error_now()
         # Written so that a NaN counts as worse.
         if learned < error_start:
             error = learned
@@ -125,7 +142,7 @@ def _optimize(
     targets: Tensor,
     method: MethodSection,
     generator: torch.Generator,
-    limit: BatchLimit,
+    execution: Execution,
     task: Task,
     error_start: float,
 ) -> None:
@@ -139,10 +156,17 @@ def _optimize(
     optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, fused=True)
     weights = sum(parameter.numel() for parameter in parameters)
     schedule = Schedule(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
+    shard = execution.shard
+    count = int(shard.add_up(torch.tensor(len(inputs))))
     for iteration in range(method.iterations):
-        penalty = schedule.penalty(iteration)
-        indices = torch.randint(len(inputs), (method.batch_size,), generator=generator)
-        _backward(unit, inputs, targets, indices, weights / error_start, penalty, limit)
+        indices = draw_batch(count, method.batch_size, generator)
+        own = indices[indices % shard.world == shard.rank] // shard.world
+        factor = weights / error_start * len(own) / len(indices)
+        penalty = schedule.penalty(iteration) if shard.is_first else None
+        _backward(unit, inputs, targets, own, factor, penalty, execution.backward)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                shard.add_up(parameter.grad)
         optimizer.step()
         task.advance()
 
@@ -175,6 +199,17 @@ def _backward(
         pass
 
 
-def _mean_square(x: Tensor) -> float:
+def draw_batch(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Numbers int64 [batch_size] of samples of a set of `count`: place j takes one of j, j + batch_size, and so on.
+
+    So no sample comes twice, and of processes whose number divides `batch_size`, of which each has every n-th sample,
+    each has its share of every batch. A set that is smaller is taken as a whole, over and over.
+    """
+    places = torch.arange(batch_size) % count
+    choices = (count - places + batch_size - 1) // batch_size
+    return places + batch_size * (torch.rand(batch_size, generator=generator, dtype=torch.float64) * choices).long()
+
+
+def _square_sum(x: Tensor) -> float:
     """Sample by sample, since there is no memory for another tensor of its size."""
-    return sum(float(sample.square().sum(dtype=torch.float64)) for sample in x) / x.numel()
+    return sum(float(sample.square().sum(dtype=torch.float64)) for sample in x)

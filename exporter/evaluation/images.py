@@ -13,13 +13,13 @@ from torch import nn
 
 from exporter.errors import InputError
 from exporter.evaluation.prompts import Prompt
-from exporter.evaluation.shards import Shard
 from exporter.files import write_text_atomically
 from exporter.generation.conditions import Conditions, Texts
 from exporter.generation.generate import Image, Settings, generate
 from exporter.generation.pictures import kind_of, save_png
 from exporter.generation.source import DrawingSource
 from exporter.progress import Progress
+from exporter.shards import Shard
 
 SETTINGS = "settings.json"
 

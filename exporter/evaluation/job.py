@@ -13,7 +13,6 @@ from exporter.evaluation.metrics import CLIP_MODEL, Metric, Pictures, Tools, mea
 from exporter.evaluation.presets import Preset, get_preset
 from exporter.evaluation.prompts import Prompt, read_prompts, select
 from exporter.evaluation.results import Results
-from exporter.evaluation.shards import Shard
 from exporter.files import sha256_of
 from exporter.generation.conditions import Conditions, read_conditions
 from exporter.generation.generate import Settings, largest_batch
@@ -23,6 +22,7 @@ from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.runtime.open import default_device
 from exporter.runtime.transformer import EngineTransformer
+from exporter.shards import Shard
 
 ORIGINAL, QUANTIZED = "original", "quantized"
 _RECIPE_SUFFIXES = ("", ".yaml", ".yml")

@@ -58,6 +58,8 @@ class Part:
         """
         options = ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # The next segment's constants are computed meanwhile, on a core that threads would only wait on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimized:
             options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
         large = {name: array for name, array in self.constants.items() if array.nbytes >= _SMALLEST_EXTERNAL}

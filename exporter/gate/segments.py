@@ -225,23 +225,23 @@ class SegmentedSession:
 
     def __init__(self, model: onnx.ModelProto, blocks: Sequence[str]) -> None:
         """`blocks` are the paths of the model's blocks, in order."""
-        self._graph = DividedGraph(model, decode=False)
+        self._graph: DividedGraph | None = DividedGraph(model, decode=False)
         self._segments = segment_outputs(model, blocks)
         self._sessions: list[OnnxSession] = []
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """The model's output by name. Raises `InputError` as `OnnxSession.run` does, and the errors of a part."""
         state: dict[str, npt.NDArray[Any]] = {}
-        for session in self._sessions or self._loaded(state):
+        for session in self._sessions if self._graph is None else self._loaded(self._graph, state):
             available = {**feeds, **{given_name(name): array for name, array in state.items()}}
             state |= session.run({spec.name: available[spec.name] for spec in session.inputs})
         return {OUTPUT: state[OUTPUT]}
 
-    def _loaded(self, state: Mapping[str, npt.NDArray[Any]]) -> Iterator[OnnxSession]:
-        """The sessions one after the other; `state` has what those before gave."""
-        graph, sessions = self._graph, []
+    def _loaded(self, graph: DividedGraph, state: Mapping[str, npt.NDArray[Any]]) -> Iterator[OnnxSession]:
+        """The sessions one after the other, in whose place `graph` is let go; `state` has what those before gave."""
+        sessions = []
         for names, constants in with_constants(graph, self._segments):
             part = graph.part(state, names, constants)
             sessions.append(OnnxSession(part.complete(), fold_constants=False, keep_arena=False))
             yield sessions[-1]
-        self._sessions = sessions
+        self._sessions, self._graph = sessions, None

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
-from exporter.evaluation.shards import Shard
 from exporter.runtime.onnxruntime_engine import providers_for
 from exporter.runtime.open import default_device
+from exporter.shards import Shard
 
 PROMPTS = 5
 
