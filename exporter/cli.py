@@ -44,6 +44,7 @@ Examples:
   fp4export my.yaml -o my.plan --set compute=fp16
   fp4export my.yaml -o my.plan --dry-run
   fp4export my.yaml -o my.bundle --target orin,h100,cpu
+  torchrun --nproc-per-node 8 -m exporter my.yaml -o my.plan    (calibrates with eight processes)
   fp4export model.onnx --format e2m1 -o small.onnx --keep "*.to_k"
   fp4export embed pixart_alpha_w4a6 --prompts captions.txt -o prompts.safetensors
   fp4export validate digits.onnx
@@ -221,11 +222,23 @@ def export(
     if dry_run:
         _print_plan(loaded, output)
         return
+    from exporter.pipeline import assist_export
     from exporter.pipeline import export as run_export
+    from exporter.shards import Shard
 
-    validated, progress = not no_validate, open_progress(quiet=quiet)
+    shard = Shard.of_environment()
+    if not shard.is_first:
+        assist_export(loaded, output, work_dir=work_dir, shard=shard)
+        return
     result = run_export(
-        loaded, output, work_dir=work_dir, validate=validated, keep_graphs=keep_graphs, fresh=fresh, progress=progress
+        loaded,
+        output,
+        work_dir=work_dir,
+        validate=not no_validate,
+        keep_graphs=keep_graphs,
+        fresh=fresh,
+        progress=open_progress(quiet=quiet),
+        shard=shard,
     )
     if not quiet:
         _print_result(result)
@@ -278,6 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Before torch loads: threads that spin while they wait slow everything down on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Notes on optional packages and types make no difference here; what diffusers logs as an error, it raises as well.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     debug = "--debug" in words
     try:
         return _run(words)

@@ -27,7 +27,13 @@ turn. With --compare the original is drawn, too (its weights are needed): a pict
 @click.command(help=_ABOUT, short_help="Draw pictures with an exported transformer.")
 @click.argument("file", metavar="OUT")
 @click.option("-o", "--output", required=True, metavar="DIR|PNG", help="A folder, NAME.png or NAME.safetensors.")
-@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="Draw this text; may be repeated.")
+@click.option(
+    "--prompt",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Draw this text (DiT: the class of this number); may be repeated.",
+)
 @click.option("--negative-prompt", "negative", default="", metavar="TEXT", help="What --prompt is guided away from.")
 @click.option("--prompts", metavar="FILE", help="Prompt embeddings (safetensors), instead of the recipe's.")
 @click.option("--count", type=click.IntRange(1), metavar="N", help="Images to draw (default: one a prompt, up to 16).")
@@ -82,6 +88,7 @@ def sample(
     result = sample_output(Path(file), Path(output), options, open_progress(quiet=quiet))
     if quiet:
         return
-    if result.psnr:
-        click.echo(f"PSNR     mean {sum(result.psnr) / len(result.psnr):.1f} dB, worst {min(result.psnr):.1f} dB")
+    if result.decibels:
+        mean = sum(result.decibels) / len(result.decibels)
+        click.echo(f"{result.measure:<8} mean {mean:.1f} dB, worst {min(result.decibels):.1f} dB")
     click.echo(f"written  {result.files[0]}" + (f" and {len(result.files) - 1} more" if len(result.files) > 1 else ""))

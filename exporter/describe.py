@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from exporter.container_choice import accumulator_text, exact_text
 from exporter.job import fitted_target
+from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
 from exporter.models.loading import model_shapes, skeleton
 from exporter.models.location import locate_config
@@ -24,12 +26,16 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @dataclass(frozen=True)
 class Description:
-    """The plan of an export, the target with the reason for it, and what a real run would stumble over."""
+    """The plan of an export, the target with the reason for it, and what a real run would stumble over.
+
+    `repeated_bytes` are those of modules that become one if, as usual, every block stores the same.
+    """
 
     output: Path
     choice: TargetChoice
     plan: Plan
     warnings: tuple[str, ...]
+    repeated_bytes: int = 0
 
 
 def describe(recipe: Recipe, output: str | Path) -> Description:
@@ -46,9 +52,16 @@ def describe_for(recipe: Recipe, path: Path, choice: TargetChoice) -> Descriptio
     model = skeleton(found.content, adapter, found.file)
     adapter.latent_shape(model, recipe.model.resolution)
     plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), choice.target)
-    return Description(
-        path, choice, plan, tuple(_warnings(recipe, path, found.weights_missing, plan.vnni_note(choice.target)))
-    )
+    warnings = _warnings(recipe, path, found.weights_missing, plan.vnni_note(choice.target))
+    return Description(path, choice, plan, tuple(warnings), _repeated_bytes(model, adapter))
+
+
+def _repeated_bytes(model: nn.Module, adapter: Adapter) -> int:
+    """Size in FP32 of what all blocks but the first store once more."""
+    if not adapter.stored_by_every_block:
+        return 0
+    others = [block.get_submodule(adapter.stored_by_every_block) for _, block in adapter.blocks(model)[1:]]
+    return sum(parameter.numel() * 4 for module in others for parameter in module.parameters())
 
 
 def _warnings(recipe: Recipe, output: Path, *known: str | None) -> list[str]:
@@ -80,6 +93,17 @@ def print_description(description: Description, console: Console) -> None:
         f"size    {size_text(plan.fp32_bytes)} in FP32 -> {size_text(plan.expected_bytes)} expected ({ratio:.3f})",
         highlight=False,
     )
+    repeated = description.repeated_bytes
+    if repeated:
+        smaller = plan.expected_bytes - repeated
+        ratio = smaller / (plan.fp32_bytes - repeated)
+        console.print(
+            f"        or {size_text(smaller)} ({ratio:.3f}) where all blocks store the "
+            "same embedders, as published checkpoints do: they become one",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     for warning in description.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 

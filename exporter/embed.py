@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exporter.errors import InputError
 from exporter.evaluation.prompts import read_prompts
-from exporter.files import atomic_path
+from exporter.files import atomic_path, check_parent
 from exporter.models.families import adapter_of
 from exporter.models.loading import skeleton
 from exporter.models.location import CONFIG, find_model, locate_pipeline, read_config
@@ -44,6 +44,9 @@ def embed(
     `InputError`, or `EnvironmentLacksError` without transformers or the Hub.
     """
     options, progress = options or EmbedOptions(), progress or NullProgress()
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output}: expected NAME.safetensors")
+    check_parent(output)
     texts = read_texts(prompts)
     pipeline = _pipeline(model)
     transformer = find_model(pipeline).transformer

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -13,19 +16,26 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
+from exporter.memory import return_freed_memory
 from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import read_model
 from exporter.passes.layer_table import read_layer_table
 from exporter.passes.tiling import untiled
-from exporter.quality import LayerQuality, NoiseSnr, class_accuracy, layer_quality, layer_rows, noise_prediction_snr
+from exporter.quality import (
+    BATCH,
+    LayerQuality,
+    NoiseSnr,
+    class_accuracy,
+    collected_rows,
+    layer_quality,
+    noise_prediction_snr,
+)
 from exporter.runtime import OnnxSession
-from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.sampling import Denoiser, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
 from exporter.stages import capture
 from exporter.workdir import key_of
-
-_LAYER_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,21 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     """Compare the original with the lowered graph on held-out trajectories and on samples from the same seeds."""
     settings = job.recipe.evaluation
     held_out = held_out_inputs(job, source)
-    engine = graph_denoiser(source, open_graph(source, lowered))
-    noise = noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, job.progress)
-    rows = torch.linspace(0, len(held_out) - 1, min(_LAYER_BATCHES, len(held_out))).round().long()
-    batches = [held_out.inputs(row.reshape(1), source.prompts) for row in rows]
-    inputs = layer_rows(source.model, source.adapter, source.plan, batches)
-    layers = layer_quality(source.model, quantized, source.plan, inputs)
-    scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
     judged = settings.samples if settings.classifier is not None else settings.grid
     count = max(judged, settings.grid)
-    original, ours = original_samples(job, source, count), samples(job, source, engine, count)
+    original = original_samples(job, source, count)
+    engine = graph_denoiser(source, cache(partial(open_graph, source, lowered)))
+    at_once = min(BATCH, samples_at_once(_tokens(source), guidance=1.0))
+    with collected_rows(source.model, source.plan, math.ceil(len(held_out) / at_once)) as inputs:
+        noise = noise_prediction_snr(
+            source.denoiser, engine, held_out, source.prompts, job.progress, batch_size=at_once
+        )
+    ours = samples(job, source, engine, count)
+    # A large graph's weights leave the memory before the layers' come.
+    del engine
+    return_freed_memory()
+    layers = layer_quality(source.model, quantized, source.plan, inputs)
+    scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
     return Evaluation(
         noise=noise,
         layers=layers,
@@ -84,12 +99,13 @@ def open_graph(source: Source, lowered: Path) -> OnnxSession | SegmentedSession:
     return SegmentedSession(untiled(model), [name for name, _ in source.adapter.blocks(source.model)])
 
 
-def graph_denoiser(source: Source, session: OnnxSession | SegmentedSession) -> Denoiser:
-    """The noise prediction of an exported graph."""
+def graph_denoiser(source: Source, session: Callable[[], OnnxSession | SegmentedSession]) -> Denoiser:
+    """The noise prediction of an exported graph, whose `session` is asked for when it is to run: not before, since the
+    original may have filled the memory."""
 
     def denoise(inputs: TransformerInputs) -> Tensor:
         complete = source.adapter.with_conditions(source.model, inputs)
-        raw = session.run(complete.as_numpy())["sample"]
+        raw = session().run(complete.as_numpy())["sample"]
         return torch.from_numpy(source.adapter.noise_prediction(raw, source.model))
 
     return denoise
@@ -101,7 +117,7 @@ def original_samples(job: Job, source: Source, count: int) -> Tensor:
         stage="samples",
         model=source.identity,
         shape=source.latent_shape,
-        settings=job.recipe.calibration.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=job.recipe.calibration.sampler,
         seed=_held_out_seed(job),
         count=count,
     )
@@ -126,7 +142,12 @@ def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
         seed=_held_out_seed(job),
         latent_shape=source.latent_shape,
         progress=job.progress,
+        batch_size=samples_at_once(_tokens(source), settings.guidance),
     )
+
+
+def _tokens(source: Source) -> int:
+    return source.adapter.tokens(source.model, source.latent_shape)
 
 
 def prompt_order(source: Source, count: int) -> Tensor:

@@ -28,8 +28,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         InputError: the folder does not exist, or writing failed (disk full, read-only, no permission).
     """
     final = Path(path)
-    if not final.parent.is_dir():
-        raise InputError(f"{final}: the folder does not exist; make it first: mkdir -p {final.parent}")
+    check_parent(final)
     temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
     try:
         yield temporary
@@ -42,6 +41,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise InputError(f"{final}: cannot be written: {error.strerror or error}") from error
     finally:
         _remove(temporary)
+
+
+def check_parent(path: Path) -> None:
+    """Raise `InputError` unless the folder that `path` is to be written in exists."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder does not exist; make it first: mkdir -p {path.parent}")
 
 
 def _open_to_others(path: Path) -> None:

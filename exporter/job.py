@@ -16,6 +16,7 @@ from exporter.errors import InputError
 from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.progress import Progress
 from exporter.recipe import Recipe
+from exporter.shards import Shard
 from exporter.targets import Target, TargetChoice, resolve_target
 from exporter.workdir import WorkDir
 
@@ -29,7 +30,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage gets; `seconds` fills up as stages end."""
+    """What every stage gets; `seconds` fills up as stages end. `shard` says which processes calibrate together."""
 
     recipe: Recipe
     output: Path
@@ -38,6 +39,7 @@ class Job:
     keep_graphs: bool
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def target(self) -> Target:
@@ -73,6 +75,7 @@ def open_job(
     fresh: bool,
     keep_graphs: bool,
     progress: Progress,
+    shard: Shard | None = None,
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
@@ -83,7 +86,7 @@ def open_job(
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
     choice = replace(choice, target=target)
     progress.note(f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels")
-    return Job(recipe, Path(output), choice, work, keep_graphs, progress)
+    return Job(recipe, Path(output), choice, work, keep_graphs, progress, shard=shard or Shard())
 
 
 def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:

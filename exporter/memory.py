@@ -1,16 +1,33 @@
-"""Memory that is not needed any more, or not now."""
+"""Memory: how much there is, and giving back what is not needed any more, or not now."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from exporter.gpu import available_memory
+
 _SMAPS = Path("/proc/self/smaps")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*\.safetensors)")
 _DONT_NEED = 4
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes of memory that this process can still get: what the machine has free, or its container."""
+    free = available_memory()
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit, used = ((cgroup / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        return max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        # No container, or one without a limit ("max").
+        return free
 
 
 def return_freed_memory() -> None:

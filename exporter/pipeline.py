@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from exporter.calibration.capture import CalibrationSet
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
@@ -19,8 +20,11 @@ from exporter.progress import NullProgress, Progress
 from exporter.ranges import Amax, checked_ranges
 from exporter.recipe import Recipe
 from exporter.results import write_results
+from exporter.shards import Shard
 from exporter.source import Source, load_source
 from exporter.stages import (
+    CAPTURED,
+    assist_calibration,
     balanced,
     build,
     calibrated_weights,
@@ -74,21 +78,38 @@ def export(
     keep_graphs: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
+    shard: Shard | None = None,
 ) -> ExportResult:
     """Run the main job: `recipe` to an engine at `output` (.onnx, .plan or .engine).
 
     Stages that an earlier run finished with the same inputs are reused from `work_dir` (default: NAME.work beside
     the output) unless `fresh`. `keep_graphs` keeps the graph after every pass. Raises the errors of
-    `exporter.errors`; the output is written only after validation has passed.
+    `exporter.errors`; the output is written only after validation has passed. With a `shard` this is the first of
+    several processes, the others of which run `assist_export`.
     """
-    job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress or NullProgress())
-    with job.work.locked():
+    progress = progress or NullProgress()
+    job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress, shard=shard)
+    with job.work.locked(), job.shard.joined():
         made = prepare(job, validate=validate)
         engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
         evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
         report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
     fidelity = made.fidelity[0] if made.fidelity else None
     return ExportResult(engine, report, metrics, job.work.path, fidelity, evaluation)
+
+
+def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | None, shard: Shard) -> None:
+    """Calibrate together with the process that runs `export` with the same words, and with whose folder; write nothing.
+
+    Ends when the calibration does.
+    """
+    with shard.joined():
+        shard.wait()
+        progress = NullProgress()
+        job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
+        source = load_source(job)
+        captured = CalibrationSet.load(job.work.file(CAPTURED))
+        assist_calibration(job, balanced(job, source, captured), captured)
 
 
 def prepare(job: Job, *, validate: bool) -> Prepared:
@@ -99,6 +120,8 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
         refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
     source = job.timed("balance", balanced, source, captured)
+    # What these stages wrote the other processes read now.
+    job.shard.wait()
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     # The codes, a byte each; the quantized model holds them packed.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.errors import InputError
-from exporter.gate.snr import power_ratio_db, snr_db
+from exporter.gate.snr import power_ratio_db
 from exporter.gate.table import bounded_db
-from exporter.models.adapter import Adapter
-from exporter.models.inputs import TransformerInputs
+from exporter.memory import release_mapped_weights
 from exporter.models.prompts import Prompts
 from exporter.plan import Plan
 from exporter.progress import Progress
@@ -27,7 +26,15 @@ from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser
 from plugins.container_product import ContainerProduct
 
+BATCH = 32
+"""Noise predictions that are made at once."""
+
 _LAYER_ROWS = 512
+# A large model's layers get fewer rows, so that they cost no more than one of its noise predictions.
+_MOST_NUMBERS = 64_000_000
+_FEWEST_ROWS = 32
+# After so many layers the original's weights, which are not looked at again, leave the memory.
+_LAYERS_AT_ONCE = 48
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def noise_prediction_snr(
     prompts: Prompts,
     progress: Progress,
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
 ) -> NoiseSnr:
     """Compare both models' noise predictions on the same inputs: `held_out`, captured from the original model with a
     seed that calibration has not seen. Per step Σ eps² / Σ (eps − eps_quantized)² over all its inputs.
@@ -76,6 +83,8 @@ def noise_prediction_snr(
         for indices in batches:
             inputs = held_out.inputs(indices, prompts)
             expected = original(inputs).flatten(1).double()
+            # A large original leaves the memory while the other model runs.
+            release_mapped_weights()
             difference = expected - quantized(inputs).flatten(1).double()
             signal[indices] = expected.square().sum(dim=1).cpu()
             noise[indices] = difference.square().sum(dim=1).cpu()
@@ -112,26 +121,23 @@ class LayerQuality:
     product: ContainerProduct | None
 
 
-@torch.no_grad()
-def layer_rows(
-    original: nn.Module, adapter: Adapter, plan: Plan, batches: Sequence[TransformerInputs]
-) -> dict[str, Tensor]:
-    """Token rows [R, K] that reach every planned layer of the original model, given `batches` of its inputs."""
-    names = [layer.name for layer in plan.layers]
-    rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    per_batch = max(1, _LAYER_ROWS // len(batches))
+@contextmanager
+def collected_rows(original: nn.Module, plan: Plan, batches: int) -> Iterator[dict[str, Tensor]]:
+    """Collect token rows [R, K] that reach every planned layer while the original model runs on so many batches."""
+    width = sum(layer.in_features for layer in plan.layers)
+    most = min(_LAYER_ROWS, max(_FEWEST_ROWS, _MOST_NUMBERS // max(width, 1)))
+    per_batch = max(1, most // batches)
+    rows: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for layer in plan.layers:
 
             def keep(_module: nn.Module, args: tuple[Any, ...], name: str = layer.name) -> None:
                 flat = args[0].reshape(-1, args[0].shape[-1])
                 chosen = torch.linspace(0, len(flat) - 1, min(per_batch, len(flat))).round().long()
-                rows[name].append(flat[chosen].clone())
+                rows[name] = torch.cat([rows.get(name, flat[:0]), flat[chosen]])
 
             hooks.callback(planned_linear(original, layer).register_forward_pre_hook(keep).remove)
-        for batch in batches:
-            adapter.forward(original, batch)
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+        yield rows
 
 
 @torch.no_grad()
@@ -145,7 +151,9 @@ def layer_quality(
 def _measure_layers(
     original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
 ) -> Iterator[LayerQuality]:
-    for layer in plan.layers:
+    for index, layer in enumerate(plan.layers):
+        if index % _LAYERS_AT_ONCE == 0:
+            release_mapped_weights()
         linear = planned_linear(original, layer)
         rounded = cast(QuantLinear, quantized.get_submodule(layer.name))
         x = rows[layer.name]
@@ -164,7 +172,11 @@ def _measure_layers(
 
 
 def _sqnr(exact: Tensor, rounded: Tensor) -> float:
-    return bounded_db(snr_db(exact.numpy(force=True), rounded.numpy(force=True)))
+    """`snr_db` of tensors; a difference in float32 is exact enough for what quantization leaves."""
+    signal, noise = (
+        float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in (exact, exact - rounded)
+    )
+    return bounded_db(power_ratio_db(signal, noise))
 
 
 def class_accuracy(samples: Tensor, labels: Tensor, classifier: Path, *, batch_size: int = 256) -> float:

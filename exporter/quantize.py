@@ -66,7 +66,8 @@ def encode_grid_values(values: Tensor, fmt: Format) -> Tensor:
     largest = fmt.max_numerator
     numerators = np.arange(-largest, largest + 1, dtype=np.float64)
     table = torch.from_numpy(fmt.encode((numerators * fmt.step).astype(np.float32)))
-    return table[(values / fmt.step).to(torch.int32).add_(largest)]
+    indices = (values / fmt.step).to(torch.int32).add_(largest)
+    return table.index_select(0, indices.flatten()).view(values.shape)
 
 
 def expand_scales(scales: Tensor, count: int) -> Tensor:

@@ -81,6 +81,16 @@ class CalibrationSection(Section):
     guidance: Annotated[float, Field(ge=0)] = 4.5
     samples: Count = Field(default=16, description="how many sampling trajectories are captured")
     seed: Seed = 0
+    memory: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="GB of memory for activations of all samples, beyond which they are files in the work folder; "
+        "unset: half of what is free",
+    )
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """What a trajectory depends on beside its prompt and seed."""
+        return self.model_dump(exclude={"prompts", "samples", "seed", "memory"})
 
 
 class LayerRule(Section):

@@ -27,6 +27,9 @@ Denoiser = Callable[[TransformerInputs], Tensor]
 
 
 _PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
+# Of one call: matrix products are at full speed by then, and a model of 1.5 B parameters needs some 3 GB for them.
+_MOST_TOKENS = 16_384
+_MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def samples_at_once(tokens: int, guidance: float) -> int:
+    """How many samples of `tokens` tokens each to denoise in one batch, so that memory stays bounded."""
+    rows = 1 if guidance == 1.0 else 2
+    return max(1, min(_MOST_SAMPLES, _MOST_TOKENS // (rows * tokens)))
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -111,21 +120,23 @@ def sample(
     seed: int,
     latent_shape: tuple[int, int, int],
     progress: Progress | None = None,
-    batch_size: int = 64,
+    batch_size: int = _MOST_SAMPLES,
     record: Callable[[DenoiserCall], None] | None = None,
+    finish: bool = True,
 ) -> Tensor:
     """Sample one latent per entry of `indices` (prompt indices int64 [n]): float32 [n, C, H, W].
 
     Classifier-free guidance: eps = eps_u + guidance·(eps_c − eps_u), both from one call of twice the batch, negative
     prompts first; none at guidance 1. Sample i starts from, and draws all its noise from, a generator seeded with
-    `seed` + i, so results do not depend on `batch_size`. `record` sees every call of the denoiser.
+    `seed` + i, so results do not depend on `batch_size`. `record` sees every call of the denoiser. Without `finish`,
+    the last call is recorded but not made, and the latents are those that it would be made with.
     """
     count = len(indices)
     chunks = [torch.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     latents = []
     with (progress or NullProgress()).task("sample", len(chunks) * steps) as task:
         for samples in chunks:
-            run = _Trajectories(denoiser, prompts, indices, samples, guidance, record)
+            run = _Trajectories(denoiser, prompts, indices, samples, guidance, record, finish)
             latents.append(run.denoise(scheduler, steps, seed, latent_shape, lambda: task.advance()))
     return torch.cat(latents)
 
@@ -140,6 +151,7 @@ class _Trajectories:
     samples: Tensor
     guidance: float
     record: Callable[[DenoiserCall], None] | None
+    finish: bool
 
     def denoise(
         self, scheduler: Any, steps: int, seed: int, shape: tuple[int, int, int], advance: Callable[[], None]
@@ -153,28 +165,31 @@ class _Trajectories:
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
         for step, timestep in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(latents, timestep)
-            eps = self._guided(step, scaled, float(timestep))
-            latents = scheduler.step(eps, timestep, latents, return_dict=False, **options)[0]
+            inputs = self._inputs(step, scheduler.scale_model_input(latents, timestep), float(timestep))
+            if self.finish or step < len(scheduler.timesteps) - 1:
+                eps = self._guided(inputs)
+                latents = scheduler.step(eps, timestep, latents, return_dict=False, **options)[0]
             advance()
         return latents
 
-    def _guided(self, step: int, latents: Tensor, timestep: float) -> Tensor:
-        wanted = self.indices[self.samples]
-        if self.guidance == 1.0:
-            return self._call(step, self.samples, wanted, latents, timestep)
-        negative = torch.full_like(wanted, -1) if self.prompts.negatives == 1 else -1 - wanted
-        both = self._call(
-            step, self.samples.repeat(2), torch.cat([negative, wanted]), torch.cat([latents, latents]), timestep
-        )
-        unconditional, conditional = both.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
-
-    def _call(self, step: int, samples: Tensor, wanted: Tensor, latents: Tensor, timestep: float) -> Tensor:
+    def _inputs(self, step: int, latents: Tensor, timestep: float) -> TransformerInputs:
+        """One call's inputs, which are recorded: with guidance the latents twice, first without prompts."""
+        samples, wanted = self.samples, self.indices[self.samples]
+        if self.guidance != 1.0:
+            negative = torch.full_like(wanted, -1) if self.prompts.negatives == 1 else -1 - wanted
+            samples, wanted = samples.repeat(2), torch.cat([negative, wanted])
+            latents = torch.cat([latents, latents])
         inputs = transformer_inputs(latents, torch.full((len(latents),), timestep), wanted, self.prompts)
         if self.record is not None:
             self.record(DenoiserCall(step, samples, wanted, inputs))
-        return self.denoiser(inputs)
+        return inputs
+
+    def _guided(self, inputs: TransformerInputs) -> Tensor:
+        eps = self.denoiser(inputs)
+        if self.guidance == 1.0:
+            return eps
+        unconditional, conditional = eps.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
 
 
 def transformer_inputs(

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from exporter.errors import EnvironmentLacksError, InputError
+from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
+from exporter.memory import usable_memory
 from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
 from exporter.models.generic import GenericAdapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.loading import load_transformer, model_shapes
 from exporter.models.location import CONFIG, ModelFiles, locate_model
-from exporter.models.prompts import Prompts, class_prompts, load_prompts
+from exporter.models.prompts import Prompts, class_prompts, load_prompts, spread_labels
 from exporter.models.weight_files import weight_files
 from exporter.plan import Plan, plan_layers
 from exporter.quality import class_accuracy
-from exporter.recipe import CalibrationSection, Recipe
+from exporter.recipe import Recipe
 from exporter.sampling import transformer_inputs
 
-# Inputs, targets, outputs by rounding to nearest and as learned, and the next block's inputs.
-_BLOCK_COPIES = 5
+# Inputs, targets and outputs.
+_BLOCK_COPIES = 3
+# Axes of a condition that has no tokens, such as a mask: prompts and values.
+_WITHOUT_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Source:
-    """The loaded original. `identity` names the exact bytes of everything that was read."""
+    """The loaded original. `identity` names the exact bytes of everything that was read.
+
+    `store` is where calibration keeps activations.
+    """
 
     model: nn.Module
     adapter: Adapter
@@ -41,6 +47,7 @@ class Source:
     files: ModelFiles
     latent_shape: tuple[int, int, int]
     identity: dict[str, str]
+    store: ActivationStore = field(default_factory=ActivationStore)
 
     @property
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
@@ -73,9 +80,7 @@ def load_source(job: Job) -> Source:
     plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), job.target)
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
-    if recipe.method.name == "fp4dit":
-        skips = sum(map(len, adapter.skips(model).values()))
-        check_memory(recipe.calibration, adapter.block_output_size(model, latent_shape), skips, installed_memory())
+    store = _activation_store(job, adapter, model, prompts, latent_shape)
     weights = weight_files(files.transformer, recipe.model.variant)
     read = {file.name: file for file in (files.transformer / CONFIG, *weights)}
     if recipe.calibration.prompts is not None:
@@ -90,6 +95,7 @@ def load_source(job: Job) -> Source:
         files=files,
         latent_shape=latent_shape,
         identity={name: sha256_of(file) for name, file in read.items()},
+        store=store,
     )
     if isinstance(adapter, GenericAdapter):
         adapter.check(model, source.example_inputs(batch=2))
@@ -102,7 +108,7 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
     if settings.prompts is not None:
         return load_prompts(recipe.resolve_path(settings.prompts), conditions)
     (label,) = conditions
-    classes = settings.classes or [index * label.classes // settings.samples for index in range(settings.samples)]
+    classes = settings.classes or spread_labels(label.classes, settings.samples)
     if max(classes) >= label.classes:
         raise InputError(
             f"{recipe.name}: calibration.classes: {max(classes)} is over the model's last class, {label.classes - 1}"
@@ -110,25 +116,36 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
     return class_prompts(label, classes, adapter.negative_label(model))
 
 
-def check_memory(settings: CalibrationSection, block_output: int, skips: int, available: int) -> None:
-    """Raise `EnvironmentLacksError` if block reconstruction would hold more than `available` bytes.
-
-    A block's inputs, targets and outputs, of `block_output` numbers per sample, are kept in float32 for every captured
-    input; so are the outputs of both networks that `skips` blocks take later.
-    """
+def _activation_store(
+    job: Job, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int]
+) -> ActivationStore:
+    """Where block reconstruction keeps the activations of all captured inputs."""
+    if job.recipe.method.name != "fp4dit":
+        return ActivationStore()
+    settings, given = job.recipe.calibration, job.recipe.calibration.memory
+    skips = sum(map(len, adapter.skips(model).values()))
+    captions = sum(tensor.shape[1] for tensor in prompts.positive.values() if tensor.ndim > _WITHOUT_TOKENS)
+    per_input = activation_bytes(
+        adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
+    )
     calls = settings.steps * (1 if settings.guidance == 1.0 else 2)
-    per_trajectory = (_BLOCK_COPIES + 2 * skips) * calls * block_output * 4
-    if settings.samples * per_trajectory > available:
-        raise EnvironmentLacksError(
-            f"calibration.samples: {settings.samples} trajectories need about "
-            f"{settings.samples * per_trajectory / 1e9:.0f} GB of memory, this machine has {available / 1e9:.0f} GB: "
-            f"at most {available // per_trajectory} fit (method.name=rtn needs none of it)"
+    memory = int(given * 1e9) if given is not None else usable_memory() // 2
+    store = choose_store(settings.samples, calls * per_input, memory, job.work.path)
+    if store.folder is not None:
+        job.progress.note(
+            f"activations of {settings.samples * calls} inputs: up to {settings.samples * calls * per_input / 1e9:.1f} "
+            f"GB in files in {store.folder}, since calibration.memory is {memory / 1e9:.1f} GB"
         )
+    return store
 
 
-def installed_memory() -> int:
-    """Bytes of memory in this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def activation_bytes(block_output: int, skips: int, shared: int) -> int:
+    """Bytes per captured input that block reconstruction keeps at its peak, in float32.
+
+    A block's inputs, targets and outputs of `block_output` numbers; the outputs of both networks that `skips` blocks
+    take later; `shared` numbers that all blocks take.
+    """
+    return 4 * ((_BLOCK_COPIES + 2 * skips) * block_output + shared)
 
 
 def _check_classifier(job: Job, prompts: Prompts, latent_shape: tuple[int, int, int]) -> None:

@@ -33,6 +33,8 @@ from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
 from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for
 
+CAPTURED = "calibration.safetensors"
+
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
@@ -41,7 +43,7 @@ def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     """
     _unit_files(job, source).refuse_others()
     settings = job.recipe.calibration
-    return capture(job, source, "calibration.safetensors", trajectories=settings.samples, seed=settings.seed)
+    return capture(job, source, CAPTURED, trajectories=settings.samples, seed=settings.seed)
 
 
 def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int) -> CalibrationSet:
@@ -65,7 +67,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
-        settings=settings.model_dump(exclude={"prompts", "samples", "seed"}),
+        settings=settings.sampler,
         trajectories=trajectories,
         seed=seed,
     )
@@ -96,7 +98,7 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
 
 def _calibration(job: Job) -> dict[str, Any]:
     """What the captured inputs depend on, beside the model and its prompts."""
-    return job.recipe.calibration.model_dump(exclude={"prompts"})
+    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
 
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
@@ -105,21 +107,13 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
 
     def make(path: Path) -> None:
         units.begin()
-        result = calibrate(
-            source.model,
-            source.adapter,
-            source.plan,
-            captured,
-            source.prompts,
-            job.recipe.method,
-            job.recipe.calibration.seed,
-            job.progress,
-            units,
-        )
-        save_quantized(path, result, source.plan)
+        job.shard.agree(True)
+        save_quantized(path, _calibrated(job, source, captured, units), source.plan)
 
     name = name_for(QUANTIZED, ".safetensors", source.layer_facts())
     path, reused = job.work.obtain(name, calibration_key(job, source), make)
+    if reused:
+        job.shard.agree(False)
     units.remove()
     earlier = f", {units.found} units of an earlier run" if units.found else ""
     job.progress.note(
@@ -128,9 +122,31 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     return load_quantized(path, source.plan)
 
 
+def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
+    """What processes other than the first do while it runs `calibrated_weights`, unless these are finished."""
+    if job.shard.agree(False):
+        _calibrated(job, source, captured, _unit_files(job, source))
+
+
+def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
+    return calibrate(
+        source.model,
+        source.adapter,
+        source.plan,
+        captured,
+        source.prompts,
+        job.recipe.method,
+        job.recipe.calibration.seed,
+        job.progress,
+        units,
+        source.store,
+        job.shard,
+    )
+
+
 def _unit_files(job: Job, source: Source) -> UnitFiles:
     folder = name_for(UNFINISHED, "", source.layer_facts())
-    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source))
+    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source), job.shard)
 
 
 def calibration_key(job: Job, source: Source) -> str:

@@ -10,7 +10,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx
 import torch
 from rich.console import Console
 from torch import nn
@@ -19,30 +18,19 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.compute import Compute, product_type
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
-from exporter.gate.linears import LINEAR_DB, compare_linears, linear_feeds
+from exporter.gate.comparison import compare_graph
 from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
-from exporter.gate.runs import repeat_command, save_feeds, save_reference
-from exporter.gate.segments import is_large
-from exporter.gate.subgraphs import CutError
-from exporter.gate.table import GateResult, GateRow, Stage, summary_table
-from exporter.gate.tiles import compare_tiles
-from exporter.gate.whole import (
-    block_thresholds,
-    compare_blocks,
-    compare_end_to_end,
-    compare_segments,
-    cut_between_blocks,
-    model_feeds,
-)
+from exporter.gate.runs import save_feeds, save_reference
+from exporter.gate.table import GateResult, summary_table
+from exporter.gate.whole import model_feeds
 from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
-from exporter.onnx_files import read_model, save_onnx
+from exporter.onnx_files import read_model
 from exporter.passes.emulate import relation_to_engine
 from exporter.passes.layer_table import TARGET_KEY, read_layer_table
-from exporter.passes.tiling import untiled
 from exporter.progress import Progress
 from exporter.targets import Target, get_target
 from exporter.this_cpu import product_of, refuse_saturating_cpu
@@ -92,8 +80,8 @@ def validate_graphs(
     reference.save(folder)
     release_mapped_weights()
     _save_model_files(reference.for_stage("lowered"), folder)
-    first = _compare(exported, "exported", reference, folder, target, progress)
-    second = _compare(lowered, "lowered", reference, folder, target, progress)
+    first = compare_graph(exported, "exported", reference, folder, target, progress)
+    second = compare_graph(lowered, "lowered", reference, folder, target, progress)
     # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
     result = GateResult(first.rows + second.rows, second.commands, _notes(lowered, target, reference))
     return conclude(result, folder, progress), reference
@@ -121,7 +109,7 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
     notes = _notes(path, target, reference)
     if not is_graph:
         notes = (_note_on_engine(file, path, built_sha256), *notes)
-    result = _compare(path, "lowered", reference, folder, target, progress)
+    result = compare_graph(path, "lowered", reference, folder, target, progress)
     return conclude(GateResult(result.rows, result.commands, notes), folder, progress)
 
 
@@ -188,63 +176,6 @@ def _target_of(path: Path) -> Target:
     if TARGET_KEY not in names:
         raise InputError(f"{path}: carries no fp4export metadata; validate takes an output that fp4export wrote")
     return get_target(names[TARGET_KEY])
-
-
-def _compare(
-    path: Path, stage: Stage, reference: Reference, folder: Path, target: Target, progress: Progress
-) -> GateResult:
-    """All rows of one graph, and the files and commands that repeat them."""
-    reference = reference.for_stage(stage)
-    optimized = stage == "exported" or target.engine == "onnxruntime"
-    written = read_model(path)
-    model = untiled(written)
-    layers = read_layer_table(model)
-    records = {record.layer: record for record in reference.linears}
-    linears_path, blocks_path = (folder / f"{kind}.{stage}.onnx" for kind in ("linears", "blocks"))
-    with progress.task(f"comparing the {stage} graph", 3) as task:
-        try:
-            linears = compare_linears(model, layers, records, stage, linears_path, optimized=optimized)
-            task.advance()
-            rest = _compare_blocks(path, written, model, reference, stage, blocks_path, optimized=optimized)
-            task.advance(2)
-        except CutError as error:
-            raise FidelityError(f"{path}: {error}") from error
-    linear_inputs, linear_outputs = (folder / f"linears.{stage}.{what}.json" for what in ("inputs", "reference"))
-    save_feeds([linear_feeds(layers, records)], linear_inputs)
-    save_reference([linears.expected], linear_outputs)
-    model_inputs, model_outputs = folder / "model.inputs.json", folder / "model.reference.json"
-    limits = {name: limit for name, limit in block_thresholds(model, reference).items() if limit != EXACT_DB}
-    commands = (
-        repeat_command(
-            linears_path, linear_inputs, linear_outputs, linears.relaxed, default_db=LINEAR_DB, optimized=optimized
-        ),
-        repeat_command(blocks_path, model_inputs, model_outputs, limits, default_db=EXACT_DB, optimized=optimized),
-        repeat_command(
-            path, model_inputs, model_outputs, {}, default_db=reference.end_to_end_threshold, optimized=optimized
-        ),
-    )
-    return GateResult((*linears.rows, *rest), commands)
-
-
-def _compare_blocks(
-    path: Path,
-    written: onnx.ModelProto,
-    plain: onnx.ModelProto,
-    reference: Reference,
-    stage: Stage,
-    cut_path: Path,
-    *,
-    optimized: bool,
-) -> tuple[GateRow, ...]:
-    """The rows of the blocks, of the tiles (where `written` has them and `plain` has not), and of the whole graph."""
-    if is_large(read_layer_table(written)):
-        save_onnx(cut_between_blocks(plain, reference), cut_path)
-        return compare_segments(written, plain, reference, stage, path, optimized=optimized)
-    blocks = compare_blocks(plain, reference, stage, cut_path, optimized=optimized)
-    tiles: tuple[GateRow, ...] = ()
-    if plain is not written:
-        tiles = (compare_tiles(path, plain, reference, stage, cut_path.with_name(f"whole.{stage}.onnx")),)
-    return (*blocks, *tiles, compare_end_to_end(path, reference, stage, optimized=optimized))
 
 
 def _save_model_files(reference: Reference, folder: Path) -> None:

@@ -108,7 +108,10 @@ def timed(name: str, run: CalibrationRun, source: Source, make: Callable[[], nn.
     original = quantized = run.block_inputs(source.model, blocks[0][1])
     errors = []
     for path, block in blocks:
-        targets, outputs = original.outputs(block), quantized.outputs(rounded.get_submodule(path))
+        unit = rounded.get_submodule(path)
+        targets, outputs = (
+            inputs.outputs(module, run.store, run.limit) for inputs, module in ((original, block), (quantized, unit))
+        )
         errors.append(float((outputs - targets).square().sum() / targets.square().sum()))
         original, quantized = original.advanced(targets), quantized.advanced(outputs)
     return Run(name, seconds, tuple(errors))

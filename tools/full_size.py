@@ -2,8 +2,9 @@
 
 `python -m tools.full_size --model pixart` makes a model directory with random weights in build/full_size, exports it by
 a round-to-nearest W4A6 recipe for the cpu and for rtx-sm89, each from scratch in a process of its own, and measures the
-resident memory of that process and all that it starts. `--blocks 4` is quick, and is printed instead of written.
-Close everything else: a busy machine takes longer.
+resident memory of that process and all that it starts. What an export that is broken off has taken so far is in
+TARGET.spans.json. `--blocks 4` is quick, and is printed instead of written. Close everything else: a busy machine takes
+longer.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ import click
 import psutil
 
 from exporter.onnx_files import total_bytes
-from tools.full_size_models import MODELS, FullSize
+from exporter.targets import get_target
+from tools.full_size_models import MODELS, TRANSFORMER, FullSize
 from tools.marked_section import replace_section
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 _SECONDS_BETWEEN_SAMPLES = 0.1
 _GB = 1e9
+_MOST_OF_FP32 = 0.17
+# Stages that are named where a budget is missed.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def main(name: str, blocks: int | None, targets: tuple[str, ...]) -> None:
     folder = ROOT / "build" / "full_size" / f"{name}-{count}"
     making = [sys.executable, "-m", "tools.full_size_models", name, str(count), str(folder)]
     subprocess.run(making, check=True)
-    weights = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in (folder / TRANSFORMER).glob("*.safetensors"))
     section = markdown(model, weights, [measured_export(folder, target) for target in targets])
     if blocks is None:
         replace_section(PAGE, f"full size: {name}", section)
@@ -130,20 +135,36 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
     lines.append("| **all** | " + " | ".join(total) + " |")
     lines += ["", "| aim | measured | |", "|---|---|---|"]
     for use in exports:
-        aims = [
-            (f"{use.target}: at most {model.most_seconds} s", use.seconds, f"{use.seconds:.0f} s", model.most_seconds),
-            (
-                f"{use.target}: at most {model.most_bytes / _GB:.1f} GB resident",
-                use.peak_bytes,
-                f"{use.peak_bytes / _GB:.1f} GB",
-                model.most_bytes,
-            ),
-            (f"{use.target}: file at most 0.17 of FP32", use.output_bytes / weights, "", 0.17),
+        seconds, size = use.seconds, use.output_bytes / weights
+        lines += [
+            f"| {use.target}: at most {model.most_seconds} s | {seconds:.0f} s "
+            f"| {_verdict(seconds <= model.most_seconds, _longest(use))} |",
+            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {use.peak_bytes / _GB:.1f} GB "
+            f"| {_verdict(use.peak_bytes <= model.most_bytes, _fullest(use))} |",
+            f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
+            f"| {_verdict(size <= _MOST_OF_FP32, _why_large(use.target))} |",
         ]
-        for text, found, shown, most in aims:
-            verdict = "met" if found <= most else "**missed**"
-            lines.append(f"| {text} | {shown or f'{found:.3f}'} | {verdict} |")
     return "\n".join(lines)
+
+
+def _verdict(met: bool, why_not: str) -> str:
+    return "met" if met else f"**missed**: {why_not}"
+
+
+def _longest(use: ExportUse) -> str:
+    stages = sorted(use.stages, key=lambda stage: -stage.seconds)[:_NAMED]
+    return "the longest are " + ", ".join(f"{stage.name} ({stage.seconds:.0f} s)" for stage in stages)
+
+
+def _fullest(use: ExportUse) -> str:
+    stages = sorted(use.stages, key=lambda stage: -stage.peak_bytes)[:_NAMED]
+    return "most in " + ", ".join(f"{stage.name} ({stage.peak_bytes / _GB:.1f} GB)" for stage in stages)
+
+
+def _why_large(target: str) -> str:
+    if get_target(target).engine == "onnxruntime":
+        return "what stays in high precision is FP32"
+    return "without plugins a TensorRT engine holds a weight in its 8-bit container, which is a quarter of FP32 at best"
 
 
 def _cells(seconds: float, peak: int, weights: int) -> str:

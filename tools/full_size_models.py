@@ -1,4 +1,4 @@
-"""Model directories of full size with random weights, as diffusers' `save_pretrained` writes them, and their recipes.
+"""Pipeline folders of full size with random weights, as diffusers' `save_pretrained` writes them, and their recipes.
 
 Run as a process of its own (`python -m tools.full_size_models MODEL BLOCKS FOLDER`), so that what making a model takes
 is gone before anything is measured.
@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.files import atomic_path, write_text_atomically
+from exporter.models.adapter import LINEAR_NOISE
 
+TRANSFORMER = Path("model", "transformer")
+_SCHEDULER = Path("model", "scheduler")
 _SHARD = "1GB"
 # Some input channels of trained weights are a few times larger than others.
 _CHANNEL_SPREAD = 0.4
@@ -35,12 +38,14 @@ evaluation: {{trajectories: 1, grid: 1}}
 
 @dataclass(frozen=True)
 class FullSize:
-    """A published model's shape: diffusers' class and config, and what its prompt file holds ([P, S, D] each)."""
+    """A published model's shape: diffusers' class and config, the config of its noise schedule, and what its prompt
+    file holds ([P, S, D] each)."""
 
     title: str
     family: str
     class_name: str
     config: Mapping[str, Any]
+    noise: Mapping[str, Any]
     resolution: int
     prompts: Mapping[str, tuple[int, int]]
     recipe_in_words: str
@@ -73,6 +78,7 @@ MODELS: Mapping[str, FullSize] = MappingProxyType(
                     "use_additional_conditions": False,
                 }
             ),
+            noise=LINEAR_NOISE,
             resolution=32,
             prompts=MappingProxyType({"": (120, 4096)}),
             recipe_in_words="256 tokens × 2 (guidance), 120 caption tokens",
@@ -96,6 +102,14 @@ MODELS: Mapping[str, FullSize] = MappingProxyType(
                     "use_style_cond_and_image_meta_size": False,
                 }
             ),
+            noise=MappingProxyType(
+                {
+                    "beta_start": 0.00085,
+                    "beta_end": 0.018,
+                    "beta_schedule": "scaled_linear",
+                    "prediction_type": "v_prediction",
+                }
+            ),
             resolution=32,
             prompts=MappingProxyType({"": (77, 1024), "_2": (256, 2048)}),
             recipe_in_words="256 tokens × 2 (guidance), 77 CLIP and 256 T5 tokens",
@@ -107,13 +121,16 @@ MODELS: Mapping[str, FullSize] = MappingProxyType(
 
 
 def make_model(model: FullSize, blocks: int, folder: Path) -> None:
-    """Write `folder`/model (sharded safetensors), prompts.safetensors and recipe.yaml, unless they are there."""
+    """Write `folder`/model (a pipeline's folder), prompts.safetensors and recipe.yaml, unless they are there."""
+    import diffusers
+
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "model") as directory:
+        (folder / TRANSFORMER).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / TRANSFORMER) as directory:
             transformer: Any = random_transformer(model, blocks)
             transformer.save_pretrained(directory, max_shard_size=_SHARD)
+        diffusers.DDPMScheduler(**model.noise).save_pretrained(folder / _SCHEDULER)
         save_file(random_prompts(model), folder / "prompts.safetensors")
         write_text_atomically(recipe, _RECIPE.format(family=model.family, resolution=model.resolution))
 

@@ -18,6 +18,7 @@ from exporter.device.requirements import missing_builder
 from exporter.errors import EnvironmentLacksError
 from exporter.files import write_text_atomically
 from exporter.gate.runs import Arrays, save_feeds
+from exporter.gate.whole import read_by
 from exporter.gpu import local_gpu
 from exporter.onnx_files import save_onnx
 from exporter.progress import Progress
@@ -63,9 +64,7 @@ class DeviceRun:
         save_onnx(model, graph)
         if kernels.is_dir():
             shutil.copytree(kernels, kernels_folder(graph))
-        read = {value.name for value in model.graph.input}
-        own = [{name: array for name, array in feed.items() if name in read} for feed in feeds]
-        save_feeds(own, self.file(_INPUTS))
+        save_feeds([read_by(model, feed) for feed in feeds], self.file(_INPUTS))
         write_text_atomically(self.script, self._commands())
         if not missing_builder(self.target):
             build_engine(graph, engine, self.target, progress, BuildOptions(acceptance=False, timing_cache=False))

@@ -108,13 +108,15 @@ def bisect_engine(
             task.advance()
         except CutError as error:
             raise FidelityError(f"{path}: {error}") from error
-    free = judged(_free_rows(suspect.graph, recorded), suspect.graph.reference.end_to_end_threshold, _HOW)
+    free = judged(_free_rows(suspect.graph, recorded), recorded.end_to_end_threshold, _HOW)
     return EngineFindings(str(path), suspect.graph.target.name, free, blocks, layers, notes)
 
 
 def _open(path: Path) -> EngineSuspect:
     notes: tuple[str, ...] = ()
     graph = path
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give an engine that fp4export exported, or a lowered graph")
     if path.suffix in SUFFIXES["tensorrt"]:
         origin = Origin.load(path)
         graph = origin.graph
@@ -132,6 +134,7 @@ def _boundaries(suspect: EngineSuspect, against: Sequence[Path], progress: Progr
     """The reference with the engine's own boundaries in place of PyTorch's, and limits that a GPU can be held to."""
     reference = suspect.graph.reference
     limits = {name: min(limit, _MOST_ASKED_DB) for name, limit in reference.thresholds.items()}
+    end_limit = min(reference.end_to_end_threshold, _MOST_ASKED_DB)
     names = list(block_thresholds(suspect.graph.model, reference))
     run = suspect.device_run("boundaries")
     if not against:
@@ -150,7 +153,7 @@ def _boundaries(suspect: EngineSuspect, against: Sequence[Path], progress: Progr
         replace(model, boundaries={**model.boundaries, **found})
         for model, found in zip(reference.models, outputs, strict=True)
     )
-    return replace(reference, models=models, thresholds=limits)
+    return replace(reference, models=models, thresholds=limits, end_to_end_threshold=end_limit)
 
 
 def _recorded(path: Path, example: Mapping[str, Array], count: int) -> list[Arrays]:

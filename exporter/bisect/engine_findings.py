@@ -79,6 +79,8 @@ class EngineFindings:
         found = self.first
         what = "block" if found.kind == "block" else "what makes"
         sentence = f"{what} {found.name} deviates: SNR {found.snr_db:.1f} dB, {found.threshold_db:.1f} needed"
+        later = sum(not row.passed for row in self.blocks) - 1
+        sentence += f", and {later} more after it" if later else ""
         return sentence if self.layers is None else f"{sentence}; {_of_layers(self.layers)}"
 
     def to_json(self) -> str:

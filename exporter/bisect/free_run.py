@@ -16,9 +16,10 @@ import numpy as np
 from exporter.bisect.suspect import Suspect
 from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import segment, segment_outputs
+from exporter.gate.segments import DividedGraph, segment_outputs, with_constants
 from exporter.gate.subgraphs import cut, given_name
 from exporter.gate.table import bounded_db
+from exporter.gate.whole import read_by
 from exporter.onnx_files import save_onnx
 
 # Outputs may take this part of the memory that is free: the graph's own tensors need some, too.
@@ -116,10 +117,11 @@ def _measure_segments(suspect: Suspect, names: Sequence[str], folder: Path) -> t
     free: list[Arrays] = [dict(model.inputs) for model in models]
     example: Arrays = {}
     rows: list[FreeRow] = []
-    for wanted in segment_outputs(suspect.model, suspect.reference.blocks):
-        part = segment(suspect.model, example, wanted, decode=True)
-        read = {value.name for value in part.graph.input}
-        feeds = [{name: array for name, array in feed.items() if name in read} for feed in free]
+    graph = DividedGraph(suspect.model)
+    segments = segment_outputs(suspect.model, suspect.reference.blocks)
+    for wanted, constants in with_constants(graph, segments):
+        part = graph.part(example, wanted, constants)
+        feeds = [read_by(part.model, feed) for feed in free]
         outputs = run_graph(folder / "free.onnx", feeds, optimized=suspect.optimized, part=part)
         for feed, output in zip(free, outputs, strict=True):
             feed.update({given_name(name): array for name, array in output.items()})

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import onnx
 
-from exporter.bisect.look import InputRow, Look
+from exporter.bisect.look import Look
 from exporter.bisect.suspect import Suspect
+from exporter.gate.entering import InputRow
 
 _MOST_NAMED = 12
 

@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.activations import ActivationStore
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import FinishedUnits, NothingKept
 from exporter.calibration.gptq import round_with_feedback
 from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
-from exporter.calibration.reconstruction import RoundingLinear, Unit, reconstruct
+from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import one_thread
+from exporter.errors import InputError
 from exporter.memory import release_mapped_weights
 from exporter.method_section import MethodSection
 from exporter.models.adapter import Adapter
@@ -30,9 +32,10 @@ from exporter.quantize import (
     planned_linear,
     share_copy,
 )
+from exporter.shards import Shard
 
 # So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
-_LAYERS_AT_ONCE = 16
+_LAYERS_AT_ONCE = 48
 
 
 def calibrate(
@@ -45,6 +48,8 @@ def calibrate(
     seed: int,
     progress: Progress,
     finished: FinishedUnits | None = None,
+    store: ActivationStore | None = None,
+    shard: Shard | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
@@ -52,25 +57,42 @@ def calibrate(
     rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"). For
     "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
-    has `finished` are not done again. The same seed gives the same result on the same machine, however often it was
-    interrupted.
+    has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
+    same result on the same machine, however often it was interrupted and wherever activations are. Several processes,
+    which must share `finished`, call this together: each has its share of the samples, and all get the same result.
+    Raises `InputError` where batches cannot be shared out evenly.
     """
     finished = finished or NothingKept()
-    run = CalibrationRun(adapter, calibration_set, prompts)
+    run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore(), shard=shard or Shard())
+    _check_batches(method, len(calibration_set), run.shard)
     inputs: Mapping[str, InputStatistics] = {}
     if method.name != "rtn" or _looks_at_inputs(plan, method):
         inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
-    weights = _nearest(model, plan, inputs, method, progress, finished)
+    weights = _nearest(model, plan, inputs, method, progress, finished, run.shard)
     if method.name == "rtn":
         return CalibrationResult(weights)
     if _feeds_back(method):
-        fed_back = _with_feedback(model, plan, inputs, weights, progress, finished)
+        fed_back = _with_feedback(model, plan, inputs, weights, progress, finished, run.shard)
         if method.name == "gptq":
             return fed_back
         weights = fed_back.weights
     walk = _Walk(model, plan, weights, run, method, seed, progress, finished)
     statistics = walk.through(list(inputs))
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
+
+
+def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
+    """Raise `InputError` unless every process gets the same number of samples of every batch."""
+    if method.name != "fp4dit" or shard.world == 1:
+        return
+    if method.batch_size % shard.world:
+        even = -(-method.batch_size // shard.world) * shard.world
+        raise InputError(
+            f"method.batch_size: {method.batch_size} samples cannot be shared out among {shard.world} processes; "
+            f"nearest: {even}"
+        )
+    if samples < method.batch_size:
+        raise InputError(f"method.batch_size: {method.batch_size}, but only {samples} inputs were captured for it")
 
 
 def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
@@ -99,6 +121,7 @@ def _with_feedback(
     weights: Mapping[str, QuantizedWeight],
     progress: Progress,
     finished: FinishedUnits,
+    shard: Shard,
 ) -> CalibrationResult:
     """Round again with error feedback; a layer that never ran, so that its inputs are not known, stays as it is."""
 
@@ -113,7 +136,7 @@ def _with_feedback(
             task.advance()
         return CalibrationResult(rounded, tuple(statistics))
 
-    return _some_layers_at_once("error feedback", plan, fed_back, progress, finished)
+    return _some_layers_at_once("error feedback", plan, fed_back, progress, finished, shard)
 
 
 def _nearest(
@@ -123,6 +146,7 @@ def _nearest(
     method: MethodSection,
     progress: Progress,
     finished: FinishedUnits,
+    shard: Shard,
 ) -> Mapping[str, QuantizedWeight]:
     """One layer per core at a time: each works on its own in operations too small to be shared out."""
 
@@ -140,7 +164,7 @@ def _nearest(
         release_mapped_weights()
         return CalibrationResult(weights)
 
-    return _some_layers_at_once("scales", plan, nearest, progress, finished).weights
+    return _some_layers_at_once("scales", plan, nearest, progress, finished, shard).weights
 
 
 def _some_layers_at_once(
@@ -149,8 +173,9 @@ def _some_layers_at_once(
     work: Callable[[Sequence[LayerPlan], Task], CalibrationResult],
     progress: Progress,
     finished: FinishedUnits,
+    shard: Shard,
 ) -> CalibrationResult:
-    """`work` on all planned layers, `_LAYERS_AT_ONCE` as a unit."""
+    """`work` on all planned layers, `_LAYERS_AT_ONCE` as a unit, by the first process."""
     weights: dict[str, QuantizedWeight] = {}
     statistics: list[BlockStatistics] = []
     with progress.task(title, len(plan.layers)) as task:
@@ -158,8 +183,7 @@ def _some_layers_at_once(
             layers = plan.layers[start : start + _LAYERS_AT_ONCE]
             unit = finished.find(title, layers)
             if unit is None:
-                unit = work(layers, task)
-                finished.keep(title, layers, unit)
+                unit = finished.keep(title, layers, work(layers, task) if shard.is_first else CalibrationResult({}))
             else:
                 task.advance(len(layers))
             weights.update(unit.weights)
@@ -183,6 +207,7 @@ class _Walk:
     ) -> None:
         self._model, self._plan, self._run = model, plan, run
         self._method, self._seed, self._progress, self._finished = method, seed, progress, finished
+        self._execution = Execution(run.limit, shard=run.shard)
         self._quantized = share_copy(model)
         self.layers: dict[str, RoundingLinear] = {}
         for layer in plan.layers:
@@ -208,9 +233,9 @@ class _Walk:
         if found is not None:
             return found
         original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
+        targets = self._outputs(original, self._model.get_submodule(name))
         quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
-        targets = original.outputs(self._model.get_submodule(name))
-        return self._learn(unit, quantized, targets)[0]
+        return self._learn(unit, quantized, targets)
 
     def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
         """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.
@@ -231,38 +256,37 @@ class _Walk:
             given = {argument: kept.pop(source) for argument, source in skips.get(name, {}).items()}
             original = original.with_skips({argument: outputs[0] for argument, outputs in given.items()})
             quantized = quantized.with_skips({argument: outputs[1] for argument, outputs in given.items()})
-            targets = original.outputs(block)
+            # The original's inputs are not needed any more: one tensor of all samples less.
+            original = original.advanced(self._outputs(original, block))
             layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
             unit = Unit(name, self._quantized.get_submodule(name), layers)
-            found = self._restored(unit) if layers else None
-            if found is None and layers:
-                found, outputs = self._learn(unit, quantized, targets)
-            else:
-                outputs = quantized.outputs(unit.module)
-            if found is not None:
-                statistics.append(found)
+            if layers:
+                statistics.append(self._restored(unit) or self._learn(unit, quantized, original.hidden))
+            quantized = quantized.advanced(self._outputs(quantized, unit.module))
             if name in wanted:
-                kept[name] = (targets, outputs)
-            original, quantized = original.advanced(targets), quantized.advanced(outputs)
+                kept[name] = (original.hidden, quantized.hidden)
         return statistics
+
+    def _outputs(self, inputs: BlockInputs, module: nn.Module) -> Tensor:
+        return inputs.outputs(module, self._run.store, self._execution.forward)
 
     def _restored(self, unit: Unit) -> BlockStatistics | None:
         """Let the unit be as an earlier run left it; None if none has finished it."""
         found = self._finished.find(unit.name, self._layers_of(unit))
         if found is None:
             return None
-        for name, layer in unit.layers.items():
-            layer.replace(found.weights[name])
+        unit.restore(found.weights)
         (statistics,) = found.blocks
         return statistics
 
-    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> tuple[BlockStatistics, Tensor]:
+    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> BlockStatistics:
         generator = torch.Generator().manual_seed(_unit_seed(self._seed, unit.name))
         with self._progress.task(f"calibrate {unit.name}", self._method.iterations) as task:
-            statistics, outputs = reconstruct(unit, inputs, targets, self._method, generator, task)
+            statistics = reconstruct(unit, inputs, targets, self._method, generator, self._execution, task)
         weights = {name: layer.quantized for name, layer in unit.layers.items()}
-        self._finished.keep(unit.name, self._layers_of(unit), CalibrationResult(weights, (statistics,)))
-        return statistics, outputs
+        learned = CalibrationResult(weights, (statistics,))
+        unit.restore(self._finished.keep(unit.name, self._layers_of(unit), learned).weights)
+        return statistics
 
     def _layers_of(self, unit: Unit) -> list[LayerPlan]:
         return [layer for layer in self._plan.layers if layer.name in unit.layers]

@@ -17,7 +17,7 @@ from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.progress import Progress
 from exporter.recipe import CalibrationSection
-from exporter.sampling import DenoiserCall, make_scheduler, sample, transformer_inputs
+from exporter.sampling import DenoiserCall, make_scheduler, sample, samples_at_once, transformer_inputs
 from exporter.tensor_files import atomic_tensor_path
 
 _DTYPES = {
@@ -90,14 +90,17 @@ def capture_trajectories(
 ) -> CalibrationSet:
     """Sample `trajectories` latents with `model` and keep every call's inputs: each step, conditional and not.
 
-    Prompts are used in turn; `scheduler_config` is the checkpoint's, see `make_scheduler`. Raises `InputError`
-    when a latent is no longer finite.
+    Prompts are used in turn; `scheduler_config` is the checkpoint's, see `make_scheduler`. The inputs are in the order
+    of steps, in each the unconditional ones first, then of trajectories, however many are sampled at once. Raises
+    `InputError` when a latent is no longer finite.
     """
     parts: list[CalibrationSet] = []
+    places: list[Tensor] = []
 
     def keep(call: DenoiserCall) -> None:
         steps = torch.full_like(call.prompts, call.step)
         parts.append(CalibrationSet(call.inputs.hidden_states, call.inputs.timestep, call.prompts, steps))
+        places.append((2 * steps + (call.prompts >= 0)) * trajectories + call.samples)
 
     sample(
         partial(adapter.predict_noise, model),
@@ -109,10 +112,16 @@ def capture_trajectories(
         seed=seed,
         latent_shape=latent_shape,
         progress=progress,
+        batch_size=samples_at_once(adapter.tokens(model, latent_shape), settings.guidance),
         record=keep,
+        finish=False,
     )
+    order = torch.cat(places).argsort()
     captured = CalibrationSet(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}
+        **{
+            field.name: torch.cat([getattr(part, field.name) for part in parts])[order]
+            for field in fields(CalibrationSet)
+        }
     )
     finite = captured.hidden_states.flatten(1).isfinite().all(dim=1)
     if not bool(finite.all()):

@@ -18,6 +18,7 @@ from exporter.files import write_text_atomically
 from exporter.onnx_files import checksum_of
 from exporter.plan import LayerPlan, Plan
 from exporter.quantize import CalibrationResult, load_quantized, save_quantized
+from exporter.shards import Shard
 from exporter.workdir import WorkDir, key_of, program_identity
 
 _SETTINGS = "settings.json"
@@ -31,8 +32,8 @@ class FinishedUnits(Protocol):
     def find(self, unit: str, layers: Sequence[LayerPlan]) -> CalibrationResult | None:
         """The weights of `layers` as the unit left them, with its statistics; None if it is still to be done."""
 
-    def keep(self, unit: str, layers: Sequence[LayerPlan], result: CalibrationResult) -> None:
-        """Note that the unit, which `find` has just not found, is finished."""
+    def keep(self, unit: str, layers: Sequence[LayerPlan], result: CalibrationResult) -> CalibrationResult:
+        """Note that the unit, which `find` has just not found, is finished; what the first process gives counts."""
 
 
 class NothingKept:
@@ -42,19 +43,23 @@ class NothingKept:
         """Find nothing."""
         return None
 
-    def keep(self, _unit: str, _layers: Sequence[LayerPlan], _result: CalibrationResult) -> None:
+    def keep(self, _unit: str, _layers: Sequence[LayerPlan], result: CalibrationResult) -> CalibrationResult:
         """Keep nothing."""
+        return result
 
 
 class UnitFiles:
     """Units as sealed files in `folder` of the work folder, of a calibration of `plan` with these `settings`.
 
     `settings` are JSON values by name: all that the calibration depends on. A file counts if its checksum holds and the
-    units before it are still those that it was made after; else its unit is done again.
+    units before it are still those that it was made after; else its unit is done again. Of several processes, which
+    share the folder, the first one writes, and all go through the units together.
     """
 
-    def __init__(self, work: WorkDir, folder: str, plan: Plan, settings: Mapping[str, Any]) -> None:
-        self._work, self._plan = work, plan
+    def __init__(
+        self, work: WorkDir, folder: str, plan: Plan, settings: Mapping[str, Any], shard: Shard | None = None
+    ) -> None:
+        self._work, self._plan, self._shard = work, plan, shard or Shard()
         self._folder = work.file(folder)
         self._settings = {_PROGRAM: program_identity(), **settings}
         self._before: list[str] = []
@@ -87,18 +92,24 @@ class UnitFiles:
     def find(self, unit: str, layers: Sequence[LayerPlan]) -> CalibrationResult | None:
         """The unit's file, if it was finished by an earlier run."""
         path = self._path(unit)
-        if not self._work.is_current(path, self._key(unit, layers)):
+        if not self._shard.agree(self._shard.is_first and self._work.is_current(path, self._key(unit, layers))):
             return None
         self._before.append(checksum_of(path))
         self.found += 1
-        return load_quantized(path, replace(self._plan, layers=tuple(layers)))
+        return load_quantized(path, self._part(layers))
 
-    def keep(self, unit: str, layers: Sequence[LayerPlan], result: CalibrationResult) -> None:
+    def keep(self, unit: str, layers: Sequence[LayerPlan], result: CalibrationResult) -> CalibrationResult:
         """Write the unit's file and seal it."""
         path = self._path(unit)
-        save_quantized(path, result, replace(self._plan, layers=tuple(layers)))
-        self._work.seal(path, self._key(unit, layers))
+        if self._shard.is_first:
+            save_quantized(path, result, self._part(layers))
+            self._work.seal(path, self._key(unit, layers))
+        self._shard.wait()
         self._before.append(checksum_of(path))
+        return result if self._shard.is_first else load_quantized(path, self._part(layers))
+
+    def _part(self, layers: Sequence[LayerPlan]) -> Plan:
+        return replace(self._plan, layers=tuple(layers))
 
     def remove(self) -> None:
         """Remove all of them, when they are not needed any more."""

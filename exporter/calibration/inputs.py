@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from exporter.calibration.activations import ActivationStore, BatchLimit
 from exporter.calibration.capture import CalibrationSet
 from exporter.models.adapter import Adapter
-from exporter.models.inputs import TransformerInputs
+from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.prompts import Prompts
+from exporter.shards import Shard
 
-BATCH = 32
-# Of a batch, for Gram matrices: enough to fill one of a few thousand columns over some batches.
-_GRAM_TOKENS = 2048
+# Tokens for a Gram matrix, of the whole set: plenty for a few thousand columns.
+_GRAM_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class BlockInputs:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample."""
+        return self.hidden[0].numel() // self.hidden.shape[-1]
+
     def run(self, block: nn.Module, indices: Tensor | slice) -> Tensor:
         """Run `block` on the samples at `indices`."""
         tensors = {name: tensor[indices] for name, tensor in {**self.shared, **self.skips}.items()}
@@ -45,10 +52,23 @@ class BlockInputs:
         return output
 
     @torch.no_grad()
-    def outputs(self, block: nn.Module) -> Tensor:
+    def outputs(self, block: nn.Module, store: ActivationStore, limit: BatchLimit) -> Tensor:
         """Run `block` on all samples: [M, ...]."""
-        starts = range(0, len(self), BATCH)
-        return torch.cat([self.run(block, slice(start, start + BATCH)) for start in starts])
+        gathered = _Gathered(len(self), store)
+        limit.each(len(self), self.tokens, lambda part: gathered.put(part, self.run(block, part)))
+        return gathered.tensor
+
+    @torch.no_grad()
+    def squared_error(self, block: nn.Module, targets: Tensor, limit: BatchLimit) -> float:
+        """Sum of the squared differences of the block's outputs from `targets` [M, ...]."""
+        errors = torch.zeros(len(self), dtype=torch.float64)
+
+        def add(part: slice) -> None:
+            difference = self.run(block, part).sub_(targets[part])
+            errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
+
+        limit.each(len(self), self.tokens, add)
+        return float(errors.sum())
 
     def advanced(self, hidden: Tensor) -> BlockInputs:
         """Return the next block's inputs, without skips: `hidden` is the output of this one."""
@@ -57,6 +77,27 @@ class BlockInputs:
     def with_skips(self, skips: Mapping[str, Tensor]) -> BlockInputs:
         """Return the same inputs with outputs of earlier blocks, by keyword argument."""
         return replace(self, skips=skips)
+
+
+class _Gathered:
+    """A tensor [M, ...] that comes in parts."""
+
+    def __init__(self, samples: int, store: ActivationStore) -> None:
+        self._samples, self._store = samples, store
+        self._tensor: Tensor | None = None
+
+    def put(self, part: slice, values: Tensor) -> None:
+        """Take the samples of one part."""
+        if self._tensor is None:
+            self._tensor = self._store.empty((self._samples, *values.shape[1:]), values.dtype)
+        self._tensor[part] = values
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of them, once every part was put."""
+        if self._tensor is None:
+            raise ValueError("there are no samples")
+        return self._tensor
 
 
 @dataclass(frozen=True)
@@ -71,89 +112,150 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class CalibrationRun:
-    """The calibration set with its prompts and the family's way of calling a model."""
+    """The calibration set with its prompts and the family's way of calling a model.
+
+    `store` says where activations of all samples are kept, `limit` how many samples go through a model at once. Of
+    several processes each has every `world`-th sample.
+    """
 
     adapter: Adapter
     calibration_set: CalibrationSet
     prompts: Prompts
+    store: ActivationStore = field(default_factory=ActivationStore)
+    limit: BatchLimit = field(default_factory=BatchLimit)
+    shard: Shard = field(default_factory=Shard)
 
-    def batches(self) -> Iterator[TransformerInputs]:
-        """Yield all inputs in order, a batch at a time."""
-        count = len(self.calibration_set)
-        for start in range(0, count, BATCH):
-            yield self.calibration_set.inputs(torch.arange(start, min(start + BATCH, count)), self.prompts)
+    @property
+    def samples(self) -> int:
+        """How many inputs this process has."""
+        return len(self._indices)
+
+    @property
+    def _indices(self) -> Tensor:
+        return torch.arange(self.shard.rank, len(self.calibration_set), self.shard.world)
 
     @torch.no_grad()
     def through(self, model: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
-        """Run `model` over the whole set, then remove the hooks."""
+        """Run `model` once over this process's samples, in order and some at once, then remove the hooks."""
+        size = self.limit.samples(self.samples, self._tokens(model))
         with _removed(hooks):
-            for inputs in self.batches():
-                self.adapter.forward(model, inputs)
+            for start in range(0, self.samples, size):
+                self._forward(model, slice(start, min(start + size, self.samples)))
+
+    def _forward(self, model: nn.Module, part: slice) -> None:
+        inputs = self.calibration_set.inputs(self._indices[part], self.prompts)
+        self.adapter.forward(model, inputs)
+
+    def _tokens(self, model: nn.Module) -> int:
+        channels, height, width = self.calibration_set.hidden_states.shape[1:]
+        return self.adapter.tokens(model, (channels, height, width))
 
     def input_statistics(
         self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0
     ) -> dict[str, InputStatistics]:
         """Return what is known of every layer's input, in order of first execution.
 
-        Gram matrices are made for layers of at most `largest_gram` inputs, of the whole set where its batches are
-        small, otherwise of tokens spread evenly over each.
+        Gram matrices are made for layers of at most `largest_gram` inputs, of all tokens where they are few, otherwise
+        of tokens spread evenly over the set.
         """
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        largest: dict[str, float] = {}
-        grams: dict[str, Tensor] = {}
-        # Layers that share an input, as q, k and v do, run one after the other and share the work.
-        shared: tuple[Tensor, Tensor] | None = None
+        statistics = _Sums(len(self.calibration_set), largest_gram, self.shard)
+        self.through(model, [_watch(model, name, statistics.add) for name in layers])
+        return statistics.result()
 
-        def add(name: str, x: Tensor) -> None:
-            nonlocal shared
-            squares = x.flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
-            sums[name] = sums[name] + squares if name in sums else squares
-            counts[name] = counts.get(name, 0) + x[..., 0].numel()
-            largest[name] = max(largest.get(name, 0.0), float(x.abs().amax()))
-            if x.shape[-1] > largest_gram:
-                return
-            if shared is None or shared[0] is not x:
-                tokens = x.flatten(0, -2)
-                tokens = tokens[:: math.ceil(len(tokens) / _GRAM_TOKENS)]
-                shared = x, tokens.T @ tokens
-            grams[name] = grams[name] + shared[1] if name in grams else shared[1]
-
-        self.through(model, [_watch(model, name, add) for name in layers])
-        return {
-            name: InputStatistics((total / counts[name]).float(), largest[name], grams.get(name))
-            for name, total in sums.items()
-        }
-
+    @torch.no_grad()
     def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
         """Return the inputs [M, ..., K] of one linear layer."""
         seen: list[Tensor] = []
-        self.through(model, [_watch(model, layer, lambda _, x: seen.append(x))])
-        return torch.cat(seen)
+        gathered = _Gathered(self.samples, self.store)
+
+        def step(part: slice) -> None:
+            seen.clear()
+            self._forward(model, part)
+            gathered.put(part, seen[0])
+
+        with _removed([_watch(model, layer, lambda _, x: seen.append(x))]):
+            self.limit.each(self.samples, self._tokens(model), step)
+        return gathered.tensor
 
     @torch.no_grad()
     def block_inputs(self, model: nn.Module, block: nn.Module) -> BlockInputs:
         """Return the inputs of `block`, the first of `model`; nothing behind it runs."""
-        hidden: list[Tensor] = []
-        shared: dict[str, list[Tensor]] = {}
+        seen: dict[str, Tensor] = {}
         constants: dict[str, Any] = {}
+        gathered: dict[str, _Gathered] = {}
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            hidden.append(args[0])
+            seen[HIDDEN_STATES] = args[0]
             for name, value in kwargs.items():
-                if isinstance(value, Tensor):
-                    shared.setdefault(name, []).append(value)
-                else:
-                    constants[name] = value
+                (seen if isinstance(value, Tensor) else constants)[name] = value
             raise _ReachedError
 
+        def step(part: slice) -> None:
+            with contextlib.suppress(_ReachedError):
+                self._forward(model, part)
+            for name, value in seen.items():
+                gathered.setdefault(name, _Gathered(self.samples, self.store)).put(part, value)
+
         with _removed([block.register_forward_pre_hook(keep, with_kwargs=True)]):
-            for inputs in self.batches():
-                try:
-                    self.adapter.forward(model, inputs)
-                except _ReachedError:
-                    continue
-        return BlockInputs(torch.cat(hidden), {name: torch.cat(parts) for name, parts in shared.items()}, constants)
+            self.limit.each(self.samples, self._tokens(model), step)
+        hidden = gathered.pop(HIDDEN_STATES).tensor
+        return BlockInputs(hidden, {name: parts.tensor for name, parts in gathered.items()}, constants)
+
+
+class _Sums:
+    """Sums over the inputs of layers, from which their statistics come.
+
+    Of `samples` in all, this process's come in order.
+    """
+
+    def __init__(self, samples: int, largest_gram: int, shard: Shard) -> None:
+        self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
+        self._squares: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._largest: dict[str, float] = {}
+        self._grams: dict[str, Tensor] = {}
+        # Layers that share an input, as q, k and v do, run one after the other and share the work.
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Take a layer's input [B, ..., K]."""
+        tokens = x.flatten(0, -2)
+        squares = tokens.square().sum(dim=0, dtype=torch.float64)
+        before = self._counts.get(name, 0)
+        self._squares[name] = self._squares[name] + squares if before else squares
+        self._counts[name] = before + len(tokens)
+        self._largest[name] = max(self._largest.get(name, 0.0), float(x.abs().amax()))
+        if x.shape[-1] > self._largest_gram:
+            return
+        if self._last is None or self._last[0] is not x:
+            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x))]
+            self._last = x, chosen.T @ chosen
+        self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
+
+    def _chosen(self, before: int, samples: int, tokens: int) -> Tensor:
+        """Which tokens of the next `samples` count, bool [samples · tokens]: the same whoever has them, and when."""
+        own = before // tokens + torch.arange(samples)
+        numbers = (self._shard.rank + self._shard.world * own).unsqueeze(1) * tokens + torch.arange(tokens)
+        return numbers.flatten() % _spread(self._samples * tokens) == 0
+
+    def result(self) -> dict[str, InputStatistics]:
+        """The statistics of every layer that has run, of all processes."""
+        return {name: self._statistics(name) for name in self._squares}
+
+    def _statistics(self, name: str) -> InputStatistics:
+        squares, gram = self._shard.add_up(self._squares[name]), self._grams.get(name)
+        count = self._shard.add_up(torch.tensor(self._counts[name]))
+        return InputStatistics(
+            (squares / count).float(),
+            self._shard.largest(self._largest[name]),
+            # Layers with the same input have the same tensor.
+            None if gram is None else self._shard.add_up(gram if self._shard.world == 1 else gram.clone()),
+        )
+
+
+def _spread(tokens: int) -> int:
+    """Every how many of so many tokens `_GRAM_TOKENS` are taken; odd, so that it is not always a sample's same ones."""
+    return math.ceil(tokens / _GRAM_TOKENS) | 1
 
 
 class _ReachedError(Exception):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.inputs import InputStatistics
 from exporter.calibration.output_error import WeightSearch, search_scales
+from exporter.calibration.scales import ELEMENTS_AT_ONCE
 from exporter.plan import LayerPlan
 from exporter.quantize import QuantizedWeight, round_to_nearest
 from plugins.block_scales import BlockScaling
-from plugins.formats import get_format
+from plugins.formats import Format, get_format
 
 
 def nearest_weight(
@@ -25,9 +27,17 @@ def nearest_weight(
     if layer.scaling is not None:
         importance = None if inputs is None else inputs.mean_square
         scales = choose_block_scales(weight, layer.scaling, "absmax" if search == "absmax" else "mse", importance)
-        return round_to_nearest(weight, scales, fmt, _input_scale(layer.scaling, inputs))
+        return _rounded(weight, scales, fmt, _input_scale(layer.scaling, inputs))
     multipliers = layer.multipliers if layer.scales == "foldable" else ()
-    return round_to_nearest(weight, search_scales(weight, fmt, layer.group_size, search, inputs, multipliers), fmt)
+    return _rounded(weight, search_scales(weight, fmt, layer.group_size, search, inputs, multipliers), fmt)
+
+
+def _rounded(weight: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None) -> QuantizedWeight:
+    """What `round_to_nearest` gives, by so few rows at a time that they stay in the cache."""
+    rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    parts = zip(torch.split(weight, rows), torch.split(scales, rows), strict=True)
+    codes = torch.cat([round_to_nearest(*part, fmt).codes for part in parts])
+    return QuantizedWeight(codes, scales.detach().cpu().contiguous(), input_scale)
 
 
 def _input_scale(scaling: BlockScaling, inputs: InputStatistics | None) -> Tensor | None:

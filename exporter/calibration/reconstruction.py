@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
 from exporter.calibration.inputs import BlockInputs
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.progress import Task
 from exporter.quantize import BlockStatistics, QuantizedWeight, input_quantizer
+from exporter.shards import Shard
 from plugins.formats import get_format
 
 
@@ -70,12 +72,31 @@ class RoundingLinear(nn.Module):
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How units are run: on how many samples at once, alone and with what gradients need, and by which processes."""
+
+    forward: BatchLimit = field(default_factory=BatchLimit)
+    backward: BatchLimit = field(default_factory=BatchLimit.unlimited)
+    shard: Shard = field(default_factory=Shard)
+
+    def mean(self, total: float, count: int) -> float:
+        """The quotient of sums over all processes, of which these are this one's."""
+        totals = self.shard.add_up(torch.tensor([total, count], dtype=torch.float64))
+        return float(totals[0] / totals[1])
+
+
+@dataclass(frozen=True)
 class Unit:
     """A block (or layer) whose planned linears are `layers`, by module path in the model."""
 
     name: str
     module: nn.Module
     layers: Mapping[str, RoundingLinear]
+
+    def restore(self, weights: Mapping[str, QuantizedWeight]) -> None:
+        """Compute with these weights from now on."""
+        for name, layer in self.layers.items():
+            layer.replace(weights[name])
 
 
 def reconstruct(
@@ -84,31 +105,35 @@ def reconstruct(
     targets: Tensor,
     method: MethodSection,
     generator: torch.Generator,
+    execution: Execution,
     task: Task,
-) -> tuple[BlockStatistics, Tensor]:
-    """Learn all roundings of `unit` jointly; return its statistics and its outputs on `inputs` afterwards.
+) -> BlockStatistics:
+    """Learn all roundings of `unit` jointly.
 
     `targets` [M, ...] are the original block's outputs on its original inputs, `inputs` come from the network that
-    is quantized up to here. If what was learned is worse than the first roundings, these stay.
+    is quantized up to here. Several processes, each with its own samples of both, learn the same together. If what was
+    learned is worse than the first roundings, these stay.
     """
     begin = time.perf_counter()
-    start = inputs.outputs(unit.module)
-    error_start = _squared_error(start, targets)
-    power = float(targets.square().mean(dtype=torch.float64)) or 1.0
-    if error_start == 0.0:
+
+    def error_now() -> float:
+        return execution.mean(inputs.squared_error(unit.module, targets, execution.forward), targets.numel())
+
+    power = execution.mean(_square_sum(targets), targets.numel()) or 1.0
+    error_start = error = error_now()
+    if error_start > 0.0:
+        _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
+        before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
+        learned = error_now()
+        # Written so that a NaN counts as worse.
+        if learned < error_start:
+            error = learned
+        else:
+            for name, layer in unit.layers.items():
+                layer.replace(before[name])
+    else:
         task.advance(method.iterations)
-        return BlockStatistics(unit.name, 0.0, 0.0, time.perf_counter() - begin), start
-    _optimize(unit, inputs, targets, method, generator, task, error_start)
-    before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
-    learned = inputs.outputs(unit.module)
-    error = _squared_error(learned, targets)
-    # Written so that a NaN counts as worse.
-    if not error < error_start:
-        for name, layer in unit.layers.items():
-            layer.replace(before[name])
-        learned, error = start, error_start
-    seconds = time.perf_counter() - begin
-    return BlockStatistics(unit.name, error_start / power, error / power, seconds), learned
+    return BlockStatistics(unit.name, error_start / power, error / power, time.perf_counter() - begin)
 
 
 def _optimize(
@@ -117,6 +142,7 @@ def _optimize(
     targets: Tensor,
     method: MethodSection,
     generator: torch.Generator,
+    execution: Execution,
     task: Task,
     error_start: float,
 ) -> None:
@@ -130,18 +156,60 @@ def _optimize(
     optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, fused=True)
     weights = sum(parameter.numel() for parameter in parameters)
     schedule = Schedule(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
+    shard = execution.shard
+    count = int(shard.add_up(torch.tensor(len(inputs))))
     for iteration in range(method.iterations):
-        penalty = schedule.penalty(iteration)
-        for layer in unit.layers.values():
-            layer.penalty = penalty
-        indices = torch.randint(len(inputs), (method.batch_size,), generator=generator)
-        output = inputs.run(unit.module, indices)
-        loss = F.mse_loss(output, targets[indices]) * (weights / error_start)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        indices = draw_batch(count, method.batch_size, generator)
+        own = indices[indices % shard.world == shard.rank] // shard.world
+        factor = weights / error_start * len(own) / len(indices)
+        penalty = schedule.penalty(iteration) if shard.is_first else None
+        _backward(unit, inputs, targets, own, factor, penalty, execution.backward)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                shard.add_up(parameter.grad)
         optimizer.step()
         task.advance()
 
 
-def _squared_error(outputs: Tensor, targets: Tensor) -> float:
-    return float((outputs - targets).square().mean(dtype=torch.float64))
+def _backward(
+    unit: Unit,
+    inputs: BlockInputs,
+    targets: Tensor,
+    indices: Tensor,
+    factor: float,
+    penalty: Penalty | None,
+    limit: BatchLimit,
+) -> None:
+    """Set the gradients of `factor` · squared error + penalty, of as many samples at once as memory takes."""
+
+    def add(part: Tensor, *, with_penalty: bool) -> None:
+        for layer in unit.layers.values():
+            layer.penalty = penalty if with_penalty else None
+        loss = F.mse_loss(inputs.run(unit.module, part), targets[part]) * (factor * len(part) / len(indices))
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def add_all() -> None:
+        for layer in unit.layers.values():
+            layer.zero_grad(set_to_none=True)
+        size = limit.samples(len(indices), inputs.tokens)
+        for start in range(0, len(indices), size):
+            add(indices[start : start + size], with_penalty=start == 0)
+
+    while not limit.fits(limit.samples(len(indices), inputs.tokens), inputs.tokens, add_all):
+        pass
+
+
+def draw_batch(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Numbers int64 [batch_size] of samples of a set of `count`: place j takes one of j, j + batch_size, and so on.
+
+    So no sample comes twice, and of processes whose number divides `batch_size`, of which each has every n-th sample,
+    each has its share of every batch. A set that is smaller is taken as a whole, over and over.
+    """
+    places = torch.arange(batch_size) % count
+    choices = (count - places + batch_size - 1) // batch_size
+    return places + batch_size * (torch.rand(batch_size, generator=generator, dtype=torch.float64) * choices).long()
+
+
+def _square_sum(x: Tensor) -> float:
+    """Sample by sample, since there is no memory for another tensor of its size."""
+    return sum(float(sample.square().sum(dtype=torch.float64)) for sample in x)

@@ -13,13 +13,13 @@ from torch import nn
 
 from exporter.errors import InputError
 from exporter.evaluation.prompts import Prompt
-from exporter.evaluation.shards import Shard
 from exporter.files import write_text_atomically
 from exporter.generation.conditions import Conditions, Texts
 from exporter.generation.generate import Image, Settings, generate
 from exporter.generation.pictures import kind_of, save_png
 from exporter.generation.source import DrawingSource
 from exporter.progress import Progress
+from exporter.shards import Shard
 
 SETTINGS = "settings.json"
 
@@ -98,6 +98,7 @@ def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) 
                 f"{folder}: holds images drawn with another {', '.join(changed)}; remove it or give another folder"
             )
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True) + "\n")
     for model in models:
         (folder / model).mkdir(exist_ok=True)

@@ -13,9 +13,8 @@ from exporter.evaluation.metrics import CLIP_MODEL, Metric, Pictures, Tools, mea
 from exporter.evaluation.presets import Preset, get_preset
 from exporter.evaluation.prompts import Prompt, read_prompts, select
 from exporter.evaluation.results import Results
-from exporter.evaluation.shards import Shard
 from exporter.files import sha256_of
-from exporter.generation.conditions import Conditions, Texts, read_conditions
+from exporter.generation.conditions import Conditions, read_conditions
 from exporter.generation.generate import Settings, largest_batch
 from exporter.generation.source import DrawingSource
 from exporter.onnx_files import checksum_of
@@ -23,6 +22,7 @@ from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.runtime.open import default_device
 from exporter.runtime.transformer import EngineTransformer
+from exporter.shards import Shard
 
 ORIGINAL, QUANTIZED = "original", "quantized"
 _RECIPE_SUFFIXES = ("", ".yaml", ".yml")
@@ -63,7 +63,6 @@ def evaluate_output(
     prompts = _prompts(options, preset)
     if options.references is not None and not options.references.is_dir():
         raise InputError(f"{options.references}: no such folder; --reference-images has the real images")
-    folder.mkdir(parents=True, exist_ok=True)
     reports = progress if shard.is_first else NullProgress()
     with shard.joined():
         output = _exported(subject, folder, shard, reports)
@@ -98,6 +97,7 @@ def _exported(subject: str, folder: Path, shard: Shard, progress: Progress) -> P
     if shard.is_first:
         from exporter.pipeline import export
 
+        folder.mkdir(parents=True, exist_ok=True)
         export(load_recipe(subject), output, progress=progress)
     shard.wait()
     return output
@@ -106,9 +106,10 @@ def _exported(subject: str, folder: Path, shard: Shard, progress: Progress) -> P
 def _plan(
     output: Path, prompts: Sequence[Prompt], preset: Preset, options: EvaluateOptions, shard: Shard
 ) -> tuple[DrawingPlan, EngineTransformer]:
-    source = DrawingSource.of_output(output, options.pipeline)
+    text = options.embeddings is None and prompts[0].text is not None
+    source = DrawingSource.of_output(output, options.pipeline, text=text)
     device = shard.device(options.device or default_device(output))
-    transformer = EngineTransformer.load(output, model=source.files.root, device=device)
+    transformer = source.engine(output, device)
     defaults = source.defaults
     settings = Settings(
         _first(options.steps, preset.steps, defaults.steps),
@@ -117,7 +118,7 @@ def _plan(
     )
     plan = DrawingPlan(
         source=source,
-        conditions=_conditions(options, transformer),
+        conditions=_conditions(options, source, transformer.text_tokens),
         prompts=prompts,
         seeds=[preset.seed_of(prompt) for prompt in prompts],
         scheduler=_first(options.scheduler, preset.scheduler, defaults.scheduler),
@@ -132,14 +133,14 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _conditions(options: EvaluateOptions, transformer: EngineTransformer) -> Conditions:
+def _conditions(options: EvaluateOptions, source: DrawingSource, tokens: int | None) -> Conditions:
     """Embeddings, of the prompt list's order, or the list's texts."""
     every = read_prompts(options.prompts)
     file = options.embeddings
     if file is None and every[0].text is None:
         file = options.prompts
     if file is None:
-        return Texts(tuple(str(prompt.text) for prompt in every), tokens=transformer.text_tokens)
+        return source.texts([str(prompt.text) for prompt in every], "", tokens)
     embedded = read_conditions(file)
     if embedded.count != len(every):
         raise InputError(f"{file}: holds {embedded.count} embeddings, but {options.prompts} has {len(every)} prompts")

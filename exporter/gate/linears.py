@@ -15,7 +15,7 @@ from exporter.errors import FidelityError
 from exporter.gate.codes import CodeComparison, compare_codes, encode_values
 from exporter.gate.records import LinearRecord
 from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import is_large, segment
+from exporter.gate.segments import Constants, DividedGraph, is_large
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.subgraphs import GivenTensor, cut, given_name
 from exporter.gate.table import GateRow, Stage, bounded_db
@@ -48,14 +48,28 @@ def compare_linears(
 ) -> LinearsComparison:
     """Cut `model` at every linear, write the cut graph to `path`, run it on the records' inputs and compare.
 
+    A large graph is run a few layers at a time, and nothing is written.
+
     Raises:
         FidelityError: the graph has other layers than the records, or cannot be run.
     """
-    _check_layers(layers, records, stage)
-    feeds = linear_feeds(layers, records)
-    save_onnx(_cut_at(model, layers, feeds), path)
-    outputs = [_run(model, layers, feeds, path, optimized=optimized)]
-    (found,) = outputs
+    feeds = linear_feeds(layers, records, stage)
+    if is_large(layers):
+        found = _run_few_at_a_time(model, layers, feeds, path, optimized=optimized)
+    else:
+        save_onnx(cut_at_linears(model, layers, feeds), path)
+        (found,) = run_graph(path, [feeds], optimized=optimized)
+    return judge_linears(layers, records, found, stage)
+
+
+def judge_linears(
+    layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord], found: Arrays, stage: Stage
+) -> LinearsComparison:
+    """Compare what the linears' outputs and quantized inputs were `found` to be on the records' inputs.
+
+    Raises:
+        FidelityError: quantized inputs are none of their formats.
+    """
     codes: dict[str, CodeComparison] = {}
     counted: dict[str, CodeComparison] = {}
     for entry in layers:
@@ -63,7 +77,7 @@ def compare_linears(
             counted[entry.layer] = codes[entry.values] = _codes(records[entry.layer], entry, found)
     expected: Arrays = {entry.output: _like_input(records[entry.layer].y, records[entry.layer]) for entry in layers}
     kept = {entry.output: codes[entry.values].rows_agree for entry in layers if entry.values}
-    snr = compare_snr([expected], outputs, kept)
+    snr = compare_snr([expected], [found], kept)
     rows = [
         _row(
             records[entry.layer],
@@ -76,7 +90,7 @@ def compare_linears(
         for entry in layers
     ]
     flipped = [name for name, rows_agree in kept.items() if not rows_agree.all()]
-    unmasked = compare_snr([expected], outputs) if flipped else {}
+    unmasked = compare_snr([expected], [found]) if flipped else {}
     limits = {entry.output: _limit_db(records[entry.layer]) for entry in layers}
     relaxed = {name: limit for name, limit in limits.items() if limit < LINEAR_DB}
     # polygraphy compares whole tensors: where a code legitimately flipped, what the flip leaves is its limit.
@@ -84,28 +98,38 @@ def compare_linears(
     return LinearsComparison(tuple(rows), {**expected, **_expected_values(layers, records, found)}, relaxed)
 
 
-def _cut_at(model: onnx.ModelProto, layers: Sequence[LayerEntry], feeds: Arrays) -> onnx.ModelProto:
+def cut_at_linears(model: onnx.ModelProto, layers: Sequence[LayerEntry], feeds: Arrays) -> onnx.ModelProto:
     """The graph of these linears, every one of which reads its own input."""
-    return cut(model, [GivenTensor.like(name, array) for name, array in _given(layers, feeds).items()], _wanted(layers))
+    given = given_to_linears(layers, feeds)
+    return cut(model, [GivenTensor.like(name, array) for name, array in given.items()], linear_outputs(layers))
 
 
-def _given(layers: Sequence[LayerEntry], feeds: Arrays) -> Arrays:
+def given_to_linears(layers: Sequence[LayerEntry], feeds: Arrays) -> Arrays:
+    """The linears' inputs by their names in the graph that is cut."""
     return {entry.input: feeds[given_name(entry.input)] for entry in layers}
 
 
-def _wanted(layers: Sequence[LayerEntry]) -> list[str]:
+def linear_outputs(layers: Sequence[LayerEntry]) -> list[str]:
+    """What is compared: the linears' quantized inputs and their outputs."""
     return list(dict.fromkeys(name for entry in layers for name in (entry.values, entry.output) if name))
 
 
-def _run(model: onnx.ModelProto, layers: Sequence[LayerEntry], feeds: Arrays, path: Path, *, optimized: bool) -> Arrays:
-    """What the cut graph in `path` gives; a large one is run a few layers at a time."""
-    if not is_large(layers):
-        return run_graph(path, [feeds], optimized=optimized)[0]
+def run_linears(
+    graph: DividedGraph, layers: Sequence[LayerEntry], feeds: Arrays, known: Constants, path: Path, *, optimized: bool
+) -> Arrays:
+    """What these linears of a large graph, of which some constants are `known`, give on their own `feeds`."""
+    part = graph.part(given_to_linears(layers, feeds), linear_outputs(layers), known)
+    own = {value.name: feeds[value.name] for value in part.model.graph.input}
+    return run_graph(path, [own], optimized=optimized, part=part)[0]
+
+
+def _run_few_at_a_time(
+    model: onnx.ModelProto, layers: Sequence[LayerEntry], feeds: Arrays, path: Path, *, optimized: bool
+) -> Arrays:
+    graph = DividedGraph(model)
     found: Arrays = {}
     for some in _few_at_a_time(layers):
-        part = segment(model, _given(some, feeds), _wanted(some), decode=True)
-        own = {value.name: feeds[value.name] for value in part.graph.input}
-        found |= run_graph(path, [own], optimized=optimized, part=part)[0]
+        found |= run_linears(graph, some, feeds, {}, path, optimized=optimized)
     return found
 
 
@@ -120,8 +144,13 @@ def _few_at_a_time(layers: Sequence[LayerEntry]) -> Iterator[list[LayerEntry]]:
     yield some
 
 
-def linear_feeds(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord]) -> Arrays:
-    """The cut graph's inputs; where layers share a quantizer, the first layer's record is the input."""
+def linear_feeds(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord], stage: Stage) -> Arrays:
+    """The cut graph's inputs; where layers share a quantizer, the first layer's record is the input.
+
+    Raises:
+        FidelityError: the graph has other layers than the records.
+    """
+    _check_layers(layers, records, stage)
     feeds: Arrays = {}
     for entry in layers:
         record = records[entry.layer]

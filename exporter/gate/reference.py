@@ -18,9 +18,11 @@ from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
+from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs, shared_inputs
 from exporter.progress import Progress
+from exporter.quantize import share_copy
 
 # Where nothing is quantized on the way, two float32 computations agree at least this well.
 EXACT_DB = 100.0
@@ -114,17 +116,42 @@ def _measure(
         found = (bounded_db(snr_db(as_array(tensor), arrays[name])) for tensor in (of_original, of_shaken))
         return _Distances(*found)
 
+    # A block that is given its inputs is not shaken: what it gave is what it would give again.
+    around = _with_known_blocks(quantized, adapter, seen)
     forced = []
-    for model, given in ((original, inputs), (quantized, shaken)):
+    for model, given in ((original, inputs), (around, shaken)):
         with _forced(adapter.blocks(model), adapter.skips(model), seen) as own:
             own[OUTPUT] = adapter.forward(model, given)
         forced.append(own)
-    free = distance(OUTPUT, adapter.forward(original, inputs), adapter.forward(quantized, shaken))
+    of_original = adapter.forward(original, inputs)
+    release_mapped_weights()
+    free = distance(OUTPUT, of_original, adapter.forward(quantized, shaken))
     return _Measured(
         ModelRecord(float(inputs.timestep.flatten()[0]), dict(inputs.as_numpy()), arrays),
         {name: distance(name, forced[0][name], forced[1][name]) for name in arrays},
         free,
     )
+
+
+class _KnownBlock(nn.Module):
+    """Gives what a block gave; it has the block's parts, since a model may use some of them elsewhere."""
+
+    def __init__(self, block: nn.Module, output: Tensor) -> None:
+        super().__init__()
+        self._output = (output,)
+        for name, part in block.named_children():
+            self.add_module(name, part)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        return self._output[0]
+
+
+def _with_known_blocks(model: nn.Module, adapter: Adapter, seen: dict[str, Tensor]) -> nn.Module:
+    """A copy of `model`, on the same memory, whose blocks give what was `seen` of them."""
+    copy = share_copy(model)
+    for name, block in adapter.blocks(model):
+        copy.set_submodule(name, _KnownBlock(block, seen[f"{name}.output"]))
+    return copy
 
 
 def _rounding(

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from exporter.compute import Compute
 from exporter.gate.records import LinearRecord
@@ -89,9 +90,11 @@ def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Com
     quantized = module.quantize_input(x)
     values, scales = (None, None) if quantized is None else (as_array(quantized[0]), as_array(quantized[1]))
     seen = x if quantized is None else dequantize(*quantized)
-    y = module(x)
+    weight = module.weight
+    # What the module itself computes, with its weight decoded once; on a GPU it has kernels of its own.
+    y = module(x) if x.is_cuda else F.linear(seen, weight, module.bias)
     bias = torch.zeros(y.shape[-1]) if module.bias is None else module.bias
-    magnitudes = (seen.abs() @ module.weight.abs().T + bias.abs()).square()
+    magnitudes = F.linear(seen.abs(), weight.abs_(), bias.abs()).square_()
     parts = (magnitudes[:-PROBE_ROWS], magnitudes[-PROBE_ROWS:])
     return LinearRecord(
         layer=module.layer,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
+from onnx import helper, numpy_helper
 
 from exporter.errors import FidelityError, InputError
 from exporter.files import atomic_path
@@ -26,6 +28,8 @@ Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
 REFERENCE_NAME = "torch"
 # Fusions of quantize-dequantize pairs would replace the operators that a GPU engine gets.
 UNOPTIMIZED = "ORT_DISABLE_ALL"
+# ONNX Runtime reads smaller constants while it infers shapes, so they are in the model.
+_SMALLEST_EXTERNAL = 1024
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -36,9 +40,58 @@ def refusals() -> tuple[type[Exception], ...]:
     return tuple(getattr(state, name) for name in (*names, "RuntimeException", "EPFail"))
 
 
-def run_graph(
-    path: Path, feeds: Sequence[Arrays], *, optimized: bool, part: onnx.ModelProto | None = None
-) -> list[Arrays]:
+@dataclass(frozen=True)
+class Part:
+    """A part of a graph: a model that lacks the `constants`, by the names under which its nodes read them."""
+
+    model: onnx.ModelProto
+    constants: Mapping[str, npt.NDArray[np.generic]]
+
+    def complete(self) -> onnx.ModelProto:
+        """The model with the constants in it."""
+        return self._with([numpy_helper.from_array(array, name) for name, array in self.constants.items()])
+
+    def session(self, *, optimized: bool) -> ort.InferenceSession:
+        """ONNX Runtime's session, which reads large constants where they are: they must outlive it.
+
+        They are not laid out anew for its kernels, which pays only after many runs.
+        """
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # The next segment's constants are computed meanwhile, on a core that threads would only wait on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimized:
+            options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
+        large = {name: array for name, array in self.constants.items() if array.nbytes >= _SMALLEST_EXTERNAL}
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
+        options.add_external_initializers(list(large), values)
+        tensors = [
+            _elsewhere(name, array) if name in large else numpy_helper.from_array(array, name)
+            for name, array in self.constants.items()
+        ]
+        content = self._with(tensors).SerializeToString()
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def _with(self, constants: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        model.graph.initializer.extend(constants)
+        return model
+
+
+def _elsewhere(name: str, array: npt.NDArray[np.generic]) -> onnx.TensorProto:
+    """A constant whose values the session is given."""
+    tensor = onnx.TensorProto(
+        name=name,
+        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+        dims=array.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    tensor.external_data.add(key="location", value=name)
+    return tensor
+
+
+def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool, part: Part | None = None) -> list[Arrays]:
     """Run the ONNX file in ONNX Runtime on every feed; `optimized` is False where its fusions must stay out.
     With `part`, a part of the file's graph runs in its place.
 
@@ -52,8 +105,10 @@ def run_graph(
 
     with _quiet():
         try:
-            content = str(path) if part is None else part.SerializeToString()
-            session = SessionFromOnnx(content, graph_optimization_level=_level(optimized))()
+            if part is None:
+                session = SessionFromOnnx(str(path), graph_optimization_level=_level(optimized))()
+            else:
+                session = part.session(optimized=optimized)
             _check_inputs(path, {value.name for value in session.get_inputs()}, feeds[0])
             results = Comparator.run([OnnxrtRunner(session, name="onnxruntime")], data_loader=list(feeds))
         except refusals() as error:
@@ -193,9 +248,7 @@ def repeat_command(
 
 
 def _level(optimized: bool) -> object:
-    import onnxruntime
-
-    return None if optimized else getattr(onnxruntime.GraphOptimizationLevel, UNOPTIMIZED)
+    return None if optimized else getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
 
 
 def _quiet() -> AbstractContextManager[object]:

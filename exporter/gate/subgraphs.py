@@ -69,12 +69,13 @@ def cut(model: onnx.ModelProto, given: Iterable[GivenTensor], wanted: Sequence[s
     renamed = {tensor.name: given_name(tensor.name) for tensor in given}
     nodes = _needed_nodes(model.graph.node, renamed, wanted)
     read = {name for node in nodes for name in names_read(node)}
-    inputs = [_input(tensor) for tensor in given if given_name(tensor.name) in read]
+    types = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
+    inputs = [given_input(tensor) for tensor in given if given_name(tensor.name) in read]
     graph = helper.make_graph(
         nodes,
         f"{model.graph.name}.cut",
         inputs + [value for value in model.graph.input if value.name in read],
-        [_output(model, name) for name in wanted],
+        [typed_output(types, name) for name in wanted],
         [tensor for tensor in model.graph.initializer if tensor.name in read],
     )
     result = helper.make_model(
@@ -100,14 +101,14 @@ def _needed_nodes(
     return kept[::-1]
 
 
-def _output(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
-    """The output `name`, with its element type where the model states it: TensorRT's parser takes no others."""
-    known = (info for info in (*model.graph.value_info, *model.graph.output) if info.name == name)
-    element_type = next((info.type.tensor_type.elem_type for info in known), 0)
+def typed_output(types: Mapping[str, onnx.ValueInfoProto], name: str) -> onnx.ValueInfoProto:
+    """The output `name`, with the element type that `types` state for it: TensorRT's parser takes no others."""
+    element_type = types[name].type.tensor_type.elem_type if name in types else 0
     return helper.make_tensor_value_info(name, element_type, None) if element_type else onnx.ValueInfoProto(name=name)
 
 
-def _input(tensor: GivenTensor) -> onnx.ValueInfoProto:
+def given_input(tensor: GivenTensor) -> onnx.ValueInfoProto:
+    """The input that stands for a given tensor, with all axes dynamic."""
     name = given_name(tensor.name)
     shape = [f"{name}.{axis}" for axis in range(tensor.rank)]
     return helper.make_tensor_value_info(name, tensor.element_type, shape)

@@ -8,43 +8,58 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from exporter.gate.entering import entering, input_rows, judged_by_inputs
 from exporter.gate.records import OUTPUT, Reference
-from exporter.gate.runs import Arrays, compare_snr, run_graph
-from exporter.gate.segments import segment, segment_outputs
+from exporter.gate.runs import Arrays, Part, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, tensor_names
 from exporter.gate.table import SNR_CEILING_DB, GateRow, Kind, Stage, bounded_db
 from exporter.onnx_files import save_onnx
+from exporter.passes.layer_table import LayerEntry
 
 
 def compare_blocks(
-    model: onnx.ModelProto, reference: Reference, stage: Stage, path: Path, *, optimized: bool
+    model: onnx.ModelProto,
+    reference: Reference,
+    stage: Stage,
+    path: Path,
+    *,
+    optimized: bool,
+    layers: Sequence[LayerEntry] = (),
 ) -> tuple[GateRow, ...]:
     """Cut `model` between the blocks, write the cut graph to `path`, run it and compare every boundary.
 
-    Every block, and the tail, reads the reference's tensors; so each row is about one block alone.
+    Every block, and the tail, reads the reference's tensors; so each row is about one block alone. It fails as well
+    where what enters one of the `layers` in the block deviates, which the block's output may hide.
 
     Raises:
         CutError: the graph lacks a block's output.
         FidelityError: it cannot be run.
     """
-    graph = cut_between_blocks(model, reference)
-    save_onnx(graph, path)
-    feeds = [_for(graph, feed) for feed in model_feeds(reference)]
-    outputs = run_graph(path, feeds, optimized=optimized)
-    return _boundary_rows(_computed(model, reference), reference, outputs, stage)
+    save_onnx(cut_between_blocks(model, reference), path)
+    entries = {block: entering(layers, block, reference) for block in reference.blocks}
+    read = [entry.input for inside in entries.values() for entry in inside]
+    graph = cut_between_blocks(model, reference, read)
+    feeds = [read_by(graph, feed) for feed in model_feeds(reference)]
+    outputs = run_graph(path, feeds, optimized=optimized, part=Part(graph, {}))
+    rows = boundary_rows(computed_boundaries(model, reference), reference, outputs, stage)
+    return tuple(judged_by_inputs(row, input_rows(row, entries.get(row.name, ()), reference, outputs)) for row in rows)
 
 
-def cut_between_blocks(model: onnx.ModelProto, reference: Reference) -> onnx.ModelProto:
-    """The graph whose every block, and the tail, reads the reference's tensors. Raises `CutError`."""
-    names = _computed(model, reference)
+def cut_between_blocks(model: onnx.ModelProto, reference: Reference, more: Sequence[str] = ()) -> onnx.ModelProto:
+    """The graph whose every block, and the tail, reads the reference's tensors; tensors in `more` are outputs, too.
+
+    Raises `CutError`.
+    """
+    names = computed_boundaries(model, reference)
     example = reference.models[0].boundaries
     given = [GivenTensor.like(name, np.asarray(example[name])) for name in names if name != OUTPUT]
-    return cut(model, given, names)
+    return cut(model, given, [*names, *more])
 
 
-def _boundary_rows(
+def boundary_rows(
     names: Sequence[str], reference: Reference, outputs: Sequence[Arrays], stage: Stage
 ) -> tuple[GateRow, ...]:
+    """The verdict on what blocks, stem and tail give when the reference's tensors are given, one mapping a timestep."""
     expected = [{name: model.boundaries[name] for name in names} for model in reference.models]
     snr = compare_snr(expected, outputs)
     return tuple(
@@ -53,50 +68,9 @@ def _boundary_rows(
     )
 
 
-def _for(graph: onnx.ModelProto, feed: Arrays) -> Arrays:
+def read_by(graph: onnx.ModelProto, feed: Arrays) -> Arrays:
     """What of `feed` the graph reads."""
     return {value.name: feed[value.name] for value in graph.graph.input if value.name in feed}
-
-
-def compare_segments(
-    written: onnx.ModelProto, plain: onnx.ModelProto, reference: Reference, stage: Stage, path: Path, *, optimized: bool
-) -> tuple[GateRow, ...]:
-    """What `compare_blocks`, `compare_tiles` and `compare_end_to_end` compare, of a large graph and segment by segment.
-
-    Every segment of `plain`, the graph without tiles, runs on the reference's tensors, and on what the segments of
-    `written` before it gave, which run free from the model's inputs to its output; there a tiled segment must give the
-    bits of the plain one. The rows are those of the blocks, the tiles where there are any, and the end to end.
-
-    Raises:
-        CutError: the graph lacks a block's output.
-        FidelityError: it cannot be run.
-    """
-    rows: list[GateRow] = []
-    tiled_alike: list[bool] = []
-    forced = model_feeds(reference)
-    free: list[Arrays] = [dict(model.inputs) for model in reference.models]
-    example: Arrays = {}
-    compared = _computed(plain, reference)
-    for names in segment_outputs(plain, reference.blocks):
-        part = segment(plain, example, names, decode=True)
-        outputs = run_graph(path, [_for(part, feed) for feed in (*forced, *free)], optimized=optimized, part=part)
-        given, found = outputs[: len(forced)], outputs[len(forced) :]
-        rows += _boundary_rows([name for name in compared if name in names], reference, given, stage)
-        if plain is not written:
-            tiled = segment(written, example, names, decode=True)
-            other = run_graph(path, [_for(tiled, feed) for feed in free], optimized=True, part=tiled)
-            tiled_alike += [np.array_equal(a[name], b[name]) for a, b in zip(found, other, strict=True) for name in a]
-            found = other
-        for feed, output in zip(free, found, strict=True):
-            feed.update({given_name(name): array for name, array in output.items()})
-        example |= found[0]
-    snr = compare_snr(
-        [{OUTPUT: model.boundaries[OUTPUT]} for model in reference.models],
-        [{OUTPUT: feed[given_name(OUTPUT)]} for feed in free],
-    )
-    end = _row(stage, "end_to_end", OUTPUT, snr.get(OUTPUT, np.nan), reference.end_to_end_threshold)
-    tiles = (tiles_row(stage, equal=all(tiled_alike)),) if tiled_alike else ()
-    return (*rows, *tiles, end)
 
 
 def tiles_row(stage: Stage, *, equal: bool) -> GateRow:
@@ -113,6 +87,11 @@ def compare_end_to_end(path: Path, reference: Reference, stage: Stage, *, optimi
         FidelityError: it cannot be run.
     """
     outputs = run_graph(path, [dict(model.inputs) for model in reference.models], optimized=optimized)
+    return end_to_end_row(outputs, reference, stage)
+
+
+def end_to_end_row(outputs: Sequence[Arrays], reference: Reference, stage: Stage) -> GateRow:
+    """The verdict on the outputs of the graph running free, one mapping a timestep."""
     expected: Sequence[Arrays] = [{OUTPUT: model.boundaries[OUTPUT]} for model in reference.models]
     snr = compare_snr(expected, outputs)
     return _row(stage, "end_to_end", OUTPUT, snr.get(OUTPUT, np.nan), reference.end_to_end_threshold)
@@ -131,10 +110,10 @@ def model_feeds(reference: Reference) -> list[Arrays]:
 
 def block_thresholds(model: onnx.ModelProto, reference: Reference) -> Mapping[str, float]:
     """Least SNR in dB of every output of the cut graph."""
-    return {name: reference.thresholds[name] for name in _computed(model, reference)}
+    return {name: reference.thresholds[name] for name in computed_boundaries(model, reference)}
 
 
-def _computed(model: onnx.ModelProto, reference: Reference) -> list[str]:
+def computed_boundaries(model: onnx.ModelProto, reference: Reference) -> list[str]:
     """The boundaries that the graph computes, in the reference's order; block outputs may not be missing.
 
     A tensor that enters the blocks as the model's own input needs no comparison, and one that no block reads may

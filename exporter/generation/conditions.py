@@ -85,6 +85,11 @@ class Texts:
         return arguments
 
 
+def class_labels(labels: Sequence[int]) -> Embedded:
+    """Class labels to draw."""
+    return Embedded(Path(CLASS_LABELS), {CLASS_LABELS: torch.tensor(list(labels))})
+
+
 def read_conditions(path: Path) -> Embedded:
     """The embeddings in a safetensors file as `fp4export embed` or the pipeline's `encode_prompt` give them.
 

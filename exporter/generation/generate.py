@@ -66,9 +66,14 @@ def generate(
         "height": height,
         "width": width,
         "use_resolution_binning": False,
+        # It would depend on whether two packages are installed, and `fp4export embed` does not do it either.
+        "clean_caption": False,
         "return_dict": False,
     }
-    handle = pipeline.transformer.register_forward_hook(lambda *_: on_step())
+    hooks = [
+        pipeline.transformer.register_forward_pre_hook(_in_its_type, with_kwargs=True),
+        pipeline.transformer.register_forward_hook(lambda *_: on_step()),
+    ]
     try:
         result: Tensor = pipeline(**{name: value for name, value in wanted.items() if name in accepted})[0]
     except ValueError as error:
@@ -77,8 +82,19 @@ def generate(
             f"{type(pipeline).__name__} refuses the prompts: {str(error).partition(chr(10))[0]}"
         ) from error
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
     return result.float().cpu()
+
+
+def _in_its_type(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """All floats in the transformer's type: text encoders that are stored in FP16 give FP16."""
+
+    def converted(value: Any) -> Any:
+        is_floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(transformer.dtype) if is_floats else value
+
+    return tuple(map(converted, args)), {name: converted(value) for name, value in kwargs.items()}
 
 
 def _scale(pipeline: Any) -> int:

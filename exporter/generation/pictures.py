@@ -42,6 +42,11 @@ class Kind:
         """Whether the tensors are images and not latents."""
         return not self.caption
 
+    @property
+    def measure(self) -> str:
+        """What `psnr` is of such tensors."""
+        return "PSNR" if self.is_image else "SNR"
+
     def pixels(self, samples: Tensor) -> Pixels:
         """8-bit RGB pixels [n, H, W, 3]."""
         values = samples[:, : len(self.low)].numpy(force=True).astype(np.float64).transpose(0, 2, 3, 1)
@@ -111,9 +116,10 @@ def comparison(original: Pixels, other: Pixels, names: tuple[str, str], labels: 
     cell = (2 * tile_width + 3 * _GAP, tile_height + 2 * _LINE + _GAP)
     columns = max(1, min(len(pairs), _WIDEST // cell[0], math.ceil(math.sqrt(len(pairs) / 2))))
     rows = -(-len(pairs) // columns)
-    sheet = Image.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + (_LINE + _GAP if caption else 0)), _PAPER)
-    draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_FONT_SIZE)
+    width = max(columns * cell[0] + _GAP, math.ceil(font.getlength(caption)) + 2 * _GAP if caption else 0)
+    sheet = Image.new("RGB", (width, rows * cell[1] + (_LINE + _GAP if caption else 0)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
     for index, ((first, second), label) in enumerate(zip(pairs, labels, strict=True)):
         left, top = index % columns * cell[0] + _GAP, index // columns * cell[1] + _GAP // 2
         for tile, name, x in ((first, names[0], left), (second, names[1], left + tile_width + _GAP)):

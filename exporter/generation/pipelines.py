@@ -16,6 +16,7 @@ from torch import nn
 from exporter.errors import InputError
 from exporter.models.location import ModelFiles
 from exporter.models.text_encoders import MODEL_INDEX, load_text_part, read_pipeline
+from exporter.models.weight_files import only_variant, pickle_note
 from exporter.sampling import make_scheduler
 from exporter.transformer_config import CLASS_NAME
 
@@ -30,6 +31,8 @@ PIPELINES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _CPU = torch.device("cpu")
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+# diffusers' DiTPipeline hands the scheduler no generator, and does not scale the first noise.
+_WRONG_IN_DIT = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,13 @@ def open_pipeline(
     Raises `InputError` for a folder that does not fit the transformer or lacks a part that is asked for.
     """
     index = folder.index()
-    pipeline_class = getattr(diffusers, _pipeline_name(folder, index, _class_of(transformer)))
+    name = _pipeline_name(folder, index, _class_of(transformer))
+    if name == "DiTPipeline" and scheduler in _WRONG_IN_DIT:
+        raise InputError(
+            f"diffusers' {name} neither seeds the noise of {scheduler} nor scales it; take --scheduler DDIMScheduler "
+            "or DPMSolverMultistepScheduler"
+        )
+    pipeline_class = getattr(diffusers, name)
     parts: dict[str, Any] = {
         "transformer": transformer,
         "scheduler": make_scheduler(scheduler, folder.scheduler, steps, noise),
@@ -81,9 +90,9 @@ def open_pipeline(
     if folder.has_vae:
         parts["vae"] = _load_autoencoder(folder.root / "vae")
     if text:
-        parts.update(_text_parts(folder, index))
+        parts.update({part: load_text_part(folder.root, index, part) for part in text_part_names(folder)})
     parameters = inspect.signature(pipeline_class.__init__).parameters
-    absent = {name: None for name, value in parameters.items() if name != "self" and value.default is value.empty}
+    absent = {key: None for key, value in parameters.items() if key != "self" and value.default is value.empty}
     if "requires_safety_checker" in parameters:
         parts["requires_safety_checker"] = False
     pipeline = pipeline_class(**{**absent, **parts})
@@ -91,16 +100,23 @@ def open_pipeline(
     return pipeline.to(device)
 
 
+def check_drawable(transformer: object, place: Path) -> None:
+    """Raise `InputError`, naming `place`, for a transformer of a class that no known pipeline draws with."""
+    if transformer not in PIPELINES:
+        raise InputError(
+            f"{place}: no pipeline is known for {transformer}; known: {', '.join(PIPELINES)}. Elsewhere "
+            "exporter.runtime.EngineTransformer stands in for the transformer, in the model's own pipeline in Python"
+        )
+
+
 def _class_of(transformer: nn.Module) -> str:
     """The diffusers class that a transformer is, or that an engine stands for."""
     config: Mapping[str, Any] = getattr(transformer, "config", {})
-    name = config.get(CLASS_NAME, type(transformer).__name__)
-    if name not in PIPELINES:
-        raise InputError(f"no pipeline is known for {name}; known: {', '.join(PIPELINES)}")
-    return str(name)
+    return str(config.get(CLASS_NAME, type(transformer).__name__))
 
 
 def _pipeline_name(folder: PipelineFolder, index: Mapping[str, Any], transformer: str) -> str:
+    check_drawable(transformer, folder.root)
     fitting = PIPELINES[transformer]
     name = index.get(CLASS_NAME, fitting[0])
     if name not in fitting:
@@ -108,22 +124,23 @@ def _pipeline_name(folder: PipelineFolder, index: Mapping[str, Any], transformer
     return str(name)
 
 
-def _text_parts(folder: PipelineFolder, index: dict[str, Any]) -> dict[str, Any]:
-    """The text encoders and tokenizers that the index names. Raises `InputError` when there is none."""
+def text_part_names(folder: PipelineFolder) -> list[str]:
+    """The text encoders and tokenizers that the pipeline has. Raises `InputError` when there is none."""
+    index = folder.index()
     names = [name for name in _TEXT_PARTS if index.get(name) not in (None, [None, None])]
     if "text_encoder" not in names:
         raise InputError(
             f"{folder.root}: holds no text encoder, so texts cannot be drawn; give embeddings (safetensors), or a "
             "whole pipeline's folder with --pipeline"
         )
-    return {name: load_text_part(folder.root, index, name) for name in names}
+    return names
 
 
 def _load_autoencoder(folder: Path) -> Any:
     """The autoencoder in its folder, never from a pickle or the network. Raises `InputError`."""
     loader: Any = diffusers.AutoencoderKL
     try:
-        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return loader.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=only_variant(folder))
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{folder}: cannot be loaded as an AutoencoderKL: {reason}") from error
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(f"{folder}: cannot be loaded as an AutoencoderKL: {reason}{pickle_note(folder)}") from error

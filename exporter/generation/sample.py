@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.files import atomic_path, write_text_atomically
+from exporter.files import atomic_path, check_parent, write_text_atomically
 from exporter.generation.conditions import Conditions, Texts
 from exporter.generation.generate import Image, Settings, batches, generate, largest_batch
 from exporter.generation.pictures import Kind, Pixels, comparison, contact_sheet, kind_of, psnr, save_png
@@ -47,10 +47,11 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """The files that were written, and with a comparison the PSNR (of latents: SNR) of every pair in dB."""
+    """The files that were written, and with a comparison the PSNR (of latents: SNR, see `measure`) of pairs in dB."""
 
     files: tuple[Path, ...]
-    psnr: tuple[float, ...] = ()
+    measure: str
+    decibels: tuple[float, ...] = ()
 
 
 def sample_output(output: Path, destination: Path, options: SampleOptions, progress: Progress) -> SampleResult:
@@ -65,8 +66,8 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
     if options.negative and not options.texts:
         raise InputError("--negative-prompt goes with --prompt; a file of embeddings holds its own")
     _check_destination(destination)
-    source = DrawingSource.of_output(output, options.pipeline)
-    transformer = EngineTransformer.load(output, model=source.files.root, device=options.device)
+    source = DrawingSource.of_output(output, options.pipeline, text=bool(options.texts))
+    transformer = source.engine(output, options.device)
     conditions = _conditions(source, options, transformer)
     settings = Settings(
         options.steps or source.defaults.steps,
@@ -81,6 +82,8 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
     ours = draw.with_transformer(transformer, output.name, progress)
     original = draw.with_transformer(source.original(), "original", progress) if options.compare else None
     kind = kind_of(ours if original is None else original, decoded=source.folder.has_vae)
+    if not kind.is_image:
+        progress.note(f"{source.folder.root} has no autoencoder (vae/): {kind.caption}")
     decibels = () if original is None else tuple(psnr(a, b, kind) for a, b in zip(original, ours, strict=True))
     written = _Writing(destination, output.name, kind, images, decibels).write(ours, original)
     facts = {"output": str(output), "scheduler": draw.scheduler, **asdict(settings), "batch": batch}
@@ -88,25 +91,22 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
         file = destination / "samples.json"
         write_text_atomically(file, json.dumps({**facts, "images": _rows(images, decibels)}, indent=1) + "\n")
         written.append(file)
-    return SampleResult(tuple(written), decibels)
+    return SampleResult(tuple(written), kind.measure, decibels)
 
 
 def _check_destination(destination: Path) -> None:
     """Raise `InputError` for a place that cannot be written to, before anything is drawn."""
     if destination.suffix in (PICTURE, LATENTS):
-        if not destination.parent.is_dir():
-            raise InputError(f"{destination}: the folder does not exist; make it first: mkdir -p {destination.parent}")
+        check_parent(destination)
     elif destination.suffix:
         raise InputError(f"{destination}: expected a folder, NAME{PICTURE} or NAME{LATENTS}")
     elif destination.exists() and not destination.is_dir():
         raise InputError(f"{destination}: is a file; give a folder, NAME{PICTURE} or NAME{LATENTS}")
-    else:
-        destination.mkdir(parents=True, exist_ok=True)
 
 
 def _conditions(source: DrawingSource, options: SampleOptions, transformer: EngineTransformer) -> Conditions:
     if options.texts:
-        return Texts(options.texts, options.negative, transformer.text_tokens)
+        return source.texts(options.texts, options.negative, transformer.text_tokens)
     return source.conditions(options.prompts)
 
 
@@ -150,6 +150,7 @@ class _Writing:
             sheet = contact_sheet(self.kind.pixels(ours)) if original is None else self._compared(ours, original)
             save_png(sheet, self.destination)
             return [self.destination]
+        self.destination.mkdir(parents=True, exist_ok=True)
         written = []
         if self.kind.is_image:
             for index, pixels in enumerate(self.kind.pixels(ours)):
@@ -163,9 +164,8 @@ class _Writing:
         return written
 
     def _compared(self, ours: Tensor, original: Tensor) -> Pixels:
-        measure = "PSNR" if self.kind.is_image else "SNR"
         labels = [
-            f"prompt {image.row}, seed {image.seed}: {measure} {decibel:.1f} dB"
+            f"prompt {image.row}, seed {image.seed}: {self.kind.measure} {decibel:.1f} dB"
             for image, decibel in zip(self.images, self.decibels, strict=True)
         ]
         names = ("original", self.name)

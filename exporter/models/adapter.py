@@ -52,6 +52,8 @@ class Adapter(ABC):
     # Linear layers whose weights are read without calling the layer, or that run more than once: no rule can either.
     never_quantized: ClassVar[tuple[str, ...]] = ()
     blocks_path: str = "transformer_blocks"
+    # A module that every block stores, in published checkpoints with the same weights; "" without one.
+    stored_by_every_block: ClassVar[str] = ""
     # The noise schedule of a checkpoint without a scheduler; None where the family's versions differ.
     training_noise: ClassVar[Mapping[str, Any] | None] = LINEAR_NOISE
 
@@ -127,10 +129,13 @@ class Adapter(ABC):
             )
         return facts.in_channels, side, side
 
+    def tokens(self, model: nn.Module, latent_shape: tuple[int, int, int]) -> int:
+        """Tokens of a sample in the blocks."""
+        return latent_shape[1] * latent_shape[2] // self.config(model).patch_size ** 2
+
     def block_output_size(self, model: nn.Module, latent_shape: tuple[int, int, int]) -> int:
         """Numbers in a block's output per sample."""
-        facts = self.config(model)
-        return latent_shape[1] * latent_shape[2] // facts.patch_size**2 * facts.inner_dim
+        return self.tokens(model, latent_shape) * self.config(model).inner_dim
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """(module path, module) of the transformer blocks, in order of execution."""

@@ -57,6 +57,7 @@ class DiTAdapter(Adapter):
     # class (all alike in the published checkpoints); the first block's run a second time, for the final modulation.
     high_precision = ("pos_embed.*", "proj_out_1", "proj_out_2")
     never_quantized = ("transformer_blocks.*.norm1.emb.*",)
+    stored_by_every_block = "norm1.emb"
 
     def config(self, model: nn.Module) -> DiTConfig:
         return DiTConfig.model_validate(config_of(model))
@@ -80,13 +81,14 @@ class DiTAdapter(Adapter):
 
     def share_weights(self, model: nn.Module) -> None:
         """One embedder of timestep and class for all blocks that have the same one."""
-        first, *others = (block.get_submodule("norm1") for _, block in self.blocks(model))
-        shared = first.get_submodule("emb")
+        path = self.stored_by_every_block
+        first, *others = (block for _, block in self.blocks(model))
+        shared = first.get_submodule(path)
         weights = shared.state_dict()
-        for norm in others:
-            own = norm.get_submodule("emb").state_dict()
+        for block in others:
+            own = block.get_submodule(path).state_dict()
             if all(torch.equal(tensor, own[name]) for name, tensor in weights.items()):
-                norm.set_submodule("emb", shared)
+                block.set_submodule(path, shared)
 
     def conditions(self, model: nn.Module) -> tuple[Condition, ...]:
         classes = self.config(model).num_embeds_ada_norm

@@ -19,8 +19,9 @@ TRANSFORMER = "transformer"
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_CONFIG = 1 << 20
-_ENCODER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-_ENCODER_PATTERNS = tuple(f"{folder}*/{name}" for folder in ("text_encoder", "tokenizer") for name in _ENCODER_FILES)
+TEXT_PARTS = ("text_encoder*", "tokenizer*")
+"""A pipeline's folders that turn captions into embeddings, as patterns."""
+_PART_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _CONFIG_PATTERNS = (f"{TRANSFORMER}/{CONFIG}", "scheduler/*.json", "model_index.json")
 
 
@@ -48,13 +49,16 @@ class FoundConfig:
     weights_missing: str | None
 
 
-def locate_model(recipe: Recipe) -> ModelFiles:
+def locate_model(recipe: Recipe, parts: Sequence[str] = ()) -> ModelFiles:
     """The model's files; a Hub id is downloaded (or found in the Hub's cache) when no such directory exists.
 
-    Raises `InputError`, or `EnvironmentLacksError` when the Hub cannot give the model.
+    Of a Hub id only the transformer is fetched, and the folders of its pipeline that `parts` name. Raises `InputError`,
+    or `EnvironmentLacksError` when the Hub cannot give the model.
     """
     directory = _local_directory(recipe)
-    return find_model(_download(recipe.model.weights, recipe.model.variant) if directory is None else directory)
+    if directory is None:
+        directory = _download(recipe.model.weights, recipe.model.variant, parts=parts)
+    return find_model(directory)
 
 
 def locate_config(recipe: Recipe) -> FoundConfig:
@@ -85,7 +89,8 @@ def locate_pipeline(given: str, start: Path) -> Path:
     if not path.is_dir():
         if not _HUB_ID.fullmatch(given):
             raise InputError(f"{path}: no such directory")
-        return _snapshot(given, (*_CONFIG_PATTERNS, *_ENCODER_PATTERNS))
+        advice = "download it where there is a network and give its folder instead"
+        return fetch_snapshot("pipeline", given, (*_CONFIG_PATTERNS, *_part_patterns(TEXT_PARTS)), advice)
     return path.parent if path.resolve().name == TRANSFORMER else path
 
 
@@ -141,27 +146,42 @@ def _cached_config(hub_id: str) -> Path | None:
     return Path(found).parents[1] if isinstance(found, str) else None
 
 
-def _download(hub_id: str, variant: str | None = None, *, config_only: bool = False, cache: str | None = None) -> Path:
+def _part_patterns(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{part}/{name}" for part in parts for name in _PART_FILES)
+
+
+def _download(
+    hub_id: str,
+    variant: str | None = None,
+    *,
+    parts: Sequence[str] = (),
+    config_only: bool = False,
+    cache: str | None = None,
+) -> Path:
     weights = () if config_only else weight_patterns(variant)
-    return _snapshot(hub_id, (*_CONFIG_PATTERNS, *(f"{TRANSFORMER}/{name}" for name in weights)), cache)
+    patterns = (*_CONFIG_PATTERNS, *(f"{TRANSFORMER}/{name}" for name in weights), *_part_patterns(parts))
+    advice = "download it where there is a network and give the folder: --set model.weights=DIR"
+    return fetch_snapshot("model.weights", hub_id, patterns, advice, cache)
 
 
-def _snapshot(hub_id: str, patterns: Sequence[str], cache: str | None = None) -> Path:
-    """The folder with the repository's files that fit `patterns`, fetched where the Hub's cache lacks them."""
+def fetch_snapshot(what: str, hub_id: str, patterns: Sequence[str], advice: str, cache: str | None = None) -> Path:
+    """The folder with the repository's files that fit `patterns`, fetched where the Hub's cache lacks them.
+
+    `what` begins, and `advice` ends, the message of an `InputError` (no Hub id) or `EnvironmentLacksError` (no Hub).
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    advice = "download it where there is a network and give the folder: --set model.weights=DIR"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns), cache_dir=cache))
     except HFValidationError as error:
-        raise InputError(f"model.weights: {hub_id}: neither a directory nor a Hub id") from error
+        raise InputError(f"{what}: {hub_id}: neither a directory nor a Hub id") from error
     except HfHubHTTPError as error:
         status = "with an error" if error.response is None else error.response.status_code
         raise EnvironmentLacksError(
-            f"model.weights: no directory {hub_id}, and the Hugging Face Hub answers {status} for that id; {advice}"
+            f"{what}: no directory {hub_id}, and the Hugging Face Hub answers {status} for that id; {advice}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentLacksError(
-            f"model.weights: no directory {hub_id}, and the Hugging Face Hub cannot be reached; {advice}"
+            f"{what}: no directory {hub_id}, and the Hugging Face Hub cannot be reached; {advice}"
         ) from error

@@ -63,6 +63,11 @@ def class_prompts(condition: Condition, classes: Sequence[int], negative: int) -
     return Prompts({condition.input: labels}, {condition.input: torch.tensor([negative])}, labels)
 
 
+def spread_labels(classes: int, count: int) -> list[int]:
+    """`count` of the class labels below `classes`, evenly spread."""
+    return [index * classes // count for index in range(count)]
+
+
 def load_prompts(path: Path, conditions: Sequence[Condition]) -> Prompts:
     """Read and check a prompt file, which must hold all `conditions`. Raises `InputError`."""
     wanted = [key for condition in conditions for key in (condition.key, condition.negative_key)]

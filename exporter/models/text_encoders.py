@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from exporter.errors import EnvironmentLacksError, InputError, did_you_mean
+from exporter.models.weight_files import only_variant, pickle_note
 from exporter.progress import Progress
 
 MODEL_INDEX = "model_index.json"
@@ -97,16 +98,15 @@ def encode(
     return {part.embeds: torch.cat(rows), part.mask: mask}
 
 
-def load_text_part(pipeline: Path, index: dict[str, Any], folder: str, dtype: str | None = None) -> Any:
-    """The tokenizer or text encoder in `folder`, by the class that model_index.json names, encoders in `dtype`.
+def load_text_part(pipeline: Path, index: dict[str, Any], folder: str, dtype: str = "auto") -> Any:
+    """The tokenizer or text encoder in `folder`, by the class that model_index.json names, encoders in `dtype` ("auto":
+    as it is stored).
 
     Raises `InputError` for any class but those of the families' pipelines and for a pickle, `EnvironmentLacksError`
     without transformers.
     """
-    options: dict[str, Any]
-    known, options = (_TOKENIZERS, {}) if folder.startswith("tokenizer") else (_ENCODERS, {"use_safetensors": True})
-    if dtype is not None:
-        options = {**options, "dtype": dtype}
+    is_tokenizer = folder.startswith("tokenizer")
+    known = _TOKENIZERS if is_tokenizer else _ENCODERS
     library, name = _class_of(pipeline, index, folder)
     if library != "transformers" or name not in known:
         raise InputError(
@@ -119,6 +119,9 @@ def load_text_part(pipeline: Path, index: dict[str, Any], folder: str, dtype: st
         import transformers
     except ImportError as error:
         raise EnvironmentLacksError(f"transformers is missing: {error}; pip install 'fp4export[embed]'") from error
+    options: dict[str, Any] = {}
+    if not is_tokenizer:
+        options = {"use_safetensors": True, "dtype": dtype, "variant": only_variant(pipeline / folder, "model")}
     # It draws on any stream, terminal or not.
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
@@ -128,9 +131,9 @@ def load_text_part(pipeline: Path, index: dict[str, Any], folder: str, dtype: st
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        pickles = sorted((pipeline / folder).glob("*.bin"))
-        fix = f"; {pickles[0].name} is a pickle, which can run any code: convert it to safetensors" if pickles else ""
-        raise InputError(f"{pipeline / folder}: not a {name} that can be loaded: {reason}{fix}") from error
+        raise InputError(
+            f"{pipeline / folder}: not a {name} that can be loaded: {reason}{pickle_note(pipeline / folder)}"
+        ) from error
     except ImportError as error:
         raise EnvironmentLacksError(f"{folder}: {error}; pip install 'fp4export[embed]'") from error
 

@@ -14,10 +14,7 @@ from exporter.errors import InputError
 
 _STEM = "diffusion_pytorch_model"
 # One file, and the index of several, with a variant in their names.
-_VARIANT_NAMES = (
-    re.compile(rf"{_STEM}\.(\w+)\.safetensors"),
-    re.compile(rf"{_STEM}\.safetensors\.index\.(\w+)\.json"),
-)
+_VARIANT_NAMES = (r"{stem}\.(\w+)\.safetensors", r"{stem}\.safetensors\.index\.(\w+)\.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_ADVICE = (
     "a pickle can run any code when it is opened; convert it to safetensors where you trust it "
@@ -66,16 +63,29 @@ def weight_files(transformer: Path, variant: str | None = None) -> list[Path]:
     if files:
         names = ", ".join(file.name for file in files)
         raise InputError(f"{transformer}: which of {names} are the weights? Name one {_STEM}.safetensors")
-    pickles = sorted(file for file in transformer.iterdir() if file.suffix in _PICKLES)
-    if pickles:
-        raise InputError(f"{pickles[0]}: refused: {_PICKLE_ADVICE}")
-    raise InputError(f"{transformer}: there is no {_STEM}.safetensors; only the config is here")
+    what = pickle_note(transformer) or "; only the config is here"
+    raise InputError(f"{transformer}: there is no {_STEM}.safetensors{what}")
 
 
-def _variants(transformer: Path) -> set[str]:
+def only_variant(part: Path, stem: str = _STEM) -> str | None:
+    """The variant of a pipeline's part that is there in no other: None beside files without a variant, or several."""
+    if any((part / f"{stem}{ending}").is_file() for ending in (".safetensors", ".safetensors.index.json")):
+        return None
+    variants = _variants(part, stem)
+    return variants.pop() if len(variants) == 1 else None
+
+
+def pickle_note(part: Path) -> str:
+    """The end of a message about a folder that cannot be loaded: what to do with the pickle in it, if there is one."""
+    pickles = sorted(file for file in part.iterdir() if file.suffix in _PICKLES)
+    return f"; {pickles[0].name} is refused: {_PICKLE_ADVICE}" if pickles else ""
+
+
+def _variants(folder: Path, stem: str = _STEM) -> set[str]:
     """The variants that the folder holds."""
-    names = [file.name for file in transformer.iterdir() if file.is_file()]
-    return {found[1] for name in names for pattern in _VARIANT_NAMES if (found := pattern.fullmatch(name))}
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    patterns = [re.compile(pattern.format(stem=stem)) for pattern in _VARIANT_NAMES]
+    return {found[1] for name in names for pattern in patterns if (found := pattern.fullmatch(name))}
 
 
 def _shards(index: Path) -> list[Path]:

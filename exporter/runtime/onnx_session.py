@@ -28,6 +28,7 @@ _ERRORS_ONLY = 3
 # DequantizeLinear with its MatMul into one that quantizes the activations to 8 bits.
 _QDQ_FUSION = "QDQSelectorActionTransformer"
 _FOLDING = "ConstantFolding"
+_SHRINKS = "memory.enable_memory_arena_shrinkage"
 
 ORT_ERRORS = (
     ort_errors.Fail,
@@ -60,10 +61,16 @@ class OnnxSession:
     """
 
     def __init__(
-        self, source: Path | str | onnx.ModelProto, threads: int | None = None, *, fold_constants: bool = True
+        self,
+        source: Path | str | onnx.ModelProto,
+        threads: int | None = None,
+        *,
+        fold_constants: bool = True,
+        keep_arena: bool = True,
     ) -> None:
         """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores). Without
-        `fold_constants`, what depends on constants alone is computed in every run instead of being kept in memory.
+        `fold_constants`, what depends on constants alone is computed in every run instead of being kept in memory;
+        without `keep_arena`, the memory of a run's tensors is given back after it.
 
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.
@@ -72,6 +79,9 @@ class OnnxSession:
         self._session = create_session(source, threads, CPU_PROVIDERS, fold_constants=fold_constants)
         self.inputs = tuple(spec_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(spec_of(value) for value in self._session.get_outputs())
+        self._options = ort.RunOptions()
+        if not keep_arena:
+            self._options.add_run_config_entry(_SHRINKS, "cpu:0")
 
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Iterable[str] | None = None
@@ -89,7 +99,7 @@ class OnnxSession:
         try:
             # Not np.ascontiguousarray, which gives a scalar an axis.
             arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
-            results = self._session.run(names, arrays) if names else []
+            results = self._session.run(names, arrays, self._options) if names else []
         except ORT_ERRORS as error:
             raise InputError(f"{self.name}: ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))

@@ -19,6 +19,14 @@ def open_engine(path: Path, device: str | None = None, threads: int | None = Non
     Raises `InputError` for a file that is missing or no output, `EnvironmentLacksError` where its runtime or its
     device is not here.
     """
+    check_output_file(path)
+    place = parse_device(device or default_device(path))
+    is_graph = path.suffix in SUFFIXES["onnxruntime"]
+    return OnnxRuntimeEngine(path, place, threads) if is_graph else open_tensorrt(path, place)
+
+
+def check_output_file(path: Path) -> None:
+    """Raise `InputError` unless `path` is a file that can be an output."""
     if path.is_dir():
         raise InputError(
             f"{path}: is a folder; expected an .onnx, .plan or .engine (an engine is made of a bundle by "
@@ -26,11 +34,8 @@ def open_engine(path: Path, device: str | None = None, threads: int | None = Non
         )
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an .onnx, .plan or .engine that fp4export wrote")
-    is_graph = path.suffix in SUFFIXES["onnxruntime"]
-    if not is_graph and path.suffix not in SUFFIXES["tensorrt"]:
+    if path.suffix not in (*SUFFIXES["onnxruntime"], *SUFFIXES["tensorrt"]):
         raise InputError(f"{path}: unknown suffix {path.suffix!r}; expected .onnx, .plan or .engine")
-    place = parse_device(device or default_device(path))
-    return OnnxRuntimeEngine(path, place, threads) if is_graph else open_tensorrt(path, place)
 
 
 def default_device(path: Path) -> str:

@@ -135,6 +135,16 @@ def test_sizes_add_up(config_only: Path, tmp_path: Path) -> None:
     assert 0.125 < (plan.expected_bytes - kept) / (plan.fp32_bytes - kept) < 0.14
 
 
+def test_embedders_that_all_blocks_store_may_become_one(tmp_path: Path) -> None:
+    config = {**DIT, "in_channels": 4, "num_attention_heads": 16, "patch_size": 2, "sample_size": 32, "num_layers": 28}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    description = described("dit_xl_2_256_w4a6", tmp_path, tmp_path / "x.onnx", target="cpu")
+    # Timestep: 256 -> 1152 -> 1152 with biases; classes: 1001 x 1152.
+    assert description.repeated_bytes == 27 * 4 * (257 * 1152 + 1153 * 1152 + 1001 * 1152)
+    assert "0.258" in printed(description)
+    assert "or 475.2 MB (0.176) where all blocks store the same embedders" in printed(description)
+
+
 def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Path) -> None:
     file = config_only / "transformer" / "config.json"
     file.write_text(json.dumps({**PIXART, "_class_name": "UNet2DModel"}))

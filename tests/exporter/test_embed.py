@@ -160,6 +160,27 @@ def test_the_command_writes_the_same_bytes_in_batches_and_names_its_prompts(tmp_
     assert (embeds.dtype, embeds.shape) == (torch.bfloat16, (2, 7, WIDTH))
 
 
+def test_encoders_that_are_there_in_one_variant_only(tmp_path: Path, texts: Path) -> None:
+    pipe = pixart(PixArtAlphaPipeline)
+    pipe.save_pretrained(tmp_path / "model")
+    whole = load_file(embed(str(tmp_path / "model"), texts, tmp_path / "whole.safetensors"))
+    (tmp_path / "model" / "text_encoder" / "model.safetensors").unlink()
+    pipe.text_encoder.half().save_pretrained(tmp_path / "model" / "text_encoder", variant="fp16")
+    found = load_file(embed(str(tmp_path / "model"), texts, tmp_path / "half.safetensors"))["prompt_embeds"]
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), whole["prompt_embeds"], atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("p.txt", "expected NAME.safetensors"), ("no/p.safetensors", "mkdir -p")]
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_encoded(
+    tmp_path: Path, texts: Path, output: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        embed(str(tmp_path / "no model here"), texts, tmp_path / output)
+
+
 def test_class_labels_need_no_embedding(tmp_path: Path, texts: Path) -> None:
     DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=3
@@ -185,7 +206,7 @@ def _without(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_pickled, r"text_encoder: not a T5EncoderModel that can be loaded.*pytorch_model\.bin is a pickle"),
+        (_pickled, r"text_encoder: not a T5EncoderModel that can be loaded.*pytorch_model\.bin is refused: a pickle"),
         (_foreign, r"text_encoder is os\.system; expected transformers' T5EncoderModel"),
         (_without, "names no text_encoder; this pipeline was saved without it"),
         (lambda model: (model / "model_index.json").unlink(), r"has no model_index\.json"),

@@ -42,6 +42,8 @@ calibration: {classes: [3, 7], scheduler: DDIMScheduler, steps: 2, samples: 2, g
 
 
 def hunyuan_job(folder: Path) -> None:
+    # Not strengthened: with weights twice as large its skips amplify every rounding, W4A6 to 13 dB, W8A8 in E4M3 to 22,
+    # in E3M4 to 27, INT8 weights alone to 40; the gate passes all the same.
     model = hunyuan()
     model.save_pretrained(folder / "model" / "transformer")
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False)

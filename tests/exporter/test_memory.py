@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from exporter.memory import release_mapped_weights
+from exporter.gpu import available_memory
+from exporter.memory import release_mapped_weights, usable_memory
 
 # Large beside what the process itself needs to read its own mappings, and every sum of ones is exact in float32.
 COUNT = 16_000_000
@@ -45,3 +46,13 @@ def test_a_mapping_with_a_changed_page_stays(mapped: torch.Tensor) -> None:
     release_mapped_weights()
     assert before - _resident() < BYTES * 0.1
     assert float(mapped[5]) == 7.0
+
+
+def test_a_containers_limit_counts_where_it_is_lower(tmp_path: Path) -> None:
+    assert usable_memory(tmp_path) > 1 << 28
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, usable in {"5000\n": 4000, "10\n": 0}.items():
+        (tmp_path / "memory.max").write_text(limit)
+        assert usable_memory(tmp_path) == usable
+    (tmp_path / "memory.max").write_text("max\n")
+    assert usable_memory(tmp_path) > (available_memory() or 0) / 2

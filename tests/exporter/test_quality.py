@@ -20,7 +20,7 @@ from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
-from exporter.quality import class_accuracy, layer_quality, layer_rows, noise_prediction_snr
+from exporter.quality import class_accuracy, collected_rows, layer_quality, noise_prediction_snr
 from exporter.quantize import quantize_model, round_to_nearest
 from plugins.formats import get_format
 
@@ -105,8 +105,11 @@ def test_layers_are_measured_on_the_original_models_inputs() -> None:
         weights[name] = round_to_nearest(weight, weight.abs().amax(1, True) / fmt.max, fmt)
     plan = Plan(tuple(layers), (), 0, 0)
     adapter = PixArtAdapter()
-    batches = [adapter.example_inputs(model, batch=2, tokens=3)]
-    rows = layer_rows(model, adapter, plan, batches)
+    with torch.no_grad(), collected_rows(model, plan, batches=2) as rows:
+        for tokens in (3, 4):
+            adapter.forward(model, adapter.example_inputs(model, batch=2, tokens=tokens))
+    # Two batches of two samples of four patches each.
+    assert {name: len(found) for name, found in rows.items()} == dict.fromkeys(weights, 16)
     fine, coarse = layer_quality(model, quantize_model(model, plan, weights), plan, rows)
     assert (fine.name, fine.shape, fine.weight_format) == ("transformer_blocks.0.attn1.to_q", (32, 32), "int8")
     assert 40 < fine.weight_sqnr_db < 60

@@ -13,7 +13,7 @@ from exporter.errors import InputError
 from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
 from exporter.recipe import SCHEDULERS
-from exporter.sampling import DenoiserCall, make_scheduler, sample
+from exporter.sampling import DenoiserCall, make_scheduler, sample, samples_at_once
 
 SHAPE = (1, 4, 4)
 
@@ -56,6 +56,13 @@ def test_samples_do_not_depend_on_the_batch(prompts: Prompts, scheduler: str) ->
     assert bool(together.isfinite().all())
 
 
+def test_long_samples_are_denoised_few_at_once() -> None:
+    assert samples_at_once(tokens=64, guidance=4.5) == 64
+    assert samples_at_once(tokens=1024, guidance=1.0) == 2 * samples_at_once(tokens=1024, guidance=4.5)
+    assert samples_at_once(tokens=4096, guidance=4.5) == 2
+    assert samples_at_once(tokens=1 << 20, guidance=4.5) == 1
+
+
 def test_the_seed_decides_the_samples(prompts: Prompts) -> None:
     calls: list[DenoiserCall] = []
     first = _sample(prompts, [0, 0], record=calls.append)
@@ -84,6 +91,33 @@ def test_guidance_calls_negative_prompts_first_and_guidance_1_leaves_them_out(pr
     calls.clear()
     _sample(prompts, [1, 3], record=calls.append)
     assert calls[0].prompts.tolist() == [1, 3]
+
+
+def test_without_a_finish_the_last_call_is_recorded_but_not_made(prompts: Prompts) -> None:
+    calls: list[DenoiserCall] = []
+    _sample(prompts, [0, 2], guidance=2.0, record=calls.append)
+    recorded, made = [], []
+
+    def counting(inputs: TransformerInputs) -> Tensor:
+        made.append(inputs)
+        return denoiser(inputs)
+
+    sample(
+        counting,
+        prompts,
+        torch.tensor([0, 2]),
+        make_scheduler("DPMSolverMultistepScheduler", None, 10),
+        steps=10,
+        guidance=2.0,
+        seed=0,
+        latent_shape=SHAPE,
+        record=recorded.append,
+        finish=False,
+    )
+    assert len(made) == len(calls) - 1
+    assert [call.step for call in recorded] == list(range(10))
+    for found, expected in zip(recorded, calls, strict=True):
+        assert torch.equal(found.inputs.hidden_states, expected.inputs.hidden_states)
 
 
 def test_the_checkpoints_noise_schedule_is_used_with_any_scheduler(tmp_path: Path) -> None:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from exporter.errors import EnvironmentLacksError
-from exporter.recipe import CalibrationSection
-from exporter.source import check_memory, installed_memory
-
-# PixArt at 512 x 512 pixels.
-BLOCK_OUTPUT = 1024 * 1152
+from exporter.cli import main
+from exporter.source import activation_bytes
 
 
-def test_too_many_trajectories_are_refused_with_the_number_that_fits() -> None:
-    settings = CalibrationSection(prompts="x", samples=64)
-    per_trajectory = 5 * 40 * 1024 * 1152 * 4
-    with pytest.raises(EnvironmentLacksError, match="at most 10 fit") as caught:
-        check_memory(settings, BLOCK_OUTPUT, 0, 10 * per_trajectory + 1)
-    assert "60 GB" in str(caught.value)
-    check_memory(settings, BLOCK_OUTPUT, 0, 64 * per_trajectory)
+def test_a_block_of_pixart_needs_three_activations_and_the_captions() -> None:
+    tokens, captions, width = 1024, 120, 1152
+    assert activation_bytes(tokens * width, 0, captions * width) == 4 * (3 * tokens + captions) * width
+    assert activation_bytes(tokens * width, 2, 0) == 4 * 7 * tokens * width
 
 
-def test_without_guidance_half_of_it_is_needed() -> None:
-    settings = CalibrationSection(prompts="x", samples=20, guidance=1.0)
-    per_trajectory = 5 * 20 * 1024 * 1152 * 4
-    check_memory(settings, BLOCK_OUTPUT, 0, 20 * per_trajectory)
-    with pytest.raises(EnvironmentLacksError, match="at most 19 fit"):
-        check_memory(settings, BLOCK_OUTPUT, 0, 20 * per_trajectory - 1)
-
-
-def test_this_machine_has_memory() -> None:
-    assert installed_memory() > 1 << 28
+def test_activations_beyond_the_recipes_memory_are_announced_as_files(
+    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.onnx"), "--set", "calibration.memory=1e-5"]
+    # Stops behind the announcement: the recipe has no labels.
+    assert main([*command, "--set", "evaluation.classifier=missing.onnx"]) == 2
+    assert "missing.onnx does not exist" in capsys.readouterr().err
+    command += ["--set", "calibration.samples=10000000"]
+    assert main(command) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "calibration.samples: 10000000 trajectories need" in error
+    assert "trajectories fit" not in error
+    assert "at most" in error
+    assert "--work-dir" in error

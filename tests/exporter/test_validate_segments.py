@@ -13,7 +13,7 @@ import torch
 
 from exporter.errors import FidelityError
 from exporter.gate import segments
-from exporter.gate.segments import SegmentedSession, with_constants_computed
+from exporter.gate.segments import DividedGraph, SegmentedSession
 from exporter.gate.snr import snr_db
 from exporter.gate.table import GateResult
 from exporter.runtime import OnnxSession
@@ -65,7 +65,7 @@ def test_a_segmented_session_gives_what_the_whole_graph_gives(export: Export, ta
 
 def test_constants_are_computed_as_they_would_be_when_the_graph_runs(export: Export) -> None:
     model = onnx.load(export.path("exported"))
-    computed = with_constants_computed(model)
+    computed = DividedGraph(model).part({}, ["sample"]).complete()
     assert not any(node.domain == "fp4export" for node in computed.graph.node)
     assert sum(len(tensor.raw_data) for tensor in computed.graph.initializer) > 4 * sum(
         len(tensor.raw_data) for tensor in model.graph.initializer if tensor.name.endswith(".words")

@@ -55,5 +55,6 @@ def _dynamic(folder: Path, progress: Progress) -> NoiseSnr:
     plain, quantized = folder / "digits.fp32.onnx", folder / "digits.int8.onnx"
     export_float(source.model, plain, tokens=source.prompts.positive["encoder_hidden_states"].shape[1])
     quantize_dynamically(plain, quantized)
-    engine = graph_denoiser(source, OnnxSession(quantized))
+    session = OnnxSession(quantized)
+    engine = graph_denoiser(source, lambda: session)
     return noise_prediction_snr(source.denoiser, engine, held_out, source.prompts, progress)

@@ -68,7 +68,7 @@ def calibrate_as_published(
     generator = torch.Generator().manual_seed(seed)
     quantized = share_copy(model)
     for name, block in run.adapter.blocks(model):
-        targets = run.block_inputs(model, block).outputs(block)
+        targets = run.block_inputs(model, block).outputs(block, run.store, run.limit)
         unit = quantized.get_submodule(name)
         layers = [path for path, module in unit.named_modules() if isinstance(module, nn.Linear)]
         inputs = run.block_inputs(quantized, unit)

@@ -192,6 +192,10 @@ def test_recordings_of_something_else_are_refused(plan: Path, boundaries: Device
     for file in (tmp_path / "damaged.json", tmp_path / "absent.json", boundaries.file(".inputs.json")):
         with pytest.raises(InputError, match=file.name):
             bisect_engine(plan, [file])
+    with pytest.raises(InputError, match=r"absent\.plan: no such file"):
+        bisect_engine(tmp_path / "absent.plan")
+    with pytest.raises(InputError, match="one of 3 recordings"):
+        bisect_engine(plan, [one] * 3)
     with pytest.raises(InputError, match="no engine is made of it"):
         bisect_engine(plan.with_suffix(".work") / f"exported.{TARGET}.onnx")
 

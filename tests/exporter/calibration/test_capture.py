@@ -57,6 +57,39 @@ def test_the_inputs_are_those_that_the_denoiser_saw(
         assert torch.equal(found.as_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_set_does_not_depend_on_how_many_trajectories_are_sampled_at_once(
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    prompts: Prompts,
+    settings: CalibrationSection,
+    monkeypatch: pytest.MonkeyPatch,
+    guidance: float,
+) -> None:
+    sets = []
+    for at_once in (64, 2):
+        # A batch of 2 trajectories of 16 tokens.
+        monkeypatch.setattr("exporter.sampling._MOST_TOKENS", at_once * 16 * (1 if guidance == 1.0 else 2))
+        sets.append(
+            capture_trajectories(
+                model,
+                adapter,
+                prompts,
+                settings.model_copy(update={"guidance": guidance}),
+                NullProgress(),
+                trajectories=5,
+                seed=3,
+                latent_shape=SHAPE,
+                scheduler_config=None,
+            )
+        )
+    together, apart = sets
+    assert torch.equal(together.prompt_index, apart.prompt_index)
+    assert torch.equal(together.step_index, apart.step_index)
+    assert torch.equal(together.timesteps, apart.timesteps)
+    torch.testing.assert_close(together.hidden_states, apart.hidden_states, atol=1e-4, rtol=1e-4)
+
+
 def test_without_guidance_only_conditional_inputs_are_captured(
     model: nn.Module, adapter: PixArtAdapter, prompts: Prompts, settings: CalibrationSection
 ) -> None:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
-from exporter.evaluation.shards import Shard
 from exporter.runtime.onnxruntime_engine import providers_for
 from exporter.runtime.open import default_device
+from exporter.shards import Shard
 
 PROMPTS = 5
 
@@ -145,7 +145,7 @@ def test_texts_need_embeddings_or_encoders(
     words = _words(export, tmp_path / "list.txt", tmp_path / "q")
     assert main(words) == 2
     assert "holds no text encoder" in capsys.readouterr().err
-    # Nothing was drawn, so nothing is in the way.
+    assert not (tmp_path / "q").exists()
     assert main([*words, "--embeddings", str(embeddings), "--count", "2"]) == 0
     assert len(_images(tmp_path / "q")) == 4
     assert main([*words, "--embeddings", str(embeddings), "--count", "3"]) == 2

@@ -113,6 +113,17 @@ def test_boundaries_are_what_flows_between_the_blocks(reference: Reference, w4a6
     assert set(reference.thresholds) == set(reference.models[0].boundaries)
 
 
+def test_a_block_gives_the_same_bits_whenever_it_is_given_its_inputs(original: nn.Module, w4a6: nn.Module) -> None:
+    """So the reference takes what it gave for what it would give while the model around it is shaken."""
+    calls = []
+    block = w4a6.get_submodule(BLOCKS[1])
+    keep = block.register_forward_hook(lambda _block, *call: calls.append(call), with_kwargs=True)
+    ADAPTER.forward(w4a6, batches(original)[0])
+    keep.remove()
+    ((args, kwargs, output),) = calls
+    assert torch.equal(block(*args, **kwargs), output)
+
+
 def test_limits_follow_from_the_quantization_error(reference: Reference) -> None:
     assert all(20 < reference.thresholds[f"{block}.output"] < 80 for block in BLOCKS)
     assert reference.end_to_end_threshold == pytest.approx(reference.quantization_db + 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import onnx
 import pytest
 
 from exporter.errors import FidelityError
+from exporter.gate.records import Reference
 from exporter.gate.subgraphs import CutError
 from exporter.gate.whole import compare_blocks, compare_end_to_end
+from exporter.passes.layer_table import LayerEntry, read_layer_table
+from exporter.passes.tiling import untiled
 from tests.exporter.gate.hand_made import Example
 
 NAMES = [("stem", "blocks.0.input"), ("block", "blocks.0"), ("block", "blocks.1"), ("tail", "sample")]
@@ -63,3 +67,25 @@ def test_another_models_inputs_are_refused(example: Example, tmp_path: Path) -> 
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(FidelityError, match="y"):
         compare_end_to_end(tmp_path / "model.onnx", example.reference, "lowered", optimized=True)
+
+
+@pytest.mark.slow
+def test_a_dropped_mask_fails_its_block_by_what_enters_a_linear(tiny_export: Path, tmp_path: Path) -> None:
+    """The residual stream hides it from the block's output."""
+    reference = Reference.load(tiny_export.with_name("tiny.work") / "gate.cpu").for_stage("lowered")
+    model = untiled(onnx.load(tiny_export))
+    layers = read_layer_table(model)
+    attention = [node for node in model.graph.node if node.op_type == "MultiHeadAttention"][3]
+
+    def failures(layers: Sequence[LayerEntry]) -> list[str]:
+        path = tmp_path / "blocks.onnx"
+        rows = compare_blocks(model, reference, "lowered", path, optimized=True, layers=layers)
+        return [row.sentence() for row in rows if not row.passed]
+
+    assert failures(layers) == []
+    assert attention.input[5]
+    attention.input[5] = ""
+    assert failures([]) == []
+    (sentence,) = failures(layers)
+    assert sentence.startswith("block transformer_blocks.1 (lowered graph): what enters ")
+    assert "transformer_blocks.1.attn2.to_out.0 has SNR" in sentence

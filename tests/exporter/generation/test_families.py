@@ -8,19 +8,25 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtAlphaPipeline
 from torch import nn
 
 from exporter.errors import InputError
 from exporter.gate.snr import snr_db
-from exporter.generation.conditions import Embedded
+from exporter.generation.conditions import Embedded, Texts
 from exporter.generation.generate import Image, Settings, generate
 from exporter.generation.pipelines import PIPELINES, PipelineFolder, open_pipeline
+from exporter.generation.source import DrawingDefaults, DrawingSource
 from exporter.models.adapter import LINEAR_NOISE
+from exporter.models.dit import DiTAdapter
 from exporter.models.families import ADAPTERS
+from exporter.models.loading import load_transformer
+from exporter.models.location import find_model
+from exporter.models.pixart import PixArtAdapter
 from exporter.runtime import EngineTransformer
 from exporter.to_onnx import to_onnx
 from tests.exporter.models.small_families import HUNYUAN_KEYS, SIDE, T5_TOKENS, hunyuan, prompt_tensors
+from tests.exporter.test_embed import pixart as pixart_with_encoder
 
 CLASSES = 1000
 """DiTPipeline calls no class 1000, whatever the model says."""
@@ -64,6 +70,36 @@ def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Pa
     # One call of the graph is 102 dB from torch's; an absolute limit would measure the latents, which reach a thousand.
     assert snr_db(drawn[0].numpy(), drawn[1].numpy()) > 90
     assert not torch.allclose(drawn[0][0], drawn[0][1], atol=1e-3)
+
+
+def test_parts_that_are_stored_in_fp16_draw_with_the_original_in_fp32(tmp_path: Path) -> None:
+    pixart_with_encoder(PixArtAlphaPipeline).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    model = load_transformer(tmp_path / "transformer", PixArtAdapter(), "fp16")
+    folder = PipelineFolder(tmp_path, None)
+    pipeline = open_pipeline(folder, model, "DDIMScheduler", 2, LINEAR_NOISE, text=True)
+    assert pipeline.text_encoder.dtype == torch.float16
+    drawn = generate(pipeline, Texts(("a red fox",)), [Image(0, 1)], Settings(2, 4.0, (8, 8)))
+    assert drawn.shape == (1, 3, 8, 8)
+    assert bool(drawn.isfinite().all())
+
+
+def test_dit_draws_classes_by_their_numbers(tmp_path: Path) -> None:
+    _dit().save_pretrained(tmp_path / "transformer")
+    files = find_model(tmp_path)
+    source = DrawingSource(files, PipelineFolder.of(files), DiTAdapter(), DrawingDefaults(class_count=4))
+    spread, named = source.conditions(None), source.texts(["207", "3"], "", None)
+    assert isinstance(named, Embedded)
+    assert spread.tensors["class_labels"].tolist() == [0, 250, 500, 750]
+    assert named.tensors["class_labels"].tolist() == [207, 3]
+    for text in ("a cat", "1000", "-1"):
+        with pytest.raises(InputError, match="family dit draws class labels, from 0 to 999"):
+            source.texts([text], "", None)
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerDiscreteScheduler"])
+def test_schedulers_that_dits_pipeline_calls_wrongly(tmp_path: Path, scheduler: str) -> None:
+    with pytest.raises(InputError, match=f"the noise of {scheduler}.*DDIMScheduler"):
+        open_pipeline(PipelineFolder(tmp_path, None), _dit(), scheduler, 2, LINEAR_NOISE)
 
 
 def test_every_family_has_a_pipeline() -> None:

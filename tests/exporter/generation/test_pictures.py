@@ -38,6 +38,9 @@ def test_sheets_hold_every_tile() -> None:
     assert np.array_equal(contact_sheet(tiles[:1]), tiles[0])
     for sheet in (contact_sheet(tiles), comparison(tiles, tiles, ("a", "b"), ["label"] * 5, "")):
         assert {0, 50, 100, 150, 200, 255} <= set(np.unique(sheet).tolist())
+    caption = "latents, not images: the first three channels of 4"
+    narrow = comparison(tiles[:1, :4, :4], tiles[:1, :4, :4], ("a", "b"), ["label"], caption)
+    assert narrow[-20:, -8:].min() > 240, "the caption ends before the sheet does"
     large = comparison(
         np.zeros((1, 2048, 1024, 3), np.uint8), np.zeros((1, 2048, 1024, 3), np.uint8), ("a" * 99, "b"), [""], "c"
     )

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
+from tests.exporter.models.small_families import hunyuan
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -133,6 +134,23 @@ def test_prompts_that_do_not_fit(
         save_file(tensors, tmp_path / "p.safetensors")
         words = [str(tiny_export), "-o", str(tmp_path / "x.png"), "--prompts", str(tmp_path / "p.safetensors")]
         assert message in _error(capsys, *words, "--quiet"), message
+
+
+def test_a_file_of_another_model_is_not_drawn_with(
+    tiny_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hunyuan().save_pretrained(tmp_path / "other" / "transformer")
+    words = [str(tiny_export), "-o", str(tmp_path / "x.png"), "--pipeline", str(tmp_path / "other"), "--quiet"]
+    assert "was not exported from" in _error(capsys, *words)
+    config = tmp_path / "other" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "SanaTransformer2DModel"}))
+    assert "no pipeline is known for SanaTransformer2DModel" in _error(capsys, *words)
+
+
+def test_what_is_no_output_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.yaml").write_text("")
+    assert "is a folder; expected an .onnx" in _error(capsys, str(tmp_path), "-o", "x.png")
+    assert "unknown suffix '.yaml'" in _error(capsys, str(tmp_path / "my.yaml"), "-o", "x.png")
 
 
 def test_index_that_names_other_classes(

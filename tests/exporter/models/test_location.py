@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from exporter.errors import EnvironmentLacksError, InputError
-from exporter.models.location import find_model, locate_config, locate_model, read_config
+from exporter.models.location import TEXT_PARTS, find_model, locate_config, locate_model, read_config
 from exporter.recipe import Recipe
 
 HUB_ID = "somebody/pixart-xl"
@@ -123,6 +124,26 @@ def test_a_hub_s_refusal_tells_the_status(tmp_path: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(EnvironmentLacksError, match="answers 404"):
         locate_model(recipe_for(HUB_ID, tmp_path, monkeypatch))
+
+
+def test_of_a_hub_model_the_parts_that_are_asked_for_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(_hub_id: str, *, allow_patterns: list[str], cache_dir: str | None) -> str:
+        assert cache_dir is None
+        asked.append(allow_patterns)
+        write_pipeline(tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    recipe = recipe_for(HUB_ID, tmp_path, monkeypatch)
+    assert locate_model(recipe).root == tmp_path / "snapshot"
+    assert not any(pattern.startswith(("vae", "text_encoder")) for pattern in asked[0])
+    shutil.rmtree(tmp_path / "snapshot")
+    locate_model(recipe, ("vae", *TEXT_PARTS))
+    assert {"vae/*.safetensors", "text_encoder*/*.safetensors", "tokenizer*/*.model"} <= set(asked[1]) - set(asked[0])
 
 
 @pytest.mark.usefixtures("empty_hub")

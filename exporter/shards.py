@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun and accelerate tell it, and waiting for the others."""
+"""Which of several processes this one is, as torchrun and accelerate tell it, and what they do together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from exporter.errors import InputError
 
@@ -70,3 +71,24 @@ class Shard:
         """Go on when all processes are here."""
         if self.world > 1:
             torch.distributed.barrier()
+
+    def agree(self, value: bool) -> bool:
+        """What the first process says."""
+        said = torch.tensor([value])
+        if self.world > 1:
+            torch.distributed.broadcast(said, 0)
+        return bool(said)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over all processes, the same bits in each."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values."""
+        if self.world == 1:
+            return value
+        most = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return float(most)

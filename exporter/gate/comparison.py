@@ -1,0 +1,138 @@
+"""One graph against the reference: every row, and the commands that repeat the comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from exporter.errors import FidelityError
+from exporter.gate.large import compare_segments
+from exporter.gate.linears import (
+    LINEAR_DB,
+    LinearsComparison,
+    compare_linears,
+    cut_at_linears,
+    judge_linears,
+    linear_feeds,
+)
+from exporter.gate.records import LinearRecord, Reference
+from exporter.gate.reference import EXACT_DB
+from exporter.gate.runs import repeat_command, save_feeds, save_reference
+from exporter.gate.segments import is_large
+from exporter.gate.subgraphs import CutError
+from exporter.gate.table import GateResult, GateRow, Stage
+from exporter.gate.tiles import compare_tiles
+from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, cut_between_blocks
+from exporter.onnx_files import read_model, save_onnx
+from exporter.passes.layer_table import LayerEntry, read_layer_table
+from exporter.passes.tiling import untiled
+from exporter.progress import Progress
+from exporter.targets import Target
+
+
+def compare_graph(
+    path: Path, stage: Stage, reference: Reference, folder: Path, target: Target, progress: Progress
+) -> GateResult:
+    """All rows of the graph in `path`, and the commands that repeat them, with their files in `folder`.
+
+    A large exported graph gets no commands, and none of the files that they would need, hundreds of megabytes.
+
+    Raises:
+        FidelityError: the graph lacks a tensor at which it is cut, has other layers than the reference, or cannot run.
+    """
+    reference = reference.for_stage(stage)
+    optimized = stage == "exported" or target.engine == "onnxruntime"
+    written = read_model(path)
+    compared = _Compared(path, written, untiled(written), stage, reference, folder, optimized)
+    try:
+        linears, rest = compared.in_segments(progress) if compared.is_large else compared.whole(progress)
+        commands = () if compared.is_large and stage == "exported" else compared.repeat_commands(linears)
+    except CutError as error:
+        raise FidelityError(f"{path}: {error}") from error
+    return GateResult((*linears.rows, *rest), commands)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One graph as its file has it (`written`) and without tiles (`plain`), and where its cuts are kept."""
+
+    path: Path
+    written: onnx.ModelProto
+    plain: onnx.ModelProto
+    stage: Stage
+    reference: Reference
+    folder: Path
+    optimized: bool
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the graph is run in segments."""
+        return is_large(self.layers)
+
+    @property
+    def layers(self) -> tuple[LayerEntry, ...]:
+        """The quantized linears."""
+        return read_layer_table(self.plain)
+
+    @property
+    def records(self) -> dict[str, LinearRecord]:
+        """What the reference has of each linear."""
+        return {record.layer: record for record in self.reference.linears}
+
+    def cut_path(self, kind: str) -> Path:
+        """The file of the graph that is cut at its `linears` or between its `blocks`."""
+        return self.folder / f"{kind}.{self.stage}.onnx"
+
+    def whole(self, progress: Progress) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
+        """Compare a small graph, in one piece each time; the second part is the blocks, tiles and the end to end."""
+        reference, stage, optimized = self.reference, self.stage, self.optimized
+        with progress.task(f"comparing the {stage} graph", 3) as task:
+            cut = self.cut_path("linears")
+            linears = compare_linears(self.plain, self.layers, self.records, stage, cut, optimized=optimized)
+            task.advance()
+            cut = self.cut_path("blocks")
+            blocks = compare_blocks(self.plain, reference, stage, cut, optimized=optimized, layers=self.layers)
+            task.advance()
+            tiles: tuple[GateRow, ...] = ()
+            if self.plain is not self.written:
+                tiles = (compare_tiles(self.path, self.plain, reference, stage, self.cut_path("whole")),)
+            end = compare_end_to_end(self.path, reference, stage, optimized=optimized)
+            task.advance()
+        return linears, (*blocks, *tiles, end)
+
+    def in_segments(self, progress: Progress) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
+        """The same of a large graph, segment by segment."""
+        with progress.task(f"comparing the {self.stage} graph", len(self.reference.blocks) + 2) as task:
+            found = compare_segments(
+                self.written,
+                self.plain,
+                self.layers,
+                self.reference,
+                self.stage,
+                self.path,
+                optimized=self.optimized,
+                advance=task.advance,
+            )
+        return judge_linears(self.layers, self.records, found.linears, self.stage), found.rows
+
+    def repeat_commands(self, linears: LinearsComparison) -> tuple[str, ...]:
+        """The commands, whose files are written."""
+        linears_path, blocks_path = self.cut_path("linears"), self.cut_path("blocks")
+        inputs, outputs = (self.folder / f"linears.{self.stage}.{what}.json" for what in ("inputs", "reference"))
+        feeds = linear_feeds(self.layers, self.records, self.stage)
+        if self.is_large:
+            save_onnx(cut_at_linears(self.plain, self.layers, feeds), linears_path)
+            save_onnx(cut_between_blocks(self.plain, self.reference), blocks_path)
+        save_feeds([feeds], inputs)
+        save_reference([linears.expected], outputs)
+        model_files = self.folder / "model.inputs.json", self.folder / "model.reference.json"
+        thresholds = block_thresholds(self.plain, self.reference)
+        limits = {name: limit for name, limit in thresholds.items() if limit != EXACT_DB}
+        end, optimized = self.reference.end_to_end_threshold, self.optimized
+        return (
+            repeat_command(linears_path, inputs, outputs, linears.relaxed, default_db=LINEAR_DB, optimized=optimized),
+            repeat_command(blocks_path, *model_files, limits, default_db=EXACT_DB, optimized=optimized),
+            repeat_command(self.path, *model_files, {}, default_db=end, optimized=optimized),
+        )
