@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_
 from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
 from exporter.explain import explain
+from exporter.method_section import MethodSection
 from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS, Kernels
@@ -90,36 +91,6 @@ class CalibrationSection(Section):
     def sampler(self) -> dict[str, Any]:
         """What a trajectory depends on beside its prompt and seed."""
         return self.model_dump(exclude={"prompts", "samples", "seed", "memory"})
-
-
-class MethodSection(Section):
-    """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
-
-    name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
-    start: Literal["nearest", "gptq"] = Field(
-        default="nearest", description="the roundings that fp4dit begins with: the nearest, or those of error feedback"
-    )
-    iterations: Count = 2500
-    batch_size: Count = 32
-    learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.03, description="relative to the group's amax")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    regularization: Annotated[float, Field(ge=0)] = Field(
-        default=30.0,
-        description="per weight, beside a loss of 1 for rounding to nearest (the paper's 0.01 is absolute)",
-    )
-    beta_start: Annotated[float, Field(gt=0)] = 20.0
-    beta_end: Annotated[float, Field(gt=0)] = 2.0
-    scale_search: Literal["absmax", "mse", "output"] = "output"
-    balance: bool = Field(
-        default=False, description="balance the channels of inputs where the layers in front can do it for free"
-    )
-    quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
-
-    @model_validator(mode="after")
-    def _agree(self) -> MethodSection:
-        if self.beta_end > self.beta_start:
-            raise ValueError(f"beta_end {self.beta_end} is above beta_start {self.beta_start}; beta only falls")
-        return self
 
 
 class LayerRule(Section):

@@ -15,9 +15,10 @@ from exporter.container_choice import choose_container
 from exporter.errors import InputError
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
+from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.quantize import planned_linear
-from exporter.recipe import MethodSection, Scales
+from exporter.recipe import Scales
 from exporter.targets import Target
 from plugins.formats import get_format
 

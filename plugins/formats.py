@@ -175,6 +175,7 @@ class IntFormat(CodeTable):
 Format: TypeAlias = FloatFormat | IntFormat
 
 _TABLE: tuple[Format, ...] = (
+    FloatFormat("e2m0", 2, 0),
     FloatFormat("e2m1", 2, 1),
     FloatFormat("e1m2", 1, 2),
     FloatFormat("e3m0", 3, 0),
@@ -184,6 +185,7 @@ _TABLE: tuple[Format, ...] = (
     FloatFormat("e5m2", 5, 2, specials="ieee"),
     FloatFormat("e3m4", 3, 4),
     FloatFormat("e8m0", 8, 0, specials="fn", signed=False, has_zero=False),
+    IntFormat("int3", 3),
     IntFormat("int4", 4),
     IntFormat("int6", 6),
     IntFormat("int8", 8),
@@ -194,8 +196,11 @@ FORMATS: Mapping[str, Format] = MappingProxyType({entry.name: entry for entry in
 
 SCALE_ONLY_FORMATS: tuple[str, ...] = ("e8m0",)
 WEIGHT_FORMATS: tuple[str, ...] = tuple(name for name in FORMATS if name not in SCALE_ONLY_FORMATS)
-# E3M0 has no mantissa: as an activation it would be a logarithm, and no rounding body is defined for it.
-ACTIVATION_FORMATS: tuple[str, ...] = tuple(name for name in WEIGHT_FORMATS if FORMATS[name].mantissa_bits > 0)
+# E3M0 and E2M0 have no mantissa: as activations they would be logarithms, and no rounding body is defined for them.
+# Three bits are too few for activations.
+ACTIVATION_FORMATS: tuple[str, ...] = tuple(
+    name for name in WEIGHT_FORMATS if FORMATS[name].mantissa_bits > 0 and name != "int3"
+)
 
 
 def get_format(name: str) -> Format:

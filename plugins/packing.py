@@ -1,7 +1,8 @@
-"""Codes of 4, 6 and 8 bits in INT32 words.
+"""Codes of 3, 4, 6 and 8 bits in INT32 words.
 
 A row (the last axis) is one little-endian bit stream, least significant bit first: eight 4-bit codes a word with
-the low nibble first, sixteen 6-bit codes in three words. Each row is padded with zero bits to a whole word.
+the low nibble first, sixteen 6-bit codes or thirty-two 3-bit codes in three words. Each row is padded with zero bits to
+a whole word.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from plugins.body import Body
 WORD_BITS = 32
 _NIBBLE_BITS = 4
 _NIBBLES_PER_WORD = WORD_BITS // _NIBBLE_BITS
-PACKED_BITS = (4, 6, 8)
+PACKED_BITS = (3, 4, 6, 8)
 
 
 class PackingError(ValueError):
@@ -74,7 +75,8 @@ def unpack_nodes(words_name: str, codes_name: str, prefix: str, bits: int, count
     body = Body(prefix)
     signed = body.op("Cast", words_name, to=TensorProto.INT64)
     words = body.op("Mod", signed, body.ints(2**WORD_BITS))
-    codes = _six_bit_codes(body, words, count) if bits == 6 else _digits(body, words, 2**bits, WORD_BITS // bits)
+    straddle = WORD_BITS % bits != 0
+    codes = _from_octets(body, words, bits, count) if straddle else _digits(body, words, 2**bits, WORD_BITS // bits)
     body.op("Slice", codes, body.ints(0), body.ints(count), body.ints(1), output=codes_name)
     return body.nodes
 
@@ -86,15 +88,15 @@ def _digits(body: Body, numbers: str, radix: int, count: int) -> str:
     return body.op("Reshape", body.op("Mod", shifted, body.ints(radix)), body.ints(0, -1))
 
 
-def _six_bit_codes(body: Body, words: str, count: int) -> str:
-    """Four codes are three octets; sixteen are three words, to which a row is padded first."""
-    missing = -words_per_row(count, 6) % 3
+def _from_octets(body: Body, words: str, bits: int, count: int) -> str:
+    """Codes of 3 or 6 bits, some of which lie in two words; three octets hold whole ones, three words whole triples."""
+    missing = -words_per_row(count, bits) % 3
     if missing:
         words = body.op("Pad", words, body.ints(0, 0, 0, missing))
     octets = _digits(body, words, 2**8, 4)
     triples = body.op("Reshape", octets, body.ints(0, -1, 3))
     weighted = body.op("Mul", triples, body.ints(1, 2**8, 2**16))
-    return _digits(body, body.op("ReduceSum", weighted, body.ints(-1), keepdims=0), 2**6, 4)
+    return _digits(body, body.op("ReduceSum", weighted, body.ints(-1), keepdims=0), 2**bits, 24 // bits)
 
 
 def _check_bits(bits: int) -> None:

@@ -17,11 +17,11 @@ from torch import nn
 
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
+from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
-from exporter.recipe import MethodSection
 from tools.marked_section import replace_section
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

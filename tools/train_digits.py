@@ -19,7 +19,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from digits.captions import Captions, make_captions
 from digits.classifier import classifier_onnx, recognised_share, train_classifier
 from digits.dataset import DIGITS, load_split
-from digits.denoiser import held_out_error, make_scheduler, train_denoiser
+from digits.denoiser import held_out_error, make_scheduler, make_transformer, train_denoiser
 from digits.guided_sampling import GUIDANCE, INFERENCE_STEPS, picture, sample_digits
 from PIL import Image
 from rich.progress import Progress
@@ -56,7 +56,8 @@ def train(folder: Path, options: argparse.Namespace, progress: Progress) -> None
     network = train_classifier(training, options.classifier_epochs, options.seed, progress)
     onnx.save(classifier_onnx(network), folder / "classifier.onnx")
     make_scheduler().save_pretrained(folder / "scheduler")
-    transformer = train_denoiser(training, captions, options.steps, options.seed, progress)
+    untrained = make_transformer(options.seed)
+    transformer = train_denoiser(untrained, training, captions, options.steps, options.seed, progress)
     transformer.half().save_pretrained(folder / "transformer")
     write_model_index(folder / "model_index.json")
 

@@ -69,10 +69,10 @@ class _Moments:
 
     def add(self, tokens: Tensor) -> None:
         """Add tokens [..., K]."""
-        flat = tokens.flatten(0, -2).double()
+        flat = tokens.flatten(0, -2)
         self.count += len(flat)
-        self.total = self.total + flat.sum(dim=0)
-        self.squares = self.squares + flat.square().sum(dim=0)
+        self.total = self.total + flat.sum(dim=0, dtype=torch.float64)
+        self.squares = self.squares + flat.square().sum(dim=0, dtype=torch.float64)
 
     @property
     def mean(self) -> Tensor:

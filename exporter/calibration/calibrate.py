@@ -20,6 +20,7 @@ from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit,
 from exporter.calibration.scales import one_thread
 from exporter.errors import InputError
 from exporter.memory import release_mapped_weights
+from exporter.method_section import MethodSection
 from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
@@ -31,7 +32,6 @@ from exporter.quantize import (
     planned_linear,
     share_copy,
 )
-from exporter.recipe import MethodSection
 from exporter.shards import Shard
 
 # So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
 from exporter.calibration.inputs import BlockInputs
+from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.progress import Task
 from exporter.quantize import BlockStatistics, QuantizedWeight, input_quantizer
-from exporter.recipe import MethodSection
 from exporter.shards import Shard
 from plugins.formats import get_format
 

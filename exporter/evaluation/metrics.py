@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,8 +88,8 @@ def measure(metric: Metric, pictures: Pictures, tools: Tools, progress: Progress
         return Measured(None, not_computed=str(error))
     except ImportError as error:
         return Measured(None, not_computed=f"{_first_line(error)}; {metric.install}")
-    except (OSError, RuntimeError, ValueError) as error:
-        # Weights that cannot be downloaded, and packages that do not fit this PyTorch.
+    except (OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        # Weights that cannot be downloaded, and packages that do not fit each other or this PyTorch.
         return Measured(None, not_computed=f"{metric.package} failed: {_first_line(error)}")
     if not math.isfinite(value):
         return Measured(None, not_computed=f"it is {value}: some images are the same, or hold no numbers")
@@ -147,26 +147,34 @@ def _pixels(path: Path, device: str) -> Tensor:
 
 
 def _clip_score(pictures: Pictures, tools: Tools, task: Task) -> float:
-    from torchmetrics.multimodal import CLIPScore
-
+    """100 x the mean cosine of image and text, at least 0. torchmetrics 1.9 knows no folder and no transformers 5."""
     texts = _texts(pictures)
-    metric = CLIPScore(model_name_or_path=cast(Any, _clip_folder(tools.clip_model))).to(tools.device)
-    with torch.no_grad():
-        for name, text in zip(pictures.names, texts, strict=True):
-            metric.update(_pixels(pictures.folder / name, tools.device).to(torch.uint8), text)
-            task.advance()
-    return float(metric.compute())
+    model, processor = _load_clip(tools.clip_model)
+    model = model.to(tools.device)
+    cosines = 0.0
+    for name, text in zip(pictures.names, texts, strict=True):
+        with Image.open(pictures.folder / name) as image, torch.no_grad():
+            inputs = processor(
+                text=[text], images=[image.convert("RGB")], return_tensors="pt", padding=True, truncation=True
+            )
+            outputs = model(**inputs.to(tools.device))
+        cosines += float((outputs.image_embeds * outputs.text_embeds).sum())
+        task.advance()
+    return max(0.0, 100 * cosines / len(texts))
 
 
-def _clip_folder(given: str) -> str:
-    """The folder of CLIP's weights: a Hub id is looked up once, not file by file with many tries each."""
-    if Path(given).is_dir():
-        return given
-    try:
+def _load_clip(given: str) -> tuple[Any, Any]:
+    """CLIP and its processor from a folder or a Hub id, which is looked up once, not file by file with many tries."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    folder = Path(given)
+    if not folder.is_dir():
         advice = "download it where there is a network and give the folder: --clip-model DIR"
-        return str(fetch_snapshot("CLIP", given, _CLIP_FILES, advice))
-    except Fp4ExportError as error:
-        raise NotComputedError(str(error)) from error
+        try:
+            folder = fetch_snapshot("CLIP", given, _CLIP_FILES, advice)
+        except Fp4ExportError as error:
+            raise NotComputedError(str(error)) from error
+    return CLIPModel.from_pretrained(folder, use_safetensors=True), CLIPProcessor.from_pretrained(folder)
 
 
 def _texts(pictures: Pictures) -> tuple[str, ...]:
@@ -217,7 +225,7 @@ def _in_own_environment(name: str, package: str) -> str:
 
 METRICS = (
     Metric("fid", "FID", "lower", "clean-fid", _EXTRA, _fid),
-    Metric("clip_score", "CLIP score", "higher", "torchmetrics", _EXTRA, _clip_score),
+    Metric("clip_score", "CLIP score", "higher", "transformers", _EXTRA, _clip_score),
     Metric("lpips", "LPIPS", "lower", "torchmetrics", _EXTRA, _lpips, paired=True),
     Metric("psnr", "PSNR", "higher", "torchmetrics", _EXTRA, _psnr, paired=True),
     Metric("ssim", "SSIM", "higher", "torchmetrics", _EXTRA, _ssim, paired=True),

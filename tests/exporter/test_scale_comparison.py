@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
-from exporter.recipe import MethodSection, Scales
+from exporter.recipe import Scales
 from exporter.scale_comparison import LayerScales, compare_scales, summarize
 from exporter.targets import TARGETS
 

@@ -21,8 +21,9 @@ from plugins.formats import (
     get_format,
 )
 
-# name: bits, bias, max, smallest positive value (OCP Microscaling 1.0 tables; E1M2, E3M0, E3M4 by the same rule)
+# name: bits, bias, max, smallest positive value (OCP Microscaling 1.0 tables; E2M0, E1M2, E3M0, E3M4 by the same rule)
 FACTS = {
+    "e2m0": (3, 1, 4.0, 1.0),
     "e2m1": (4, 1, 6.0, 0.5),
     "e1m2": (4, 0, 3.5, 0.5),
     "e3m0": (4, 3, 16.0, 0.25),
@@ -33,7 +34,7 @@ FACTS = {
     "e3m4": (8, 3, 31.0, 2.0**-6),
     "e8m0": (8, 127, 2.0**127, 2.0**-127),
 }
-INTEGERS = {"int4": 7, "int6": 31, "int8": 127}
+INTEGERS = {"int3": 3, "int4": 7, "int6": 31, "int8": 127}
 SIGNED = [name for name in FORMATS if name != "e8m0"]
 
 
@@ -57,6 +58,7 @@ def test_integers_are_symmetric(name: str, largest: int) -> None:
 
 def test_numerators_of_the_small_formats() -> None:
     positive = {
+        "e2m0": [0, 1, 2, 4],
         "e2m1": [0, 1, 2, 3, 4, 6, 8, 12],
         "e1m2": [0, 1, 2, 3, 4, 5, 6, 7],
         "e3m0": [0, 1, 2, 4, 8, 16, 32, 64],
@@ -80,7 +82,7 @@ def test_a_range_wider_than_64_bits_has_no_numerators() -> None:
 
 
 def test_uniform_grids() -> None:
-    assert [name for name in FORMATS if get_format(name).is_uniform] == ["e1m2", "int4", "int6", "int8"]
+    assert [name for name in FORMATS if get_format(name).is_uniform] == ["e1m2", "int3", "int4", "int6", "int8"]
 
 
 @pytest.mark.parametrize("name", SIGNED)
@@ -191,13 +193,13 @@ def test_unknown_names_get_a_suggestion() -> None:
     for typed, meant in [("e2m4", "e2m3"), ("E2M1", "e2m1"), ("e4m3fn", "e4m3"), ("int5", "int8")]:
         with pytest.raises(UnknownFormatError, match=rf"unknown format '{typed}'; did you mean '{meant}'\?"):
             get_format(typed)
-    with pytest.raises(UnknownFormatError, match="valid: e2m1, e1m2"):
+    with pytest.raises(UnknownFormatError, match="valid: e2m0, e2m1, e1m2"):
         get_format("posit")
 
 
 def test_which_formats_are_for_what() -> None:
     assert "e8m0" not in WEIGHT_FORMATS
-    assert set(WEIGHT_FORMATS) - set(ACTIVATION_FORMATS) == {"e3m0"}
+    assert set(WEIGHT_FORMATS) - set(ACTIVATION_FORMATS) == {"e2m0", "int3", "e3m0"}
 
 
 def test_a_bias_can_be_overridden() -> None:

@@ -40,6 +40,7 @@ def finite_gfloat(exponent_bits: int, mantissa_bits: int) -> FormatInfo:
 
 
 GFLOAT = {
+    "e2m0": finite_gfloat(2, 0),
     "e2m1": gfloat.formats.format_info_ocp_e2m1,
     "e1m2": finite_gfloat(1, 2),
     "e3m0": finite_gfloat(3, 0),

@@ -68,7 +68,7 @@ def test_pack_refuses_what_it_cannot_hold() -> None:
         pack(np.array([3, 16], np.uint8), 4)
     with pytest.raises(PackingError, match="must be uint8"):
         pack(np.array([3], np.int64), 4)
-    with pytest.raises(PackingError, match="5 bits are not packed; valid: 4, 6, 8"):
+    with pytest.raises(PackingError, match="5 bits are not packed; valid: 3, 4, 6, 8"):
         pack(np.array([3], np.uint8), 5)
     with pytest.raises(PackingError, match="must be uint8"):
         pack(np.uint8(3), 4)

@@ -92,7 +92,8 @@ def test_training_depends_on_the_seed_only(script: dict[str, Any]) -> None:
     captions = script["make_captions"](0)
 
     def weights(seed: int) -> torch.Tensor:
-        trained = script["train_denoiser"](training, captions, 2, seed, Progress(disable=True))
+        untrained = script["make_transformer"](seed)
+        trained = script["train_denoiser"](untrained, training, captions, 2, seed, Progress(disable=True))
         return trained.proj_out.weight
 
     torch.manual_seed(5)

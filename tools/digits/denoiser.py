@@ -21,8 +21,9 @@ REPORT_EVERY = 100
 HELD_OUT_DRAWS = 8
 
 
-def make_transformer() -> PixArtTransformer2DModel:
+def make_transformer(seed: int) -> PixArtTransformer2DModel:
     """Return the untrained transformer: 4 blocks of width 256 on 16 tokens, predicting the noise only."""
+    torch.manual_seed(seed)
     return PixArtTransformer2DModel(
         num_layers=4,
         num_attention_heads=4,
@@ -95,13 +96,17 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int) 
 
 
 def train_denoiser(
-    training: DigitImages, captions: Captions, steps: int, seed: int, progress: Progress
+    transformer: PixArtTransformer2DModel,
+    training: DigitImages,
+    captions: Captions,
+    steps: int,
+    seed: int,
+    progress: Progress,
 ) -> PixArtTransformer2DModel:
     """Train by noise prediction for `steps` steps and return the averaged weights, in evaluation mode."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     schedule = DDPMScheduler.from_config(make_scheduler().config)
-    transformer = make_transformer().train()
+    transformer.train()
     average = copy.deepcopy(transformer).eval()
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True

@@ -16,11 +16,11 @@ from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import BlockInputs, CalibrationRun
 from exporter.errors import EnvironmentLacksError
+from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.plan import Plan
 from exporter.progress import NullProgress
-from exporter.recipe import MethodSection
 
 Planner = Callable[..., Plan]
 METHOD = MethodSection(scale_search="absmax", iterations=6, batch_size=8, warmup=0.0)

@@ -15,13 +15,13 @@ from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
 from exporter.errors import InputError
+from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.passes.fold import fold_rows
 from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
-from exporter.recipe import MethodSection
 from exporter.shards import Shard
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format

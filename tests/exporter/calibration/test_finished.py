@@ -15,12 +15,12 @@ from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import UnitFiles
 from exporter.errors import InputError
+from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, save_quantized
-from exporter.recipe import MethodSection
 from exporter.workdir import WorkDir
 from tests.exporter.interrupted import InterruptedProgress
 

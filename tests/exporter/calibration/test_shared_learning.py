@@ -14,9 +14,9 @@ from exporter.calibration.inputs import BlockInputs, InputStatistics
 from exporter.calibration.inputs import _Sums as Sums
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
+from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.progress import NullProgress
-from exporter.recipe import MethodSection
 from exporter.shards import Shard
 
 SAMPLES, TOKENS, WIDTH = 24, 8, 64

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from exporter.errors import InputError
 from exporter.evaluation.metrics import METRICS, Measured, Pictures, Tools, measure, metrics_named
@@ -70,6 +72,42 @@ def test_missing_package_comes_with_its_command(pictures: Pictures) -> None:
     measured = _measure("fid", real)
     assert measured.value is None
     assert "No module named 'cleanfid'; pip install 'fp4export[metrics]'" in measured.not_computed
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A tiny CLIP with random weights, which spells."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    # This seed's images and texts point apart, and no score is below 0.
+    model.text_projection.weight.data.neg_()
+    model.save_pretrained(tmp_path / "clip")
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_clip_score_is_the_mean_cosine_of_the_folders_model(pictures: Pictures, clip: Path) -> None:
+    measured = _measure("clip_score", pictures, Tools("cpu", clip_model=str(clip)))
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    cosines = []
+    for name, text in zip(pictures.names, pictures.texts or (), strict=True):
+        given = processor(text=[text], images=[Image.open(pictures.folder / name)], return_tensors="pt")
+        with torch.no_grad():
+            image = model.visual_projection(model.vision_model(given["pixel_values"]).pooler_output)
+            words = model.text_projection(model.text_model(given["input_ids"]).pooler_output)
+        cosines.append(float(torch.cosine_similarity(image, words)))
+    assert np.mean(cosines) > 0, "a score of 0 would say nothing"
+    assert measured.value == pytest.approx(100 * np.mean(cosines), abs=0.01)
+    assert measured.package.startswith("transformers ")
+    nowhere = _measure("clip_score", pictures, Tools("cpu", clip_model="no where"))
+    assert nowhere.not_computed == "CLIP: no where: neither a directory nor a Hub id"
 
 
 STAND_IN = """

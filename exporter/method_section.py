@@ -1,0 +1,62 @@
+"""What a recipe may say about how weights are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from exporter.model_section import Count, Section
+
+Effort = Literal["fast", "default", "best"]
+
+_EFFORTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {"name": "gptq"},
+        "default": {"name": "fp4dit", "start": "gptq", "iterations": 250, "learning_rate": 0.01},
+        "best": {"name": "fp4dit", "start": "gptq", "iterations": 1000, "learning_rate": 0.01},
+    }
+)
+
+
+class MethodSection(Section):
+    """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
+
+    effort: Effort | None = Field(
+        default=None, description="sets name, start, iterations and learning_rate where they are not given"
+    )
+    name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
+    start: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="the roundings that fp4dit begins with: the nearest, or those of error feedback"
+    )
+    iterations: Count = 2500
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=0.03, description="relative to the group's amax")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    regularization: Annotated[float, Field(ge=0)] = Field(
+        default=30.0,
+        description="per weight, beside a loss of 1 for rounding to nearest (the paper's 0.01 is absolute)",
+    )
+    beta_start: Annotated[float, Field(gt=0)] = 20.0
+    beta_end: Annotated[float, Field(gt=0)] = 2.0
+    scale_search: Literal["absmax", "mse", "output"] = "output"
+    balance: bool = Field(
+        default=False, description="balance the channels of inputs where the layers in front can do it for free"
+    )
+    quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        effort = given.get("effort")
+        return {**(_EFFORTS.get(effort, {}) if isinstance(effort, str) else {}), **given}
+
+    @model_validator(mode="after")
+    def _agree(self) -> MethodSection:
+        if self.beta_end > self.beta_start:
+            raise ValueError(f"beta_end {self.beta_end} is above beta_start {self.beta_start}; beta only falls")
+        return self

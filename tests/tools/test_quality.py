@@ -1,0 +1,112 @@
+"""The comparison: rows are what they claim, figures are right for known distributions, the page shows what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from exporter import load_recipe
+from exporter.models.loading import model_shapes
+from exporter.models.pixart import PixArtAdapter
+from exporter.plan import plan_layers
+from exporter.progress import NullProgress
+from exporter.rounding import round_to_format
+from exporter.targets import TARGETS
+from plugins.formats import FORMATS, get_format
+from tools.quality_cells.cells import Figures, Laboratory
+from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
+from tools.quality_cells.page import markdown
+from tools.quality_cells.published_loop import GROUP, PublishedLinear
+from tools.quality_cells.rows import BITS, ROWS, SEEDS, W4A6, Bits, Row
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
+
+
+@pytest.mark.parametrize("bits", BITS, ids=lambda bits: bits.name)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
+def test_every_cell_is_a_recipe_of_the_widths_it_claims(row: Row, bits: Bits) -> None:
+    recipe = load_recipe(RECIPE, row.changes(bits), "cpu")
+    adapter = PixArtAdapter()
+    width = {"num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256}
+    model = adapter.create({"num_layers": 1, "sample_size": 8, **width})
+    plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), TARGETS["cpu"])
+    assert len(plan.layers) == 10
+    for layer in plan.layers:
+        weight, activation = FORMATS[layer.weight_format], FORMATS[layer.activation_format]
+        assert f"W{weight.bits}A{activation.bits}" == bits.name
+        assert (
+            layer.weight_format.startswith("int")
+            == layer.activation_format.startswith("int")
+            == (row.formats == "integers")
+        )
+        assert layer.group_size == 128
+
+
+def test_seeds_share_no_trajectory() -> None:
+    samples = load_recipe(RECIPE).calibration.samples
+    assert min(np.diff(SEEDS)) >= samples
+
+
+def test_frechet_distances_of_known_distributions() -> None:
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=(4000, 3))
+    first -= first.mean(axis=0)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(first + np.array([3.0, 0, 4.0]), first) == pytest.approx(25, rel=1e-6)
+    # Of N(0, σ²) and N(0, 1) it is (σ - 1)² in every direction.
+    assert frechet_distance(3 * first, first) == pytest.approx(4 * np.trace(np.cov(first, rowvar=False)), rel=1e-6)
+
+
+def test_intervals_are_as_wide_as_samples_vary() -> None:
+    hits = np.arange(1000) % 10 != 0
+    interval = bootstrapped(lambda chosen: float(hits[chosen].mean()), len(hits))
+    assert interval.value == pytest.approx(0.9)
+    error = np.sqrt(0.9 * 0.1 / 1000)
+    assert 1.2 * error < interval.value - interval.low < 2.8 * error
+    assert 1.2 * error < interval.high - interval.value < 2.8 * error
+
+
+def test_drift_is_in_decibels() -> None:
+    exact = np.ones((2, 1, 2, 2), np.float32)
+    assert signal_to_noise_db(exact, exact * 0.9) == pytest.approx(20, abs=1e-4)
+
+
+def test_the_judge_sees_classes_and_features_of_the_shipped_classifier() -> None:
+    classes, features = Judge(RECIPE.parent / "digits" / "classifier.onnx").look(np.zeros((300, 1, 8, 8), np.float32))
+    assert classes.shape == (300,)
+    assert features.shape[0] == 300
+    assert features.shape[1] > 10
+
+
+def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
+    laboratory, other = (Laboratory(RECIPE, tmp_path / name, NullProgress()) for name in ("digits", "shapes"))
+    assert "Not measured yet." in markdown(laboratory, other)
+    row = ROWS[0]
+    for seed, snr in zip(SEEDS, (40.0, 42.0), strict=False):
+        figures = Figures(snr, 30.0, 25.0, 7.0, 2000, Interval(0.99, 0.98, 1.0), Interval(0.5, 0.25, 0.75))
+        laboratory._keep(row, W4A6, seed, figures)
+        assert laboratory.cell(row, W4A6, seed, samples=2000) == figures
+    page = markdown(laboratory, other)
+    line = next(line for line in page.splitlines() if line.startswith(f"| {row.title}"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["41.0 ± 1.4", "30.0 ± 0.0", "25.0 ± 0.0"]
+    assert cells[4:] == ["99.0 % (98.0 … 100.0)", "0.500 (0.250 … 0.750)", "7", "2"]
+
+
+@pytest.mark.parametrize(("mantissa", "name"), [(1, "e2m1"), (0, "e3m0"), (2, "e1m2")])
+def test_the_published_loop_rounds_on_the_same_grid(mantissa: int, name: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(2 * GROUP, 4)
+    layer, fmt = PublishedLinear(linear, mantissa), get_format(name)
+    scales = linear.weight.reshape(-1, GROUP).abs().amax(dim=1, keepdim=True) / fmt.max
+    units = linear.weight.detach().reshape(-1, GROUP) / scales
+    found = layer.quantized().detach().reshape(-1, GROUP) / scales
+    torch.testing.assert_close(round_to_format(found, fmt), found, rtol=1e-4, atol=1e-4)
+    if mantissa:  # E3M0's ties are between the values here, by the exponent there
+        assert float((found - round_to_format(units, fmt)).abs().gt(1e-3).float().mean()) < 0.01
+    layer.soft = True
+    torch.testing.assert_close(layer.quantized(), linear.weight, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,141 @@
+"""Race the published calibration against ours on the digits model: CPU seconds at equal error of the blocks' outputs.
+
+`python -m tools.calibration_speed --iterations 250` takes about ten minutes on one core and writes the section "speed"
+of docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from torch import nn
+
+from exporter.calibration.calibrate import calibrate
+from exporter.calibration.inputs import CalibrationRun
+from exporter.progress import NullProgress, RichProgress
+from exporter.quantize import planned_linear, share_copy
+from exporter.source import Source, load_source
+from exporter.stages import captured_inputs
+from plugins.formats import get_format
+from tools.marked_section import replace_section
+from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.published_loop import calibrate_as_published
+
+ROOT = Path(__file__).parents[1]
+SECTION = "speed: written by tools/calibration_speed.py"
+_PUBLISHED = "as published, straightforward"
+_OURS = (
+    ("ours, `method.effort: fast`", ("method.effort=fast",)),
+    ("ours, `method.effort: default`", ("method.effort=default",)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A calibration: its CPU seconds, and each block's output error relative to the output's power."""
+
+    name: str
+    seconds: float
+    errors: tuple[float, ...]
+
+
+@click.command(help=__doc__)
+@click.option("--iterations", type=click.IntRange(1), default=250, show_default=True, help="Of the published loop.")
+@click.option("--page", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="Where it goes.")
+def main(iterations: int, page: Path) -> None:
+    """Run all and write the table."""
+    # CPU time is what is compared: one thread spends none of it waiting for another.
+    torch.set_num_threads(1)
+    folder = ROOT / "build" / "quality" / "digits"
+    folder.mkdir(parents=True, exist_ok=True)
+    laboratory = Laboratory(ROOT / "recipes" / "digits.yaml", folder, RichProgress(Console(stderr=True)))
+    replace_section(page, SECTION, table(race(laboratory, iterations), iterations))
+
+
+def race(laboratory: Laboratory, iterations: int) -> list[Run]:
+    """The published loop, then ours, on the same captured inputs; weights only, as all learn them."""
+    runs = []
+    job = laboratory.job((), "speed")
+    source = load_source(job)
+    run = CalibrationRun(source.adapter, captured_inputs(job, source), source.prompts)
+    blocks = len(source.adapter.blocks(source.model))
+    with laboratory.progress.task(_PUBLISHED, blocks * iterations) as task:
+        runs.append(
+            timed(
+                _PUBLISHED, run, source, lambda: calibrate_as_published(source.model, run, iterations, 0, task.advance)
+            )
+        )
+    for name, changes in _OURS:
+        with laboratory.progress.task(name, 1):
+            runs.append(timed(name, run, source, lambda changes=changes: ours(laboratory, run, changes)))
+    return runs
+
+
+def ours(laboratory: Laboratory, run: CalibrationRun, changes: tuple[str, ...]) -> nn.Module:
+    """The model with the weights that the changed digits recipe gives it."""
+    job = laboratory.job(changes, "speed")
+    source = load_source(job)
+    result = calibrate(
+        source.model,
+        source.adapter,
+        source.plan,
+        run.calibration_set,
+        source.prompts,
+        job.recipe.method,
+        0,
+        NullProgress(),
+    )
+    rounded = share_copy(source.model)
+    for layer in source.plan.layers:
+        weight = result.weights[layer.name].dequantize(get_format(layer.weight_format))
+        planned_linear(rounded, layer).weight = nn.Parameter(weight, requires_grad=False)
+    return rounded
+
+
+def timed(name: str, run: CalibrationRun, source: Source, make: Callable[[], nn.Module]) -> Run:
+    """Make a model with rounded weights and measure its blocks one after the other, each on what the last one gave."""
+    begin = time.process_time()
+    rounded = make()
+    seconds = time.process_time() - begin
+    blocks = source.adapter.blocks(source.model)
+    original = quantized = run.block_inputs(source.model, blocks[0][1])
+    errors = []
+    for path, block in blocks:
+        unit = rounded.get_submodule(path)
+        targets, outputs = (
+            inputs.outputs(module, run.store, run.limit) for inputs, module in ((original, block), (quantized, unit))
+        )
+        errors.append(float((outputs - targets).square().sum() / targets.square().sum()))
+        original, quantized = original.advanced(targets), quantized.advanced(outputs)
+    return Run(name, seconds, tuple(errors))
+
+
+def table(runs: list[Run], iterations: int) -> str:
+    """The runs as Markdown, against the first."""
+    blocks = range(len(runs[0].errors))
+    lines = [
+        f"| calibration | CPU s | {' | '.join(f'block {block}' for block in blocks)} | published time ÷ its time |",
+        f"|---|---|{'---|' * len(blocks)}---|",
+    ]
+    for run in runs:
+        errors = " | ".join(f"{error:.2e}" for error in run.errors)
+        lines.append(f"| {run.name} | {run.seconds:.0f} | {errors} | {runs[0].seconds / run.seconds:.1f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Error of every block's output relative to its power on the calibration set, weights only; {iterations} "
+            f"iterations a block of the published loop, one thread of {os.cpu_count()}.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Compare rounding methods and formats at equal widths and several seeds: docs/quality.md.
+
+`python -m tools.quality` measures cell after cell (a method at some bits, calibrated with a seed) and writes the page
+from all that build/quality keeps, so it can be stopped and run again. Cells can be chosen: `--bits W4A6 --row ours`.
+A cell takes half a minute to three minutes on one core, `--samples 2000` eight more, for the first seed only.
+`--model shapes` measures the second model, which `python tools/train_shapes.py --output build/shapes` makes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from exporter.files import write_text_atomically
+from exporter.progress import RichProgress
+from tools.marked_section import marked_sections
+from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.page import markdown
+from tools.quality_cells.rows import BITS, ROWS, SEEDS
+
+ROOT = Path(__file__).parents[1]
+_RECIPES = {"digits": ROOT / "recipes" / "digits.yaml", "shapes": ROOT / "build" / "shapes" / "shapes.yaml"}
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Choice([*_RECIPES]), default="digits", show_default=True, help="Which model.")
+@click.option("--bits", multiple=True, type=click.Choice([bits.name for bits in BITS]), help="Only these widths.")
+@click.option("--row", "rows", multiple=True, type=click.Choice([row.key for row in ROWS]), help="Only these methods.")
+@click.option("--seeds", type=click.IntRange(0, len(SEEDS)), default=len(SEEDS), show_default=True, help="How many.")
+@click.option("--samples", type=click.IntRange(0), default=0, show_default=True, help="Samples to judge, first seed.")
+@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="The page.")
+def main(model: str, bits: tuple[str, ...], rows: tuple[str, ...], seeds: int, samples: int, output: Path) -> None:
+    """Measure what is missing, then write the page."""
+    if not _RECIPES[model].is_file():
+        raise click.UsageError("--model shapes: make it first: python tools/train_shapes.py --output build/shapes")
+    if samples and model != "digits":
+        raise click.UsageError("--samples: only the digits have a classifier")
+    progress = RichProgress(Console(stderr=True))
+    laboratories = {}
+    for name, recipe in _RECIPES.items():
+        folder = ROOT / "build" / "quality" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        laboratories[name] = Laboratory(recipe, folder, progress)
+    for seed in SEEDS[:seeds]:
+        for width in BITS:
+            for row in ROWS:
+                if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)):
+                    laboratories[model].cell(row, width, seed, samples if seed == SEEDS[0] else 0)
+    sections = marked_sections(output) if output.is_file() else []
+    page = markdown(laboratories["digits"], laboratories["shapes"]).rstrip()
+    write_text_atomically(output, "\n\n".join([page, *sections]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Calibrate and measure one cell; everything that takes long is kept, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from exporter import load_recipe
+from exporter.calibration.calibrate import calibrate
+from exporter.evaluate import prompt_order
+from exporter.files import write_text_atomically
+from exporter.job import Job, open_job
+from exporter.progress import NullProgress, Progress
+from exporter.quality import noise_prediction_snr
+from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
+from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.source import Source, load_source
+from exporter.stages import balanced, capture, captured_inputs
+from exporter.workdir import name_for
+from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
+from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
+
+_HELD_OUT_TRAJECTORIES = 16
+_DRIFT_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A cell: noise predictions on held-out trajectories, drift of finished samples, CPU seconds of calibrating; and on
+    `samples` samples (0: not measured) what the classifier recognises and the Fréchet distance to the original's."""
+
+    snr_mean_db: float
+    snr_worst_db: float
+    drift_db: float
+    calibration_seconds: float
+    samples: int = 0
+    recognised: Interval | None = None
+    frechet: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """A recipe to change, and a folder for everything that is kept."""
+
+    recipe: Path
+    folder: Path
+    progress: Progress
+
+    def job(self, changes: Sequence[str], name: str) -> Job:
+        """The changed recipe's job in the work folder `name`."""
+        recipe = load_recipe(self.recipe, changes, "cpu")
+        work = self.folder / f"{name}.work"
+        output = self.folder / "not_written.onnx"
+        return open_job(recipe, output, work, fresh=False, keep_graphs=False, progress=NullProgress())
+
+    def cell(self, row: Row, bits: Bits, seed: int, samples: int) -> Figures:
+        """The figures of a cell, measured as far as they are not kept."""
+        kept = self.kept(row, bits, seed)
+        if kept is None:
+            with self.progress.task(f"{bits.name} {row.key} seed {seed}", 1):
+                kept = self._measured(*self._quantized(row, bits, seed))
+            self._keep(row, bits, seed, kept)
+        if samples > kept.samples:
+            with self.progress.task(f"{bits.name} {row.key} seed {seed}: {samples} samples", 1):
+                model, source, _ = self._quantized(row, bits, seed)
+                kept = self._judged(kept, partial(source.adapter.predict_noise, model), samples)
+            self._keep(row, bits, seed, kept)
+        return kept
+
+    def kept(self, row: Row, bits: Bits, seed: int) -> Figures | None:
+        """What an earlier run measured."""
+        file = self._file(row, bits, seed)
+        if not file.is_file():
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("recognised", "frechet"):
+            found[name] = None if found[name] is None else Interval(**found[name])
+        return Figures(**found)
+
+    def _keep(self, row: Row, bits: Bits, seed: int, figures: Figures) -> None:
+        file = self._file(row, bits, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps(asdict(figures), indent=1) + "\n")
+
+    def _file(self, row: Row, bits: Bits, seed: int) -> Path:
+        return self.folder / "cells" / f"{bits.name}.{row.key}.{seed}.json"
+
+    def _quantized(self, row: Row, bits: Bits, seed: int) -> tuple[nn.Module, Source, float]:
+        """The fake-quantized model, what it was made of, and the CPU seconds that calibrating took."""
+        job = self.job((*row.changes(bits), f"calibration.seed={seed}"), f"seed{seed}")
+        source = load_source(job)
+        captured = captured_inputs(job, source)
+        source = balanced(job, source, captured)
+        # Rounding does not see how activations are quantized, so that columns share it.
+        layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
+        parts = [source.identity, layers, job.recipe.method.model_dump()]
+        file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
+        seconds = file.with_suffix(".seconds")
+        if not seconds.is_file():
+            begin = time.process_time()
+            result: CalibrationResult = calibrate(
+                source.model,
+                source.adapter,
+                source.plan,
+                captured,
+                source.prompts,
+                job.recipe.method,
+                seed,
+                NullProgress(),
+            )
+            file.parent.mkdir(exist_ok=True)
+            save_quantized(file, result, source.plan)
+            write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")
+        weights = load_quantized(file, source.plan).weights
+        model = quantize_model(source.model, source.plan, weights)
+        return model, source, float(seconds.read_text(encoding="utf-8"))
+
+    def _measured(self, model: nn.Module, source: Source, seconds: float) -> Figures:
+        job, original = self._original
+        denoiser = partial(source.adapter.predict_noise, model)
+        held_out = capture(
+            job, original, "held_out.safetensors", trajectories=_HELD_OUT_TRAJECTORIES, seed=HELD_OUT_SEED
+        )
+        noise = noise_prediction_snr(original.denoiser, denoiser, held_out, original.prompts, NullProgress())
+        exact = self.original_samples("drift", _DRIFT_SAMPLES, HELD_OUT_SEED)
+        drift = signal_to_noise_db(exact, self._samples(denoiser, _DRIFT_SAMPLES, HELD_OUT_SEED))
+        return Figures(noise.mean_db, noise.worst_db, drift, seconds)
+
+    def _judged(self, figures: Figures, denoiser: Denoiser, count: int) -> Figures:
+        """With what the classifier says of `count` samples."""
+        recognised, frechet = self.judge(self._samples(denoiser, count, HELD_OUT_SEED))
+        return Figures(**{**vars(figures), "samples": count, "recognised": recognised, "frechet": frechet})
+
+    def judge(self, images: npt.NDArray[np.float32]) -> tuple[Interval, Interval]:
+        """Share recognised of samples [n, C, H, W], and their distance to as many of the original from other seeds."""
+        job, original = self._original
+        assert job.recipe.evaluation.classifier is not None
+        assert original.prompts.labels is not None
+        judge = Judge(job.recipe.resolve_path(job.recipe.evaluation.classifier))
+        reference = self.original_samples("reference", len(images), HELD_OUT_SEED + len(images))
+        classes, ours = judge.look(images)
+        _, theirs = judge.look(reference)
+        right = classes == original.prompts.labels[prompt_order(original, len(images))].numpy()
+        recognised = bootstrapped(lambda chosen: float(right[chosen].mean()), len(images))
+        return recognised, bootstrapped(lambda chosen: frechet_distance(ours[chosen], theirs), len(images))
+
+    def original_samples(self, name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
+        """Samples of the original model, kept."""
+        file = self.folder / f"original.{name}.{count}.safetensors"
+        if not file.is_file():
+            images = self._samples(self._original[1].denoiser, count, seed)
+            save_file({"samples": torch.from_numpy(images)}, file)
+        return load_file(file)["samples"].numpy()
+
+    @cached_property
+    def _original(self) -> tuple[Job, Source]:
+        job = self.job((), "original")
+        return job, load_source(job)
+
+    def _samples(self, denoiser: Denoiser, count: int, seed: int) -> npt.NDArray[np.float32]:
+        """Guided samples float32 [count, C, H, W], prompts in turn."""
+        job, original = self._original
+        settings = job.recipe.calibration
+        noise = original.adapter.training_noise
+        return sample(
+            denoiser,
+            original.prompts,
+            prompt_order(original, count),
+            make_scheduler(settings.scheduler, original.files.scheduler, settings.steps, noise),
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seed=seed,
+            latent_shape=original.latent_shape,
+        ).numpy()

@@ -1,0 +1,78 @@
+"""Figures of samples: recognition, and the Fréchet distance in a classifier's feature space, with bootstraps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from exporter.runtime import OnnxSession
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 100
+FEATURES = "features"
+_BATCH = 256
+_CONFIDENCE = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Judge:
+    """The shipped classifier with the tensor in front of its last layer as a second output."""
+
+    def __init__(self, classifier: Path) -> None:
+        model = onnx.load(classifier)
+        model.graph.output.append(onnx.helper.make_tensor_value_info(FEATURES, onnx.TensorProto.FLOAT, None))
+        self._session = OnnxSession(model)
+
+    def look(self, images: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Images [n, C, H, W] → (classes int64 [n], features [n, F])."""
+        classes, features = [], []
+        for start in range(0, len(images), _BATCH):
+            found = self._session.run({"samples": images[start : start + _BATCH]})
+            classes.append(found["logits"].argmax(axis=1))
+            features.append(found[FEATURES].astype(np.float64))
+        return np.concatenate(classes), np.concatenate(features)
+
+
+def frechet_distance(ours: Floats, theirs: Floats) -> float:
+    """Of the normal distributions with the means and covariances of two sets of features [n, F] (arXiv 1706.08500)."""
+    difference = ours.mean(axis=0) - theirs.mean(axis=0)
+    first, second = np.cov(ours, rowvar=False), np.cov(theirs, rowvar=False)
+    # The trace of (A·B)^½ is that of the root of A^½·B·A^½, which is symmetric.
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(min=0)).sum()
+    return float(difference @ difference + np.trace(first) + np.trace(second) - 2 * cross)
+
+
+def bootstrapped(figure: Callable[[npt.NDArray[np.int64]], float], count: int, seed: int = 0) -> Interval:
+    """`figure` of the indices of all `count` samples, with the interval of its values on resamples.
+
+    Where resampling itself shifts the figure, as it does a distance, the interval is moved by that shift.
+    """
+    generator = np.random.default_rng(seed)
+    value = figure(np.arange(count))
+    drawn = np.array([figure(generator.integers(count, size=count)) for _ in range(RESAMPLES)])
+    low, high = np.percentile(drawn - drawn.mean(), _CONFIDENCE)
+    return Interval(value, value + float(low), value + float(high))
+
+
+def signal_to_noise_db(original: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    """Power of `original` over that of the difference, in dB."""
+    signal = np.square(original, dtype=np.float64).sum()
+    noise = np.square(cast(Floats, original - other), dtype=np.float64).sum()
+    return float(10 * np.log10(signal / noise))

@@ -1,0 +1,81 @@
+"""What is compared: methods (rows) at numbers of bits (columns), as changes of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEEDS = (0, 1000, 2000)
+"""Calibration seeds: far enough apart that no trajectory is captured twice."""
+
+HELD_OUT_SEED = 500_000
+"""Of the trajectories that every cell is measured on."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Formats of the same widths: integers, and the floats that a FP row uses."""
+
+    name: str
+    integers: tuple[str, str]
+    floats: tuple[str, str]
+
+
+W4A8 = Bits("W4A8", ("int4", "int8"), ("e2m1", "e4m3"))
+W4A6 = Bits("W4A6", ("int4", "int6"), ("e2m1", "e2m3"))
+W4A4 = Bits("W4A4", ("int4", "int4"), ("e2m1", "e2m1"))
+W3A6 = Bits("W3A6", ("int3", "int6"), ("e2m0", "e2m3"))
+BITS = (W4A8, W4A6, W4A4, W3A6)
+
+# FP4DiT publishes E3M4 at 8 bits, and E3M0 for the layer in front of the GELU.
+_PUBLISHED_A8 = "e3m4"
+_PUBLISHED_FIRST_FEED_FORWARD = "e3m0"
+
+_NEAREST = ("method.name=rtn",)
+_GPTQ = ("method.name=gptq",)
+# 250 iterations of 32 samples for every row that learns.
+_LEARNED = ("method.name=fp4dit", "method.iterations=250")
+_FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
+_FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: `formats` are integers, floats, or floats as FP4DiT publishes them."""
+
+    key: str
+    title: str
+    formats: str
+    method: tuple[str, ...]
+    balance: bool = False
+
+    def changes(self, bits: Bits) -> tuple[str, ...]:
+        """The recipe's changes for these bits."""
+        weight, activation = bits.integers if self.formats == "integers" else bits.floats
+        rules = [f"{{match: 'transformer_blocks.*', weight: {weight}, activation: {activation}, {self._grouping}}}"]
+        if self.formats == "published":
+            activation = _PUBLISHED_A8 if activation == "e4m3" else activation
+            first = _PUBLISHED_FIRST_FEED_FORWARD if weight == "e2m1" else weight
+            rules = [
+                f"{{match: '*.ff.net.0.proj', weight: {first}, activation: {activation}, {self._grouping}}}",
+                f"{{match: 'transformer_blocks.*', weight: {weight}, activation: {activation}, {self._grouping}}}",
+            ]
+        return (f"layers=[{', '.join(rules)}]", f"method.balance={str(self.balance).lower()}", *self.method)
+
+    @property
+    def _grouping(self) -> str:
+        # Foldable scales are what ships; the others are a little freer.
+        return f"group: 128, scales: {'foldable' if self.formats == 'floats' else 'group'}"
+
+
+ROWS = (
+    Row("int_nearest", "integers, round to nearest", "integers", _NEAREST),
+    Row("int_adaround", "integers, AdaRound, block reconstruction", "integers", _FROM_NEAREST),
+    Row("int_gptq", "integers, GPTQ", "integers", _GPTQ),
+    Row("int_ours", "integers, balanced, GPTQ, then AdaRound", "integers", _FROM_GPTQ, balance=True),
+    Row("fp_nearest", "floats, round to nearest", "floats", _NEAREST),
+    Row("fp4dit", "floats, FP4DiT as published", "published", (*_FROM_NEAREST, "method.scale_search=absmax")),
+    Row("fp_adaround", "floats, AdaRound, block reconstruction", "floats", _FROM_NEAREST),
+    Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
+    Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
+    Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+)
