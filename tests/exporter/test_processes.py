@@ -72,7 +72,10 @@ def test_two_processes_learn_what_one_learns(recipe: Path, tmp_path: Path) -> No
     assert run.returncode == 0, said
     assert [text for path, text in said.items() if "/1/" in path] == ["", ""]
     assert output.with_suffix(".report.html").is_file()
+    (learned,) = output.with_suffix(".work").glob("quantized.*.safetensors")
+    written = learned.stat().st_mtime_ns
     shared, alone = _calibrated(recipe, output), _calibrated(recipe, tmp_path / "alone.onnx")
+    assert learned.stat().st_mtime_ns == written, "learned again, by one process"
     for one, other in zip(alone.blocks, shared.blocks, strict=True):
         assert one.error_calibrated < 0.97 * one.error_start
         assert other.error_start == pytest.approx(one.error_start, rel=1e-3)
