@@ -85,7 +85,9 @@ def test_the_judge_sees_classes_and_features_of_the_shipped_classifier() -> None
 def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
     laboratory, other = (Laboratory(RECIPE, tmp_path / name, NullProgress()) for name in ("digits", "shapes"))
     assert "Not measured yet." in markdown(laboratory, other)
-    row = ROWS[0]
+    rows = {row.key: row for row in ROWS}
+    row, floats = rows["int_nearest"], rows["fp_nearest"]
+    laboratory._keep(floats, W4A6, SEEDS[0], Figures(43.5, 30.0, 25.0, 7.0))
     for seed, snr in zip(SEEDS, (40.0, 42.0), strict=False):
         figures = Figures(snr, 30.0, 25.0, 7.0, 2000, Interval(0.99, 0.98, 1.0), Interval(0.5, 0.25, 0.75))
         laboratory._keep(row, W4A6, seed, figures)
@@ -94,6 +96,7 @@ def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
     line = next(line for line in page.splitlines() if line.startswith(f"| {row.title}"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["41.0 ± 1.4", "30.0 ± 0.0", "25.0 ± 0.0"]
+    assert "| round to nearest | – | +3.5 | – | – |" in page
     assert cells[4:] == ["99.0 % (98.0 … 100.0)", "0.500 (0.250 … 0.750)", "7", "2"]
 
 

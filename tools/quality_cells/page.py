@@ -19,6 +19,7 @@ _HEADING = (
     "| method | noise-prediction SNR, dB | worst step | drift, dB | recognised | Fréchet distance | CPU s | seeds |\n"
     "|---|---|---|---|---|---|---|---|"
 )
+_NOTHING = "Not measured yet."
 # Floats and integers that are given the same.
 _PAIRS = (
     ("round to nearest", "fp_nearest", "int_nearest"),
@@ -39,6 +40,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
         shapes=[(bits, table(shapes, bits)) for bits in BITS],
         digits_comparison=comparison(digits),
         shapes_comparison=comparison(shapes),
+        nothing=_NOTHING,
         seeds=", ".join(map(str, SEEDS)),
     )
 
@@ -46,7 +48,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
 def table(laboratory: Laboratory, bits: Bits) -> str:
     """Every method at these bits that has been measured."""
     lines = [line for row in ROWS if (line := _line(row, _found(laboratory, row, bits)))]
-    return "\n".join([_HEADING, *lines]) if lines else "Not measured yet."
+    return "\n".join([_HEADING, *lines]) if lines else _NOTHING
 
 
 def comparison(laboratory: Laboratory) -> str:
@@ -55,7 +57,7 @@ def comparison(laboratory: Laboratory) -> str:
     for title, ours, theirs in _PAIRS:
         cells = []
         for bits in BITS:
-            pairs = [(laboratory.kept(_row(key), bits, seed) for key in (ours, theirs)) for seed in SEEDS]
+            pairs = [[laboratory.kept(_row(key), bits, seed) for key in (ours, theirs)] for seed in SEEDS]
             differences = [one.snr_mean_db - other.snr_mean_db for one, other in pairs if one and other]
             cells.append(_spread(differences, signed=True) if differences else "–")
         lines.append(f"| {title} | {' | '.join(cells)} |")
