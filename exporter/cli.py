@@ -228,6 +228,9 @@ def export(
 
     shard = Shard.of_environment()
     if not shard.is_first:
+        # It writes nothing, and while it waits inside of torch Python would not get to handle a signal.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         assist_export(loaded, output, work_dir=work_dir, shard=shard)
         return
     result = run_export(
