@@ -38,7 +38,14 @@ def export_to_bundle(
     """Export `recipe` to the bundle `output`; `target` lists its targets, the recipe's own without it."""
     from exporter.bundle.job import choose_targets, export_bundle, target_recipes
     from exporter.recipe import load_recipe
+    from exporter.shards import Shard
 
+    processes = Shard.of_environment().world
+    if processes > 1:
+        raise InputError(
+            f"{output}: {processes} processes cannot make a bundle together: start fp4export without torchrun, "
+            "or export to a single target"
+        )
     loaded = load_recipe(recipe, overrides, None, seed)
     targets = choose_targets(target if target is not None else loaded.target)
     if dry_run:

@@ -83,8 +83,7 @@ class CalibrationSection(Section):
     seed: Seed = 0
     memory: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="GB of memory for activations of all samples, beyond which they are files in the work folder; "
-        "unset: half of what is free",
+        description="GB for all samples' activations, which are files beyond that; unset: half of what is free",
     )
 
     @property

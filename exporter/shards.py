@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from exporter.errors import InputError
+from exporter.errors import EnvironmentLacksError, InputError
 
 _T = TypeVar("_T")
 
@@ -57,32 +57,56 @@ class Shard:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Be able to `wait` inside; a single process needs nothing."""
+        """Be able to `wait` inside; a single process needs nothing.
+
+        Raises `InputError` where nothing says how the processes find each other. Inside, whatever they do together
+        raises `EnvironmentLacksError` as soon as one of them has ended.
+        """
         if self.world == 1:
             yield
             return
-        torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_PATIENCE)
+        try:
+            with self._together():
+                torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_PATIENCE)
+        except ValueError as error:
+            raise InputError(
+                f"WORLD_SIZE is {self.world}, but {error}: start all processes with torchrun, or unset RANK and "
+                "WORLD_SIZE for a single one"
+            ) from error
         try:
             yield
         finally:
             torch.distributed.destroy_process_group()
 
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise EnvironmentLacksError(
+                f"process {self.rank} of {self.world}: another process has ended or cannot be reached; what it said "
+                "tells why"
+            ) from error
+
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.world > 1:
-            torch.distributed.barrier()
+            with self._together():
+                torch.distributed.barrier()
 
     def agree(self, value: bool) -> bool:
         """What the first process says."""
         said = torch.tensor([value])
         if self.world > 1:
-            torch.distributed.broadcast(said, 0)
+            with self._together():
+                torch.distributed.broadcast(said, 0)
         return bool(said)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over all processes, the same bits in each."""
         if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+            with self._together():
+                torch.distributed.all_reduce(tensor)
         return tensor
 
     def largest(self, value: float) -> float:
@@ -90,5 +114,6 @@ class Shard:
         if self.world == 1:
             return value
         most = torch.tensor([value], dtype=torch.float64)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        with self._together():
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return float(most)

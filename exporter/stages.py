@@ -34,6 +34,7 @@ from exporter.validate import captured_batches, validate_graphs
 from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for
 
 CAPTURED = "calibration.safetensors"
+_BALANCE = "balance.safetensors"
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
@@ -80,18 +81,20 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
 def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
     """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
 
-    What was found is sealed in the work folder.
+    What was found is sealed in the work folder, where processes other than the first read it.
     """
     if not job.recipe.method.balance:
         return source
     folds = source.adapter.channel_folds(source.model)
+    if not job.shard.is_first:
+        return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
         run = CalibrationRun(source.adapter, captured, source.prompts)
         find_balance(run, source.model, folds).save(path)
 
     key = key_of(stage="balance", model=source.identity, shape=source.latent_shape, calibration=_calibration(job))
-    path, reused = job.work.obtain("balance.safetensors", key, make)
+    path, reused = job.work.obtain(_BALANCE, key, make)
     job.progress.note(f"{_verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
     return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
 
@@ -129,7 +132,7 @@ def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> No
 
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
-    return calibrate(
+    result = calibrate(
         source.model,
         source.adapter,
         source.plan,
@@ -142,6 +145,9 @@ def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitF
         source.store,
         job.shard,
     )
+    # The first process removes the units' files next, which the others may still be reading.
+    job.shard.wait()
+    return result
 
 
 def _unit_files(job: Job, source: Source) -> UnitFiles:

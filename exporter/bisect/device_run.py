@@ -65,18 +65,22 @@ class DeviceRun:
         if kernels.is_dir():
             shutil.copytree(kernels, kernels_folder(graph))
         save_feeds([read_by(model, feed) for feed in feeds], self.file(_INPUTS))
-        write_text_atomically(self.script, self._commands())
-        if not missing_builder(self.target):
+        built_here = not missing_builder(self.target)
+        write_text_atomically(self.script, self._commands(build=not built_here))
+        if built_here:
             build_engine(graph, engine, self.target, progress, BuildOptions(acceptance=False, timing_cache=False))
 
-    def _commands(self) -> str:
-        """Paths are relative to the script, which may be on another machine than it was written on."""
+    def _commands(self, *, build: bool) -> str:
+        """Paths are relative to the script, which may be on another machine than it was written on.
+
+        What an earlier run left there, an engine of another graph or its outputs, is not taken for this one's.
+        """
         graph, engine = Path(f"{self.name}.onnx"), Path(f"{self.name}.plan")
-        build = f"{device_command(graph, engine, self.target)} --no-acceptance"
         words = ["polygraphy", "run", str(engine), "--trt", "--model-type", "engine"]
         words += ["--load-inputs", f"{self.name}{_INPUTS}", "--save-outputs", self.outputs.name]
         rtx = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if self.target.engine == "tensorrt-rtx" else ""
-        lines = ["#!/bin/sh", "set -e", 'cd "$(dirname "$0")"', f"test -f {shlex.quote(str(engine))} || {build}"]
+        lines = ["#!/bin/sh", "set -e", 'cd "$(dirname "$0")"', f"rm -f {self.outputs.name}"]
+        lines += [f"{device_command(graph, engine, self.target)} --no-acceptance"] if build else []
         return "\n".join([*lines, rtx + shlex.join(words), ""])
 
     @property

@@ -115,9 +115,9 @@ def bisect_engine(
 def _open(path: Path) -> EngineSuspect:
     notes: tuple[str, ...] = ()
     graph = path
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give an engine that fp4export exported, or a lowered graph")
     if path.suffix in SUFFIXES["tensorrt"]:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give an engine that fp4export exported, or a lowered graph")
         origin = Origin.load(path)
         graph = origin.graph
         if checksum_of(path) != origin.output_sha256:

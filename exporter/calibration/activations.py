@@ -85,13 +85,19 @@ class ActivationStore:
     folder: Path | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor to be filled. Raises `OSError` where the disk has no room for it."""
+        """A tensor to be filled. Raises `EnvironmentLacksError` where the disk has no room for it."""
         size = int(np.prod(shape)) * dtype.itemsize
         if self.folder is None or size == 0:
             return torch.empty(*shape, dtype=dtype)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             # Now, instead of a crash when the disk turns out to be full in the middle of it.
-            os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise EnvironmentLacksError(
+                    f"{self.folder}: {size / 1e9:.1f} GB for activations: {error.strerror}; make room and run the same "
+                    "command again to go on"
+                ) from error
             mapped = np.memmap(file, np.uint8, "r+", shape=(size,))
         return torch.from_numpy(mapped).view(dtype).view(*shape)
 

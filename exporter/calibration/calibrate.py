@@ -82,7 +82,9 @@ def calibrate(
 
 
 def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
-    """Raise `InputError` unless every process gets the same number of samples of every batch."""
+    """Raise `InputError` unless every process gets samples, and the same number of them of every batch."""
+    if samples < shard.world:
+        raise InputError(f"calibration.samples: {shard.world} processes have only {samples} inputs to share")
     if method.name != "fp4dit" or shard.world == 1:
         return
     if method.batch_size % shard.world:

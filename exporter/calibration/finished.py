@@ -78,7 +78,7 @@ class UnitFiles:
         difference = _difference(earlier, json.loads(json.dumps(self._settings)))
         if difference:
             raise InputError(
-                f"{self._folder}: a calibration that was interrupted after {finished} units had {difference}: change "
+                f"{self._folder}: an interrupted calibration, finished units: {finished}, had {difference}: change "
                 "that back to go on with it, --fresh to throw it away, or --work-dir to begin another one elsewhere"
             )
 

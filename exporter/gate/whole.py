@@ -10,7 +10,7 @@ import onnx
 
 from exporter.gate.entering import entering, input_rows, judged_by_inputs
 from exporter.gate.records import OUTPUT, Reference
-from exporter.gate.runs import Arrays, Part, compare_snr, run_graph
+from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, tensor_names
 from exporter.gate.table import SNR_CEILING_DB, GateRow, Kind, Stage, bounded_db
 from exporter.onnx_files import save_onnx
@@ -35,12 +35,14 @@ def compare_blocks(
         CutError: the graph lacks a block's output.
         FidelityError: it cannot be run.
     """
-    save_onnx(cut_between_blocks(model, reference), path)
     entries = {block: entering(layers, block, reference) for block in reference.blocks}
     read = [entry.input for inside in entries.values() for entry in inside]
     graph = cut_between_blocks(model, reference, read)
-    feeds = [read_by(graph, feed) for feed in model_feeds(reference)]
-    outputs = run_graph(path, feeds, optimized=optimized, part=Part(graph, {}))
+    save_onnx(graph, path)
+    outputs = run_graph(path, [read_by(graph, feed) for feed in model_feeds(reference)], optimized=optimized)
+    if read:
+        # The commands that repeat the comparison know the boundaries alone.
+        save_onnx(cut_between_blocks(model, reference), path)
     rows = boundary_rows(computed_boundaries(model, reference), reference, outputs, stage)
     return tuple(judged_by_inputs(row, input_rows(row, entries.get(row.name, ()), reference, outputs)) for row in rows)
 

@@ -100,8 +100,10 @@ def _check_destination(destination: Path) -> None:
         check_parent(destination)
     elif destination.suffix:
         raise InputError(f"{destination}: expected a folder, NAME{PICTURE} or NAME{LATENTS}")
-    elif destination.exists() and not destination.is_dir():
-        raise InputError(f"{destination}: is a file; give a folder, NAME{PICTURE} or NAME{LATENTS}")
+    else:
+        for place in (destination, *destination.parents):
+            if place.exists() and not place.is_dir():
+                raise InputError(f"{place}: is a file; give a folder, NAME{PICTURE} or NAME{LATENTS}")
 
 
 def _conditions(source: DrawingSource, options: SampleOptions, transformer: EngineTransformer) -> Conditions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +25,9 @@ from exporter.stages import calibrated_weights, captured_inputs
 SEARCH = "method.scale_search=absmax"
 """Of the recipe, for speed."""
 
+# Whether a child has ended, without burying it.
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
 IMPORTED = (DPMSolverMultistepScheduler, PixArtTransformer2DModel)
 
 
@@ -37,18 +41,31 @@ def calibrate(recipe: Path, output: Path, progress: Progress | None = None) -> N
 
 
 def kill_runs(recipe: Path, output: Path, runs: int) -> None:
-    """Kill every run a little after it has finished something more than those before it."""
-    work = output.with_suffix(".work")
-    for _ in range(runs):
-        before = len(list(work.rglob("*.seal")))
+    """Kill so many runs, each a little after it has finished something more than those before it.
+
+    What a run finishes before it is killed is thrown away, so that there is something to kill.
+    """
+    work, killed = output.with_suffix(".work"), 0
+    while killed < runs:
+        before = _seals(work)
         child = _fork(recipe, output)
-        while len(list(work.rglob("*.seal"))) <= before and os.waitpid(child, os.WNOHANG) == (0, 0):
+        while _seals(work) <= before and os.waitid(os.P_PID, child, _ENDED) is None:
             time.sleep(0.001)
         delay = random.uniform(0, 0.05)
         time.sleep(delay)
-        sys.stdout.write(f"killed {delay:.3f} s after there were {before + 1} seals\n")
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == -signal.SIGKILL:
+            sys.stdout.write(f"killed {delay:.3f} s after there were {before + 1} seals\n")
+            killed += 1
+        elif code == 0:
+            shutil.rmtree(work)
+        else:
+            sys.exit(code)
+
+
+def _seals(work: Path) -> int:
+    return len(list(work.rglob("*.seal")))
 
 
 def _fork(recipe: Path, output: Path) -> int:

@@ -16,6 +16,7 @@ import pytest
 from exporter.cli import main
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
 from exporter.recipe_file import shipped_recipes
+from exporter.shards import Shard
 from exporter.targets import TARGETS
 
 RECIPE = "model: {weights: model}\npreset: w4a6\ncalibration: {prompts: p.safetensors}\n"
@@ -58,6 +59,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     stand_in = Pipeline()
     module: Any = ModuleType("exporter.pipeline")
     module.export, module.validate_output = stand_in.export, stand_in.validate_output
+    # For the other processes of torchrun, of which there are none here.
+    module.assist_export = None
     monkeypatch.setitem(sys.modules, "exporter.pipeline", module)
     return stand_in
 
@@ -113,6 +116,7 @@ def test_the_flags_reach_the_pipeline(pipeline: Pipeline, capsys: pytest.Capture
     assert (recipe.target, recipe.preset) == ("rtx-sm86", "w4a16")
     assert (recipe.calibration.seed, recipe.calibration.steps) == (7, 3)
     progress = pipeline.options.pop("progress")
+    assert pipeline.options.pop("shard") == Shard(rank=0, world=1, local_rank=0)
     assert pipeline.options == {"work_dir": "W", "validate": False, "keep_graphs": True, "fresh": True}
     assert type(progress).__name__ == "RichProgress"
     assert capsys.readouterr().out.split() == [

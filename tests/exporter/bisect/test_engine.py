@@ -241,7 +241,10 @@ def test_the_script_builds_on_the_device_what_is_not_built_here(tmp_path: Path) 
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {said}\n')
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for left_by_another_run in (run.file(".plan"), run.outputs):
+        left_by_another_run.write_text("of another graph")
     subprocess.run(["sh", str(run.script)], check=True, env=environment, cwd="/")
+    assert not run.outputs.exists()
     build, infer = said.read_text().splitlines()
     assert build == "fp4export build layers.onnx -o layers.plan --target b200 --no-acceptance"
     assert infer.startswith("polygraphy run layers.plan --trt --model-type engine --load-inputs layers.inputs.json ")

@@ -205,3 +205,12 @@ def test_wrong_words_are_bad_input(tiny_job: Path, tmp_path: Path, capsys: pytes
     text = capsys.readouterr().out
     assert "h100 (as asked for)" in text
     assert "cpu (as asked for)" in text
+
+
+def test_several_processes_are_refused(
+    tiny_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.bundle"), "--target", "cpu"]) == 2
+    assert "x.bundle: 2 processes cannot make a bundle together: start fp4export without" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -143,6 +143,12 @@ def test_files_hold_every_type_and_shape(dtype: torch.dtype, tmp_path: Path) -> 
     assert ActivationStore(tmp_path).empty((0, 3), dtype).shape == (0, 3)
 
 
+def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentLacksError, match=r"GB for activations: .*run the same command again"):
+        ActivationStore(tmp_path).empty((1 << 61,), torch.uint8)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inputs_of_blocks_and_layers_do_not_depend_on_how_many_go_at_once(
     model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts
 ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
+from exporter.errors import InputError
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
@@ -21,6 +22,7 @@ from exporter.passes.fold import fold_rows
 from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
+from exporter.shards import Shard
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
 
@@ -238,6 +240,15 @@ def test_statistics_of_inputs_are_those_of_all_samples(
     assert torch.allclose(statistics.mean_square, inputs.square().mean(dim=0), rtol=1e-5)
 
 
+def test_batches_that_cannot_be_shared_out_are_refused(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
+) -> None:
+    for batch_size, words in {5: "5 samples cannot be shared out among 2 processes; nearest: 6", 30: "only 24"}.items():
+        method = LEARNED.model_copy(update={"batch_size": batch_size})
+        with pytest.raises(InputError, match=words):
+            calibrate(model, adapter, plan_for(), captured, prompts, method, 0, NullProgress(), shard=Shard(0, 2))
+
+
 def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
     run: Calibrator,
     plan_for: Planner,
@@ -266,3 +277,11 @@ def test_learning_goes_on_from_error_feedback(run: Calibrator, plan_for: Planner
     (learned,) = run(plan, method.model_copy(update={"learning_rate": 0.005})).blocks
     (nearest,) = run(plan, LEARNED).blocks
     assert learned.error_calibrated < learned.error_start < 0.9 * nearest.error_start
+
+
+def test_more_processes_than_inputs_are_refused_by_each(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
+) -> None:
+    for shard in (Shard(0, 1000), Shard(999, 1000)):
+        with pytest.raises(InputError, match=r"calibration\.samples: 1000 processes have only "):
+            calibrate(model, adapter, plan_for(), captured, prompts, RTN, 0, NullProgress(), shard=shard)

@@ -147,6 +147,14 @@ def test_a_file_of_another_model_is_not_drawn_with(
     assert "no pipeline is known for SanaTransformer2DModel" in _error(capsys, *words)
 
 
+@pytest.mark.parametrize("place", ["file", "file/pictures", "file/pictures/more"])
+def test_no_folder_is_made_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    """Known before anything is drawn, or even opened."""
+    (tmp_path / "file").write_text("")
+    error = _error(capsys, "absent.onnx", "-o", str(tmp_path / place))
+    assert f"{tmp_path / 'file'}: is a file; give a folder" in error
+
+
 def test_what_is_no_output_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.yaml").write_text("")
     assert "is a folder; expected an .onnx" in _error(capsys, str(tmp_path), "-o", "x.png")

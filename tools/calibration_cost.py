@@ -1,0 +1,185 @@
+"""Measure what calibration costs against depth, width and samples, and extrapolate: a section of docs/scaling.md.
+
+`python -m tools.calibration_cost` calibrates small random PixArts and counts CPU seconds, which a busy machine disturbs
+less than it does the clock. The second table is arithmetic from the models' shapes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import nn
+
+from exporter.calibration.calibrate import calibrate
+from exporter.calibration.capture import CalibrationSet
+from exporter.method_section import MethodSection
+from exporter.models.pixart import PixArtAdapter
+from exporter.models.prompts import Prompts
+from exporter.plan import LayerPlan, Plan
+from exporter.progress import NullProgress
+from tools.marked_section import replace_section
+
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+SECTION = "calibration cost"
+
+_SIDE, _CAPTIONS, _BATCH, _ITERATIONS = 16, 20, 16, 40
+_TOKENS = (_SIDE // 2) ** 2
+# Forward, the inputs' gradients and the weights'; a multiplication and an addition are two.
+_OPERATIONS = 6
+# A block of width d: four projections each in self- and cross-attention, and two of 4 d² in the feed-forward.
+_WEIGHTS = 16
+# FP32 of an H100 SXM (67 published), at six tenths.
+_RATE = 40e12
+
+
+@dataclass(frozen=True)
+class Size:
+    """Blocks, width, captured inputs."""
+
+    depth: int
+    width: int
+    samples: int
+
+
+SWEEP = (
+    Size(2, 256, 128),
+    Size(1, 256, 128),
+    Size(4, 256, 128),
+    Size(2, 128, 128),
+    Size(2, 512, 128),
+    Size(2, 256, 32),
+    Size(2, 256, 512),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A published calibration: a block's width and image tokens, iterations, samples in a batch, captured inputs."""
+
+    name: str
+    depth: int
+    width: int
+    tokens: int
+    batch: int
+    inputs: int
+
+    @property
+    def learning(self) -> float:
+        """Operations of 2500 iterations on every block: linears, and both products of self-attention."""
+        block = _OPERATIONS * self.tokens * (_WEIGHTS * self.width**2 + 2 * self.tokens * self.width)
+        return 2500.0 * self.batch * self.depth * block
+
+    @property
+    def passes(self) -> float:
+        """Operations of the four passes of all inputs through every block: two before learning, two behind it."""
+        return 4 * self.inputs * self.learning / (2500 * self.batch * 3)
+
+    def gigabytes(self, width_bytes: int = 4) -> float:
+        """Activations at the peak."""
+        return 3 * self.inputs * self.tokens * self.width * width_bytes / 1e9
+
+
+JOBS = (
+    Job("PixArt-α 512", 28, 1152, 1024, 16, 64 * 40),
+    Job("PixArt-Σ 1024", 28, 1152, 4096, 16, 32 * 40),
+    Job("Hunyuan-DiT 1.2, 1024", 40, 1408, 4096, 8, 64 * 100),
+    Job("12 B: 57 blocks of 3600, 1024", 57, 3600, 4096, 16, 32 * 40),
+)
+
+
+def _model(size: Size) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = PixArtTransformer2DModel(
+        num_layers=size.depth,
+        num_attention_heads=size.width // 64,
+        attention_head_dim=64,
+        cross_attention_dim=size.width,
+        caption_channels=64,
+        in_channels=4,
+        out_channels=8,
+        sample_size=_SIDE,
+        use_additional_conditions=False,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _plan(model: nn.Module) -> Plan:
+    layers = tuple(
+        LayerPlan(
+            name=name,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            has_bias=linear.bias is not None,
+            weight_format="e2m1",
+            activation_format="e2m3",
+            group_size=128,
+            scales="foldable",
+            container="int8",
+        )
+        for name, linear in model.named_modules()
+        if isinstance(linear, nn.Linear) and name.startswith("transformer_blocks")
+    )
+    return Plan(layers=layers, high_precision=(), fp32_bytes=0, expected_bytes=0)
+
+
+def cpu_seconds(size: Size, iterations: int) -> float:
+    """CPU seconds of a whole calibration."""
+    model, generator = _model(size), torch.Generator().manual_seed(0)
+    captured = CalibrationSet(
+        torch.randn(size.samples, 4, _SIDE, _SIDE, generator=generator),
+        torch.linspace(999, 1, size.samples).round(),
+        torch.zeros(size.samples, dtype=torch.int64),
+        torch.zeros(size.samples, dtype=torch.int64),
+    )
+    embeddings = torch.randn(1, _CAPTIONS, 64, generator=generator)
+    tensors = {"encoder_hidden_states": embeddings, "encoder_attention_mask": torch.ones(1, _CAPTIONS)}
+    method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax")
+    begin = time.process_time()
+    calibrate(model, PixArtAdapter(), _plan(model), captured, Prompts(tensors, tensors), method, 0, NullProgress())
+    return time.process_time() - begin
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def measured_table() -> str:
+    """CPU seconds of everything but learning, and of an iteration on a block."""
+    head = (
+        "blocks",
+        "width",
+        "inputs",
+        "all but learning, CPU s",
+        "an iteration on a block, CPU ms",
+        "GFLOP per CPU s",
+    )
+    cpu_seconds(Size(1, 128, _BATCH), 2)
+    rows = []
+    for size in SWEEP:
+        fixed = cpu_seconds(size, 1)
+        iteration = (cpu_seconds(size, 1 + _ITERATIONS) - fixed) / _ITERATIONS / size.depth
+        work = _OPERATIONS * _BATCH * _TOKENS * (_WEIGHTS * size.width**2 + 2 * _TOKENS * size.width)
+        cells = (size.depth, size.width, size.samples, f"{fixed:.2f}", f"{1e3 * iteration:.1f}")
+        rows.append((*map(str, cells), f"{work / iteration / 1e9:.0f}"))
+    return _table(head, rows)
+
+
+def extrapolated_table() -> str:
+    """Operations, and the hours that they are at `_RATE`."""
+    head = ("model", "learning", "passes", "one GPU", "eight GPUs", "activations, one process", "of eight")
+    rows = []
+    for job in JOBS:
+        hours = (job.learning + job.passes) / _RATE / 3600
+        sizes = (job.gigabytes(), job.gigabytes() / 8)
+        work = (f"{job.learning / 1e15:.0f} PFLOP", f"{job.passes / 1e15:.1f} PFLOP")
+        rows.append((job.name, *work, f"{hours:.1f} h", f"{hours / 8:.1f} h", *(f"{size:.0f} GB" for size in sizes)))
+    return _table(head, rows)
+
+
+if __name__ == "__main__":
+    replace_section(PAGE, SECTION, f"{measured_table()}\n\nBy arithmetic:\n\n{extrapolated_table()}")
