@@ -20,9 +20,11 @@ from exporter.progress import RichProgress
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 START, END = "<!-- results: written by tools/digits_results.py -->", "<!-- end of results -->"
+_PLAIN = ("method.balance=false",)
+_NEAREST = (*_PLAIN, "method.name=rtn")
+_ADAROUND = (*_PLAIN, "method.start=nearest", "method.learning_rate=0.03")
 _INTEGERS = (
     "layers=[{match: 'transformer_blocks.*', weight: int4, group: 128, scales: group, activation: int6}]",
-    "method.name=rtn",
     "method.scale_search=absmax",
 )
 
@@ -36,16 +38,14 @@ class Row:
 
 
 ROWS = (
-    Row(
-        "W4A6 integers, INT4/INT6, round to nearest, absmax scales",
-        _INTEGERS,
-    ),
-    Row("W4A6, E2M1/E2M3, round to nearest", ("method.name=rtn",)),
-    Row("**W4A6, E2M1/E2M3, AdaRound** (the recipe)", ()),
-    Row("W4A6, E2M1/E2M3, error feedback (GPTQ)", ("method.name=gptq",)),
-    Row("W4A8, E2M1/E4M3, AdaRound", ("preset=w4a8",)),
-    Row("W4A16, E2M1, AdaRound", ("preset=w4a16",)),
-    Row("W8A8, E4M3/E4M3, round to nearest", ("preset=w8a8", "method.name=rtn")),
+    Row("W4A6 integers, INT4/INT6, round to nearest, absmax scales", (*_INTEGERS, *_NEAREST)),
+    Row("W4A6, E2M1/E2M3, round to nearest", _NEAREST),
+    Row("W4A6, E2M1/E2M3, AdaRound", _ADAROUND),
+    Row("W4A6, E2M1/E2M3, error feedback (GPTQ)", (*_PLAIN, "method.name=gptq")),
+    Row("**W4A6, E2M1/E2M3, balanced, GPTQ, AdaRound** (the recipe)", ()),
+    Row("W4A8, E2M1/E4M3, AdaRound", ("preset=w4a8", *_ADAROUND)),
+    Row("W4A16, E2M1, AdaRound", ("preset=w4a16", *_ADAROUND)),
+    Row("W8A8, E4M3/E4M3, round to nearest", ("preset=w8a8", *_NEAREST)),
 )
 
 

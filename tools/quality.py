@@ -1,8 +1,9 @@
 """Compare rounding methods and formats at equal widths and several seeds: docs/quality.md.
 
 `python -m tools.quality` measures cell after cell (a method at some bits, calibrated with a seed) and writes the page
-from all that build/quality keeps, so it can be stopped and run again. Cells can be chosen: `--bits W4A6 --row ours`.
-A cell takes half a minute to three minutes on one core, `--samples 2000` eight more, for the first seed only.
+from all that build/quality keeps, so it can be stopped and run again. Who changes a method deletes its cells there.
+Cells can be chosen: `--bits W4A6 --row ours`. One takes half a minute to three minutes on one core, `--samples 2000`
+eight more, for the first seed only.
 `--model shapes` measures the second model, which `python tools/train_shapes.py --output build/shapes` makes.
 """
 

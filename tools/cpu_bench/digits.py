@@ -26,9 +26,10 @@ class Row:
     worst_db: float
 
 
+_ADAROUND = ("method.balance=false", "method.start=nearest", "method.learning_rate=0.03")
 ROWS = (
-    ("W4A6 (E2M1 × E2M3), AdaRound", ()),
-    ("W4A8 (E2M1 × INT8), AdaRound", ("layers=[{match: 'transformer_blocks.*', activation: int8}]",)),
+    ("W4A6 (E2M1 × E2M3), AdaRound", _ADAROUND),
+    ("W4A8 (E2M1 × INT8), AdaRound", ("layers=[{match: 'transformer_blocks.*', activation: int8}]", *_ADAROUND)),
 )
 
 
