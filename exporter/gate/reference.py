@@ -147,10 +147,14 @@ class _KnownBlock(nn.Module):
 
 
 def _with_known_blocks(model: nn.Module, adapter: Adapter, seen: dict[str, Tensor]) -> nn.Module:
-    """A copy of `model`, on the same memory, whose blocks give what was `seen` of them."""
+    """A copy of `model`, on the same memory, whose blocks give what was `seen` of them.
+
+    A block with hooks of its own, which name its arguments (`GenericAdapter`), stays and runs again.
+    """
     copy = share_copy(model)
     for name, block in adapter.blocks(model):
-        copy.set_submodule(name, _KnownBlock(block, seen[f"{name}.output"]))
+        if not block._forward_pre_hooks:  # torch has no public list of them
+            copy.set_submodule(name, _KnownBlock(block, seen[f"{name}.output"]))
     return copy
 
 
