@@ -13,7 +13,7 @@ from tests.exporter.interrupted import InterruptedProgress
 from tests.exporter.kill_runs import SEARCH, calibrate
 
 ROOT = Path(__file__).parents[2]
-KILLED = 4
+KILLED = 2
 
 
 def _files(work: Path) -> dict[Path, bytes]:
