@@ -28,6 +28,7 @@ from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
     from exporter.recipe import Recipe
+    from exporter.shards import Shard
 
 _ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -157,16 +158,12 @@ def export(
     if dry_run:
         _print_plan(loaded, output)
         return
-    from exporter.pipeline import assist_export
     from exporter.pipeline import export as run_export
     from exporter.shards import Shard
 
     shard = Shard.of_environment()
     if not shard.is_first:
-        # It writes nothing, and while it waits inside of torch Python would not get to handle a signal.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        assist_export(loaded, output, work_dir=work_dir, shard=shard)
+        _assist(loaded, output, work_dir, shard)
         return
     result = run_export(
         loaded,
@@ -180,6 +177,16 @@ def export(
     )
     if not quiet:
         _print_result(result)
+
+
+def _assist(recipe: Recipe, output: str, work_dir: str | None, shard: Shard) -> None:
+    """What a process beside the first one does."""
+    from exporter.pipeline import assist_export
+
+    # It writes nothing, and while it waits inside of torch Python would not get to handle a signal.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    assist_export(recipe, output, work_dir=work_dir, shard=shard)
 
 
 @command.command(name="build", short_help=BUILD_SUMMARY, context_settings=_ALL_WORDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -116,13 +117,19 @@ def capture_trajectories(
         record=keep,
         finish=False,
     )
-    order = torch.cat(places).argsort()
-    captured = CalibrationSet(
-        **{
-            field.name: torch.cat([getattr(part, field.name) for part in parts])[order]
-            for field in fields(CalibrationSet)
-        }
-    )
+    captured = _in_order(parts, torch.cat(places))
+    _refuse_lost_latents(captured)
+    return captured
+
+
+def _in_order(parts: Sequence[CalibrationSet], places: Tensor) -> CalibrationSet:
+    """All parts as one set, its inputs sorted by their `places` int64 [M]."""
+    order = places.argsort()
+    whole = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}
+    return CalibrationSet(**{name: tensor[order] for name, tensor in whole.items()})
+
+
+def _refuse_lost_latents(captured: CalibrationSet) -> None:
     finite = captured.hidden_states.flatten(1).isfinite().all(dim=1)
     if not bool(finite.all()):
         step = int(captured.step_index[~finite].min())
@@ -130,4 +137,3 @@ def capture_trajectories(
             f"sampling with the original model gives NaN or infinite latents from step {step} on: "
             "check the weights, calibration.scheduler and calibration.guidance"
         )
-    return captured
