@@ -142,12 +142,12 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_exporting():
             return symbolic_linear(self, x)
         y = self._on_gpu.multiply(self, x)
-        if y is not None:
-            return y
+        return self.multiply(x, self.weight) if y is None else y
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What `forward` gives in plain torch, of a `weight` that is already decoded."""
         quantized = self.quantize_input(x)
-        if quantized is not None:
-            x = dequantize(*quantized)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x if quantized is None else dequantize(*quantized), weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # What was packed for one device is not for another.
@@ -292,7 +292,7 @@ def _unpack_layer(path: Path, layer: LayerPlan, tensors: Mapping[str, Tensor]) -
         codes = unpack(words.numpy(), fmt.bits, layer.in_features)
     except ValueError as error:
         raise InputError(f"{path}: {layer.name}.words: {error}") from error
-    if len(codes) != layer.out_features or not bool(fmt.valid[codes].all()):
+    if len(codes) != layer.out_features or not (fmt.valid.all() or fmt.valid[codes].all()):
         raise InputError(f"{path}: {layer.name}.words: not {layer.out_features} rows of {fmt.name} codes")
     input_scale = tensors.get(f"{layer.name}.input_scale")
     if input_scale is not None and not (input_scale.shape == () and 0 < float(input_scale) < torch.inf):
