@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.cores import on_every_core
 from exporter.decoded_weights import unpacked_weight
 from exporter.errors import InputError
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.table import bounded_db
 from exporter.memory import release_mapped_weights
 from exporter.models.prompts import Prompts
-from exporter.plan import Plan
+from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
 from exporter.quantize import QuantLinear, planned_linear
 from exporter.rounding import dequantize
@@ -147,40 +148,41 @@ def collected_rows(original: nn.Module, plan: Plan, batches: int) -> Iterator[di
         yield rows
 
 
-@torch.no_grad()
 def layer_quality(
     original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
 ) -> tuple[LayerQuality, ...]:
     """Measure every planned layer on `rows` [R, K] of its inputs in the original model."""
-    return tuple(_measure_layers(original, quantized, plan, rows))
 
-
-def _measure_layers(
-    original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
-) -> Iterator[LayerQuality]:
-    for index, layer in enumerate(plan.layers):
-        if index % _LAYERS_AT_ONCE == 0:
-            release_mapped_weights()
-        linear = planned_linear(original, layer)
+    def measured(layer: LayerPlan) -> LayerQuality:
         rounded = cast(QuantLinear, quantized.get_submodule(layer.name))
-        channels = slice(None, None, max(1, layer.out_features // _LAYER_CHANNELS))
-        exact, bias = linear.weight[channels], None if linear.bias is None else linear.bias[channels]
-        fmt, x = get_format(layer.weight_format), rows[layer.name]
-        weight = unpacked_weight(rounded.words[channels], rounded.scales[channels], fmt, layer.in_features)
-        quantized_input = rounded.quantize_input(x)
-        entering = x if quantized_input is None else dequantize(*quantized_input)
-        yield LayerQuality(
-            name=layer.name,
-            shape=(layer.out_features, layer.in_features),
-            weight_format=layer.weight_format,
-            activation_format=layer.activation_format,
-            group_size=layer.group_size,
-            scales=layer.scales,
-            container=layer.container,
-            weight_sqnr_db=_sqnr(exact, weight),
-            output_sqnr_db=_sqnr(F.linear(x, exact, bias), F.linear(entering, weight, bias)),
-            product=layer.product,
-        )
+        return _measured_layer(layer, planned_linear(original, layer), rounded, rows[layer.name])
+
+    layers: list[LayerQuality] = []
+    for start in range(0, len(plan.layers), _LAYERS_AT_ONCE):
+        release_mapped_weights()
+        layers += on_every_core(measured, plan.layers[start : start + _LAYERS_AT_ONCE])
+    return tuple(layers)
+
+
+def _measured_layer(layer: LayerPlan, linear: nn.Linear, rounded: QuantLinear, x: Tensor) -> LayerQuality:
+    channels = slice(None, None, max(1, layer.out_features // _LAYER_CHANNELS))
+    exact, bias = linear.weight[channels], None if linear.bias is None else linear.bias[channels]
+    fmt = get_format(layer.weight_format)
+    weight = unpacked_weight(rounded.words[channels], rounded.scales[channels], fmt, layer.in_features)
+    quantized_input = rounded.quantize_input(x)
+    entering = x if quantized_input is None else dequantize(*quantized_input)
+    return LayerQuality(
+        name=layer.name,
+        shape=(layer.out_features, layer.in_features),
+        weight_format=layer.weight_format,
+        activation_format=layer.activation_format,
+        group_size=layer.group_size,
+        scales=layer.scales,
+        container=layer.container,
+        weight_sqnr_db=_sqnr(exact, weight),
+        output_sqnr_db=_sqnr(F.linear(x, exact, bias), F.linear(entering, weight, bias)),
+        product=layer.product,
+    )
 
 
 def _sqnr(exact: Tensor, rounded: Tensor) -> float:
