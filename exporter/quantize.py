@@ -142,12 +142,10 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_exporting():
             return symbolic_linear(self, x)
         y = self._on_gpu.multiply(self, x)
-        return self.multiply(x, self.weight) if y is None else y
-
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What `forward` gives in plain torch, of a `weight` that is already decoded."""
+        if y is not None:
+            return y
         quantized = self.quantize_input(x)
-        return F.linear(x if quantized is None else dequantize(*quantized), weight, self.bias)
+        return F.linear(x if quantized is None else dequantize(*quantized), self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # What was packed for one device is not for another.
