@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from exporter.calibration.inputs import BlockInputs, InputStatistics
+from exporter.calibration.block_inputs import BlockInputs
+from exporter.calibration.inputs import InputStatistics
 from exporter.calibration.inputs import _Sums as Sums
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
