@@ -13,7 +13,6 @@ from exporter.calibration.inputs import InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import WeightSearch
 from exporter.calibration.placement import Placement
-from exporter.calibration.scales import one_thread
 from exporter.memory import release_mapped_weights
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress, Task
@@ -37,14 +36,10 @@ class LayerUnits:
     shard: Shard
 
     def nearest(self, search: WeightSearch) -> Mapping[str, QuantizedWeight]:
-        """Choose scales and round to nearest.
-
-        On a CPU one layer per core at a time: each works on its own in operations too small to be shared out.
-        """
+        """Choose scales and round to nearest."""
 
         def quantized(layer: LayerPlan) -> QuantizedWeight:
-            with one_thread():
-                return nearest_weight(self._weight(layer), layer, self._seen(layer), search)
+            return nearest_weight(self._weight(layer), layer, self._seen(layer), search)
 
         def nearest(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
             weights = {}

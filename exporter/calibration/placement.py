@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import BatchLimit
+from exporter.cores import on_every_core
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.shards import Shard
 
@@ -104,11 +104,7 @@ class Placement:
 
     def each(self, work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         """`work` on all items, in order: on a CPU one item per core at a time, on a GPU one after the other."""
-        if self.on_gpu:
-            yield from map(work, items)
-            return
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            yield from pool.map(work, items)
+        return map(work, items) if self.on_gpu else on_every_core(work, items)
 
 
 def choose_placement(wanted: str, memory: float | None, shard: Shard) -> Placement:
