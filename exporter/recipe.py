@@ -101,6 +101,11 @@ class CalibrationSection(Section):
     )
 
     @property
+    def inputs(self) -> int:
+        """How many inputs are captured: of every step of every trajectory one, with guidance two."""
+        return self.samples * self.steps * (1 if self.guidance == 1.0 else 2)
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """What a trajectory depends on beside its prompt, its seed and the kind of device."""
         return self.model_dump(exclude={"prompts", "samples", "seed", "memory", "device", "device_memory"})

@@ -135,7 +135,7 @@ def _activation_store(
     per_input = activation_bytes(
         adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
     )
-    calls = settings.steps * (1 if settings.guidance == 1.0 else 2)
+    calls = settings.inputs // settings.samples
     memory = int(given * 1e9) if given is not None else usable_memory() // 2
     store = choose_store(settings.samples, calls * per_input, memory, job.work.path)
     if store.folder is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from torch import nn
 
-from exporter.calibration.calibrate import calibrate
+from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
 from exporter.device.build import BuildOptions, build_engine
@@ -38,10 +38,12 @@ CAPTURED = "calibration.safetensors"
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
 
-    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost.
+    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost, and where
+    the inputs could not be shared out among the processes that calibrate.
     """
-    _unit_files(job, source).refuse_others()
     settings = job.recipe.calibration
+    check_batches(job.recipe.method, settings.inputs, job.shard)
+    _unit_files(job, source).refuse_others()
     return capture(job, source, CAPTURED, trajectories=settings.samples, seed=settings.seed)
 
 

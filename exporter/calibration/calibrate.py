@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -62,7 +63,7 @@ def calibrate(
     placement, shard = placement or Placement(), shard or Shard()
     limit = placement.limit()
     run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore(), limit, shard, placement)
-    _check_batches(method, len(calibration_set), run.shard)
+    check_batches(method, len(calibration_set), run.shard)
     inputs: Mapping[str, InputStatistics] = {}
     if method.name != "rtn" or _looks_at_inputs(plan, method):
         inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
@@ -80,7 +81,7 @@ def calibrate(
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
-def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
+def check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
     """Raise `InputError` unless every process gets samples, and the same number of them of every batch."""
     if samples < shard.world:
         raise InputError(f"calibration.samples: {shard.world} processes have only {samples} inputs to share")
@@ -93,7 +94,11 @@ def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
             f"nearest: {even}"
         )
     if samples < method.batch_size:
-        raise InputError(f"method.batch_size: {method.batch_size}, but only {samples} inputs were captured for it")
+        raise InputError(f"method.batch_size: {method.batch_size}, but there are only {samples} captured inputs for it")
+    if math.gcd(samples, method.batch_size) % shard.world:
+        raise InputError(
+            f"calibration.samples: {samples} captured inputs cannot be shared out evenly among {shard.world} processes"
+        )
 
 
 def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:

@@ -5,6 +5,7 @@ Block reconstruction after BRECQ (arXiv 2102.05426), with FP4DiT's rounding (arX
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -203,14 +204,23 @@ def _backward(
 
 
 def draw_batch(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Numbers int64 [batch_size] of samples of a set of `count`: place j takes one of j, j + batch_size, and so on.
+    """Numbers int64 [batch_size] of samples of a set of `count`, every one as likely as every other.
 
-    So no sample comes twice, and of processes whose number divides `batch_size`, of which each has every n-th sample,
-    each has its share of every batch. A set that is smaller is taken as a whole, over and over.
+    The set is taken as a whole as often as it fits. For the rest it is dealt out into as many hands as divide both
+    numbers, sample after sample, and of every hand as many are drawn, none twice. So of processes whose number divides
+    both, of which each has every n-th sample, each has its share of every batch.
     """
-    places = torch.arange(batch_size) % count
-    choices = (count - places + batch_size - 1) // batch_size
-    return places + batch_size * (torch.rand(batch_size, generator=generator, dtype=torch.float64) * choices).long()
+    whole, rest = divmod(batch_size, count)
+    every = torch.arange(count).repeat(whole)
+    if not rest:
+        return every
+    hands = math.gcd(count, rest)
+    cards, drawn = count // hands, rest // hands
+    if drawn == 1:
+        chosen = (torch.rand(hands, generator=generator, dtype=torch.float64) * cards).long().unsqueeze(1)
+    else:
+        chosen = torch.rand(hands, cards, generator=generator, dtype=torch.float64).argsort(dim=1)[:, :drawn]
+    return torch.cat([every, (torch.arange(hands).unsqueeze(1) + hands * chosen).flatten()])
 
 
 def _square_sum(x: Tensor) -> float:
