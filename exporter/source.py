@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
@@ -39,7 +40,7 @@ _WITHOUT_TOKENS = 2
 class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read.
 
-    `store` is where calibration keeps activations.
+    `store` is where calibration keeps activations, `placement` where it computes.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Source:
     latent_shape: tuple[int, int, int]
     identity: dict[str, str]
     store: ActivationStore = field(default_factory=ActivationStore)
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
@@ -75,6 +77,7 @@ class Source:
 def load_source(job: Job) -> Source:
     """Load and check all that the recipe names, before anything takes long. Raises `InputError`."""
     recipe = job.recipe
+    placement = choose_placement(recipe.calibration.device, recipe.calibration.device_memory, job.shard)
     files = locate_model(recipe)
     adapter = recipe_adapter(recipe.model)
     model = load_transformer(files.transformer, adapter, recipe.model.variant)
@@ -98,7 +101,11 @@ def load_source(job: Job) -> Source:
         latent_shape=latent_shape,
         identity=_checksums(read),
         store=store,
+        placement=placement,
     )
+    if placement.on_gpu:
+        memory = f"{placement.memory / 1e9:.1f} GB"
+        job.progress.note(f"calibrating on {placement.device}, in at most {memory} of its memory")
     if isinstance(adapter, GenericAdapter):
         adapter.check(model, source.example_inputs(batch=2))
     return source
@@ -136,7 +143,7 @@ def _activation_store(
     per_input = activation_bytes(
         adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
     )
-    calls = settings.steps * (1 if settings.guidance == 1.0 else 2)
+    calls = settings.inputs // settings.samples
     memory = int(given * 1e9) if given is not None else usable_memory() // 2
     store = choose_store(settings.samples, calls * per_input, memory, job.work.path)
     if store.folder is not None:

@@ -6,7 +6,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from exporter.calibration.activations import ActivationStore, BatchLimit
+from exporter.calibration.block_inputs import BlockInputs, Gathered
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.placement import Placement
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.prompts import Prompts
@@ -22,82 +25,6 @@ from exporter.shards import Shard
 
 # Tokens for a Gram matrix, of the whole set: plenty for a few thousand columns.
 _GRAM_TOKENS = 1 << 17
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """Inputs of a block for all M samples.
-
-    `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, `constants` the
-    keyword arguments that are not tensors, and `skips` the outputs [M, ...] of earlier blocks that this one takes.
-    """
-
-    hidden: Tensor
-    shared: Mapping[str, Tensor]
-    constants: Mapping[str, Any]
-    skips: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a sample."""
-        return self.hidden[0].numel() // self.hidden.shape[-1]
-
-    def run(self, block: nn.Module, indices: Tensor | slice) -> Tensor:
-        """Run `block` on the samples at `indices`."""
-        tensors = {name: tensor[indices] for name, tensor in {**self.shared, **self.skips}.items()}
-        output: Tensor = block(self.hidden[indices], **tensors, **self.constants)
-        return output
-
-    @torch.no_grad()
-    def outputs(self, block: nn.Module, store: ActivationStore, limit: BatchLimit) -> Tensor:
-        """Run `block` on all samples: [M, ...]."""
-        gathered = _Gathered(len(self), store)
-        limit.each(len(self), self.tokens, lambda part: gathered.put(part, self.run(block, part)))
-        return gathered.tensor
-
-    @torch.no_grad()
-    def squared_error(self, block: nn.Module, targets: Tensor, limit: BatchLimit) -> float:
-        """Sum of the squared differences of the block's outputs from `targets` [M, ...]."""
-        errors = torch.zeros(len(self), dtype=torch.float64)
-
-        def add(part: slice) -> None:
-            difference = self.run(block, part).sub_(targets[part])
-            errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
-
-        limit.each(len(self), self.tokens, add)
-        return float(errors.sum())
-
-    def advanced(self, hidden: Tensor) -> BlockInputs:
-        """Return the next block's inputs, without skips: `hidden` is the output of this one."""
-        return BlockInputs(hidden, self.shared, self.constants)
-
-    def with_skips(self, skips: Mapping[str, Tensor]) -> BlockInputs:
-        """Return the same inputs with outputs of earlier blocks, by keyword argument."""
-        return replace(self, skips=skips)
-
-
-class _Gathered:
-    """A tensor [M, ...] that comes in parts."""
-
-    def __init__(self, samples: int, store: ActivationStore) -> None:
-        self._samples, self._store = samples, store
-        self._tensor: Tensor | None = None
-
-    def put(self, part: slice, values: Tensor) -> None:
-        """Take the samples of one part."""
-        if self._tensor is None:
-            self._tensor = self._store.empty((self._samples, *values.shape[1:]), values.dtype)
-        self._tensor[part] = values
-
-    @property
-    def tensor(self) -> Tensor:
-        """All of them, once every part was put."""
-        if self._tensor is None:
-            raise ValueError("there are no samples")
-        return self._tensor
 
 
 @dataclass(frozen=True)
@@ -109,13 +36,18 @@ class InputStatistics:
     amax: float
     gram: Tensor | None = None
 
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on a device."""
+        gram = None if self.gram is None else self.gram.to(device)
+        return InputStatistics(self.mean_square.to(device), self.amax, gram)
+
 
 @dataclass(frozen=True)
 class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model.
 
-    `store` says where activations of all samples are kept, `limit` how many samples go through a model at once. Of
-    several processes each has every `world`-th sample.
+    `store` says where activations of all samples are kept, `limit` how many samples go through a model at once, and
+    `placement` where it computes. Of several processes each has every `world`-th sample.
     """
 
     adapter: Adapter
@@ -124,6 +56,7 @@ class CalibrationRun:
     store: ActivationStore = field(default_factory=ActivationStore)
     limit: BatchLimit = field(default_factory=BatchLimit)
     shard: Shard = field(default_factory=Shard)
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def samples(self) -> int:
@@ -135,16 +68,34 @@ class CalibrationRun:
         return torch.arange(self.shard.rank, len(self.calibration_set), self.shard.world)
 
     @torch.no_grad()
-    def through(self, model: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
-        """Run `model` once over this process's samples, in order and some at once, then remove the hooks."""
-        size = self.limit.samples(self.samples, self._tokens(model))
-        with _removed(hooks):
-            for start in range(0, self.samples, size):
-                self._forward(model, slice(start, min(start + size, self.samples)))
+    def through(self, model: nn.Module, watchers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Run `model` over this process's samples, in order and some at once, and let the watcher of every layer that
+        has one see its input [B, ..., K], each sample once."""
+        seen = dict.fromkeys(watchers, 0)
+        part = slice(0)
+
+        def see(name: str, x: Tensor) -> None:
+            # Where memory did not suffice for the layers behind this one, it sees the same samples again.
+            again = len(x) * (seen[name] - part.start) // (part.stop - part.start)
+            if again < len(x):
+                watchers[name](x[again:] if again else x)
+                seen[name] = part.stop
+
+        def step(next_part: slice) -> None:
+            nonlocal part
+            part = next_part
+            self._forward(model, part)
+
+        self._run(model, [_watch(model, name, see) for name in watchers], step)
+
+    def _run(self, model: nn.Module, hooks: Iterable[RemovableHandle], step: Callable[[slice], None]) -> None:
+        """`step` on all samples, some at once, with the model where it is to compute; then remove the hooks."""
+        with _removed(hooks), self.placement.holds_model(model, self.adapter.blocks(model)):
+            self.limit.each(self.samples, self._tokens(model), step)
 
     def _forward(self, model: nn.Module, part: slice) -> None:
         inputs = self.calibration_set.inputs(self._indices[part], self.prompts)
-        self.adapter.forward(model, inputs)
+        self.adapter.forward(model, inputs.to(self.placement.device))
 
     def _tokens(self, model: nn.Module) -> int:
         channels, height, width = self.calibration_set.hidden_states.shape[1:]
@@ -159,22 +110,21 @@ class CalibrationRun:
         of tokens spread evenly over the set.
         """
         statistics = _Sums(len(self.calibration_set), largest_gram, self.shard)
-        self.through(model, [_watch(model, name, statistics.add) for name in layers])
+        self.through(model, {name: partial(statistics.add, name) for name in layers})
         return statistics.result()
 
     @torch.no_grad()
     def layer_inputs(self, model: nn.Module, layer: str) -> Tensor:
         """Return the inputs [M, ..., K] of one linear layer."""
         seen: list[Tensor] = []
-        gathered = _Gathered(self.samples, self.store)
+        gathered = Gathered(self.samples, self.store)
 
         def step(part: slice) -> None:
             seen.clear()
             self._forward(model, part)
             gathered.put(part, seen[0])
 
-        with _removed([_watch(model, layer, lambda _, x: seen.append(x))]):
-            self.limit.each(self.samples, self._tokens(model), step)
+        self._run(model, [_watch(model, layer, lambda _, x: seen.append(x))], step)
         return gathered.tensor
 
     @torch.no_grad()
@@ -182,7 +132,7 @@ class CalibrationRun:
         """Return the inputs of `block`, the first of `model`; nothing behind it runs."""
         seen: dict[str, Tensor] = {}
         constants: dict[str, Any] = {}
-        gathered: dict[str, _Gathered] = {}
+        gathered: dict[str, Gathered] = {}
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             seen[HIDDEN_STATES] = args[0]
@@ -194,12 +144,12 @@ class CalibrationRun:
             with contextlib.suppress(_ReachedError):
                 self._forward(model, part)
             for name, value in seen.items():
-                gathered.setdefault(name, _Gathered(self.samples, self.store)).put(part, value)
+                gathered.setdefault(name, Gathered(self.samples, self.store)).put(part, value)
 
-        with _removed([block.register_forward_pre_hook(keep, with_kwargs=True)]):
-            self.limit.each(self.samples, self._tokens(model), step)
+        self._run(model, [block.register_forward_pre_hook(keep, with_kwargs=True)], step)
         hidden = gathered.pop(HIDDEN_STATES).tensor
-        return BlockInputs(hidden, {name: parts.tensor for name, parts in gathered.items()}, constants)
+        shared = {name: parts.tensor for name, parts in gathered.items()}
+        return BlockInputs(hidden, shared, constants, device=self.placement.device)
 
 
 class _Sums:
@@ -218,9 +168,9 @@ class _Sums:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, x: Tensor) -> None:
-        """Take a layer's input [B, ..., K]."""
+        """Take a layer's input [B, ..., K]. What comes of it is kept in main memory."""
         tokens = x.flatten(0, -2)
-        squares = tokens.square().sum(dim=0, dtype=torch.float64)
+        squares = tokens.square().sum(dim=0, dtype=torch.float64).cpu()
         before = self._counts.get(name, 0)
         self._squares[name] = self._squares[name] + squares if before else squares
         self._counts[name] = before + len(tokens)
@@ -228,8 +178,8 @@ class _Sums:
         if x.shape[-1] > self._largest_gram:
             return
         if self._last is None or self._last[0] is not x:
-            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x))]
-            self._last = x, chosen.T @ chosen
+            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x)).to(x.device)]
+            self._last = x, (chosen.T @ chosen).cpu()
         self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
 
     def _chosen(self, before: int, samples: int, tokens: int) -> Tensor:
