@@ -15,6 +15,7 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
+from exporter.model_stages import balanced
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
 from exporter.ranges import Amax, checked_ranges
@@ -25,7 +26,6 @@ from exporter.source import Source, load_source
 from exporter.stages import (
     CAPTURED,
     assist_calibration,
-    balanced,
     build,
     calibrated_weights,
     captured_inputs,
@@ -109,7 +109,8 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
         captured = CalibrationSet.load(job.work.file(CAPTURED))
-        assist_calibration(job, balanced(job, source, captured), captured)
+        source = balanced(job, source, captured)
+        assist_calibration(job, source, captured)
 
 
 def prepare(job: Job, *, validate: bool) -> Prepared:

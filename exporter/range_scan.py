@@ -13,9 +13,10 @@ from rich.table import Table
 
 from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
+from exporter.model_stages import balanced
 from exporter.ranges import HEADROOM, Amax, measured_ranges
 from exporter.source import load_source
-from exporter.stages import balanced, calibrated_weights, captured_inputs, exported_graph, fake_quantized
+from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
 
 Verdict = Literal["not finite", "infinite", "tight", "fits", "loses bits"]
 

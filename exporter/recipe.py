@@ -91,6 +91,11 @@ class CalibrationSection(Section):
         """What a trajectory depends on beside its prompt and seed."""
         return self.model_dump(exclude={"prompts", "samples", "seed", "memory"})
 
+    @property
+    def captured(self) -> dict[str, Any]:
+        """What the captured inputs depend on, beside the model and its prompts."""
+        return self.model_dump(exclude={"prompts", "memory"})
+
 
 class LayerRule(Section):
     """Formats for the layers whose module path matches; the first matching rule wins.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.container_choice import choose_container
 from exporter.errors import InputError

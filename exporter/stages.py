@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 from torch import nn
 
-from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
-from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration_stages import sample_weights
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
@@ -31,10 +29,9 @@ from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for
+from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for, verb
 
 CAPTURED = "calibration.safetensors"
-_BALANCE = "balance.safetensors"
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
@@ -74,34 +71,8 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
     )
     path, reused = job.work.obtain(name, key, make)
     captured = CalibrationSet.load(path)
-    job.progress.note(f"{_verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
+    job.progress.note(f"{verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
     return captured
-
-
-def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
-    """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
-
-    What was found is sealed in the work folder, where processes other than the first read it.
-    """
-    if not job.recipe.method.balance:
-        return source
-    folds = source.adapter.channel_folds(source.model)
-    if not job.shard.is_first:
-        return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
-
-    def make(path: Path) -> None:
-        run = CalibrationRun(source.adapter, captured, source.prompts)
-        find_balance(run, source.model, folds).save(path)
-
-    key = key_of(stage="balance", model=source.identity, shape=source.latent_shape, calibration=_calibration(job))
-    path, reused = job.work.obtain(_BALANCE, key, make)
-    job.progress.note(f"{_verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
-    return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
-
-
-def _calibration(job: Job) -> dict[str, Any]:
-    """What the captured inputs depend on, beside the model and its prompts."""
-    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
 
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
@@ -120,7 +91,7 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     units.remove()
     earlier = f", {units.found} units of an earlier run" if units.found else ""
     job.progress.note(
-        f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
+        f"{verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
     )
     return load_quantized(path, source.plan)
 
@@ -144,6 +115,7 @@ def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitF
         units,
         source.store,
         job.shard,
+        sample_weights(job, source, captured),
     )
     # The first process removes the units' files next, which the others may still be reading.
     job.shard.wait()
@@ -165,14 +137,10 @@ def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
     return {
         "model": source.identity,
         "latent_shape": source.latent_shape,
-        "calibration": _calibration(job),
+        "calibration": job.recipe.calibration.captured,
         "method": job.recipe.method.model_dump(),
         "layers": source.layer_facts(),
     }
-
-
-def _verb(reused: bool, verb: str) -> str:
-    return f"{verb} earlier:" if reused else verb
 
 
 def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> nn.Module:
@@ -276,7 +244,7 @@ def compiled_kernels(job: Job, lowered: Path) -> None:
     """The kernels of the lowered graph's plugins, compiled ahead of time into lowered.TARGET.kernels/ beside it."""
     folder, reused = obtain_kernels(lowered, job.target, job.work, job.progress)
     count = len(list(folder.glob("*.ptx")))
-    job.progress.note(f"{_verb(reused, 'compiled')} {count} kernels ({folder})")
+    job.progress.note(f"{verb(reused, 'compiled')} {count} kernels ({folder})")
 
 
 def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:

@@ -45,6 +45,11 @@ def name_for(stem: str, suffix: str, parts: object) -> str:
     return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"
 
 
+def verb(reused: bool, past: str) -> str:
+    """How a note begins that says what a stage has done, now or in an earlier run."""
+    return f"{past} earlier:" if reused else past
+
+
 @cache
 def program_identity() -> str:
     """Hash of this program's own source and of the versions of the libraries that decide what it writes."""

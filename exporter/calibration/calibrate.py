@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from exporter.calibration.activations import ActivationStore
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import FinishedUnits, NothingKept
+from exporter.calibration.first_rounding import feeds_back, largest_gram, looks_at_inputs
 from exporter.calibration.gptq import round_with_feedback
-from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.inputs import BlockInputs, CalibrationRun
 from exporter.calibration.nearest import nearest_weight
-from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
 from exporter.calibration.scales import one_thread
 from exporter.errors import InputError
@@ -50,6 +51,7 @@ def calibrate(
     finished: FinishedUnits | None = None,
     store: ActivationStore | None = None,
     shard: Shard | None = None,
+    sample_weights: Tensor | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
@@ -57,21 +59,24 @@ def calibrate(
     rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"). For
     "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
-    has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
+    has `finished` are not done again; activations are kept in `store`, without one in memory. `sample_weights` float32
+    [M] are what errors on the samples count, without them all alike. The same seed gives the
     same result on the same machine, however often it was interrupted and wherever activations are. Several processes,
     which must share `finished`, call this together: each has its share of the samples, and all get the same result.
     Raises `InputError` where batches cannot be shared out evenly.
     """
     finished = finished or NothingKept()
-    run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore(), shard=shard or Shard())
+    shard = shard or Shard()
+    store = store or ActivationStore()
+    run = CalibrationRun(adapter, calibration_set, prompts, store, shard=shard, weights=sample_weights)
     _check_batches(method, len(calibration_set), run.shard)
     inputs: Mapping[str, InputStatistics] = {}
-    if method.name != "rtn" or _looks_at_inputs(plan, method):
-        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
+    if method.name != "rtn" or looks_at_inputs(plan, method):
+        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
     weights = _nearest(model, plan, inputs, method, progress, finished, run.shard)
     if method.name == "rtn":
         return CalibrationResult(weights)
-    if _feeds_back(method):
+    if feeds_back(method):
         fed_back = _with_feedback(model, plan, inputs, weights, progress, finished, run.shard)
         if method.name == "gptq":
             return fed_back
@@ -95,25 +100,6 @@ def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
         )
     if samples < method.batch_size:
         raise InputError(f"method.batch_size: {method.batch_size}, but only {samples} inputs were captured for it")
-
-
-def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
-    """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
-    static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
-    return static or method.scale_search != "absmax"
-
-
-def _feeds_back(method: MethodSection) -> bool:
-    """Whether weights are rounded with error feedback, at last or to begin with."""
-    return method.name == "gptq" or (method.name == "fp4dit" and method.start == "gptq")
-
-
-def _largest_gram(plan: Plan, method: MethodSection) -> int:
-    """The longest rows whose Gram matrix is needed: error feedback takes that of all, the search of short ones."""
-    if _feeds_back(method):
-        return max((layer.in_features for layer in plan.layers), default=0)
-    searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
-    return LARGEST_GRAM if searched else 0
 
 
 def _with_feedback(
@@ -234,10 +220,12 @@ class _Walk:
         found = self._restored(unit)
         if found is not None:
             return found
-        original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
+        original = self._layer_inputs(self._model, name)
         targets = self._outputs(original, self._model.get_submodule(name))
-        quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
-        return self._learn(unit, quantized, targets)
+        return self._learn(unit, self._layer_inputs(self._quantized, name), targets)
+
+    def _layer_inputs(self, model: nn.Module, name: str) -> BlockInputs:
+        return BlockInputs(self._run.layer_inputs(model, name), {}, {}, weights=self._run.own_weights)
 
     def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
         """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from exporter.calibration.activations import ActivationStore, BatchLimit
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.prompts import Prompts
 from exporter.shards import Shard
-
-# Tokens for a Gram matrix, of the whole set: plenty for a few thousand columns.
-_GRAM_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,14 @@ class BlockInputs:
 
     `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, `constants` the
     keyword arguments that are not tensors, and `skips` the outputs [M, ...] of earlier blocks that this one takes.
+    `weights` float32 [M] are what the samples' squared errors count, None for all alike.
     """
 
     hidden: Tensor
     shared: Mapping[str, Tensor]
     constants: Mapping[str, Any]
     skips: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -60,7 +60,7 @@ class BlockInputs:
 
     @torch.no_grad()
     def squared_error(self, block: nn.Module, targets: Tensor, limit: BatchLimit) -> float:
-        """Sum of the squared differences of the block's outputs from `targets` [M, ...]."""
+        """Weighted sum of the squared differences of the block's outputs from `targets` [M, ...]."""
         errors = torch.zeros(len(self), dtype=torch.float64)
 
         def add(part: slice) -> None:
@@ -68,11 +68,25 @@ class BlockInputs:
             errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
 
         limit.each(len(self), self.tokens, add)
-        return float(errors.sum())
+        return float((errors if self.weights is None else errors * self.weights).sum())
+
+    def mean_squared_error(self, block: nn.Module, targets: Tensor, indices: Tensor) -> Tensor:
+        """Weighted mean of the squared differences of the outputs at `indices` from theirs of `targets` [M, ...]."""
+        outputs, wanted = self.run(block, indices), targets[indices]
+        if self.weights is None:
+            return F.mse_loss(outputs, wanted)
+        errors = F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(dim=1)
+        return (errors * self.weights[indices]).mean()
+
+    def square_sum(self, outputs: Tensor) -> float:
+        """Weighted sum of the squares of `outputs` [M, ...], sample by sample: there is no memory for another one."""
+        weights: list[float] = [1.0] * len(self) if self.weights is None else self.weights.tolist()
+        squares = (float(sample.square().sum(dtype=torch.float64)) for sample in outputs)
+        return sum(weight * square for weight, square in zip(weights, squares, strict=True))
 
     def advanced(self, hidden: Tensor) -> BlockInputs:
         """Return the next block's inputs, without skips: `hidden` is the output of this one."""
-        return BlockInputs(hidden, self.shared, self.constants)
+        return replace(self, hidden=hidden, skips={})
 
     def with_skips(self, skips: Mapping[str, Tensor]) -> BlockInputs:
         """Return the same inputs with outputs of earlier blocks, by keyword argument."""
@@ -101,21 +115,12 @@ class _Gathered:
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """A layer's input X over the calibration set: mean square per channel [K], its largest magnitude, and the Gram
-    matrix XᵀX [K, K] where one was made."""
-
-    mean_square: Tensor
-    amax: float
-    gram: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model.
 
     `store` says where activations of all samples are kept, `limit` how many samples go through a model at once. Of
-    several processes each has every `world`-th sample.
+    several processes each has every `world`-th sample. `weights` float32 [M] are what the squared errors of all
+    samples count, None for all alike.
     """
 
     adapter: Adapter
@@ -124,11 +129,17 @@ class CalibrationRun:
     store: ActivationStore = field(default_factory=ActivationStore)
     limit: BatchLimit = field(default_factory=BatchLimit)
     shard: Shard = field(default_factory=Shard)
+    weights: Tensor | None = None
 
     @property
     def samples(self) -> int:
         """How many inputs this process has."""
         return len(self._indices)
+
+    @property
+    def own_weights(self) -> Tensor | None:
+        """What this process's samples count."""
+        return None if self.weights is None else self.weights[self._indices]
 
     @property
     def _indices(self) -> Tensor:
@@ -137,7 +148,7 @@ class CalibrationRun:
     @torch.no_grad()
     def through(self, model: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
         """Run `model` once over this process's samples, in order and some at once, then remove the hooks."""
-        size = self.limit.samples(self.samples, self._tokens(model))
+        size = self.limit.samples(self.samples, self.tokens(model))
         with _removed(hooks):
             for start in range(0, self.samples, size):
                 self._forward(model, slice(start, min(start + size, self.samples)))
@@ -146,7 +157,8 @@ class CalibrationRun:
         inputs = self.calibration_set.inputs(self._indices[part], self.prompts)
         self.adapter.forward(model, inputs)
 
-    def _tokens(self, model: nn.Module) -> int:
+    def tokens(self, model: nn.Module) -> int:
+        """Tokens of a sample."""
         channels, height, width = self.calibration_set.hidden_states.shape[1:]
         return self.adapter.tokens(model, (channels, height, width))
 
@@ -158,7 +170,7 @@ class CalibrationRun:
         Gram matrices are made for layers of at most `largest_gram` inputs, of all tokens where they are few, otherwise
         of tokens spread evenly over the set.
         """
-        statistics = _Sums(len(self.calibration_set), largest_gram, self.shard)
+        statistics = InputSums(len(self.calibration_set), largest_gram, self.shard, self.weights)
         self.through(model, [_watch(model, name, statistics.add) for name in layers])
         return statistics.result()
 
@@ -174,7 +186,7 @@ class CalibrationRun:
             gathered.put(part, seen[0])
 
         with _removed([_watch(model, layer, lambda _, x: seen.append(x))]):
-            self.limit.each(self.samples, self._tokens(model), step)
+            self.limit.each(self.samples, self.tokens(model), step)
         return gathered.tensor
 
     @torch.no_grad()
@@ -197,65 +209,10 @@ class CalibrationRun:
                 gathered.setdefault(name, _Gathered(self.samples, self.store)).put(part, value)
 
         with _removed([block.register_forward_pre_hook(keep, with_kwargs=True)]):
-            self.limit.each(self.samples, self._tokens(model), step)
+            self.limit.each(self.samples, self.tokens(model), step)
         hidden = gathered.pop(HIDDEN_STATES).tensor
-        return BlockInputs(hidden, {name: parts.tensor for name, parts in gathered.items()}, constants)
-
-
-class _Sums:
-    """Sums over the inputs of layers, from which their statistics come.
-
-    Of `samples` in all, this process's come in order.
-    """
-
-    def __init__(self, samples: int, largest_gram: int, shard: Shard) -> None:
-        self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
-        self._squares: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._largest: dict[str, float] = {}
-        self._grams: dict[str, Tensor] = {}
-        # Layers that share an input, as q, k and v do, run one after the other and share the work.
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def add(self, name: str, x: Tensor) -> None:
-        """Take a layer's input [B, ..., K]."""
-        tokens = x.flatten(0, -2)
-        squares = tokens.square().sum(dim=0, dtype=torch.float64)
-        before = self._counts.get(name, 0)
-        self._squares[name] = self._squares[name] + squares if before else squares
-        self._counts[name] = before + len(tokens)
-        self._largest[name] = max(self._largest.get(name, 0.0), float(x.abs().amax()))
-        if x.shape[-1] > self._largest_gram:
-            return
-        if self._last is None or self._last[0] is not x:
-            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x))]
-            self._last = x, chosen.T @ chosen
-        self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
-
-    def _chosen(self, before: int, samples: int, tokens: int) -> Tensor:
-        """Which tokens of the next `samples` count, bool [samples · tokens]: the same whoever has them, and when."""
-        own = before // tokens + torch.arange(samples)
-        numbers = (self._shard.rank + self._shard.world * own).unsqueeze(1) * tokens + torch.arange(tokens)
-        return numbers.flatten() % _spread(self._samples * tokens) == 0
-
-    def result(self) -> dict[str, InputStatistics]:
-        """The statistics of every layer that has run, of all processes."""
-        return {name: self._statistics(name) for name in self._squares}
-
-    def _statistics(self, name: str) -> InputStatistics:
-        squares, gram = self._shard.add_up(self._squares[name]), self._grams.get(name)
-        count = self._shard.add_up(torch.tensor(self._counts[name]))
-        return InputStatistics(
-            (squares / count).float(),
-            self._shard.largest(self._largest[name]),
-            # Layers with the same input have the same tensor.
-            None if gram is None else self._shard.add_up(gram if self._shard.world == 1 else gram.clone()),
-        )
-
-
-def _spread(tokens: int) -> int:
-    """Every how many of so many tokens `_GRAM_TOKENS` are taken; odd, so that it is not always a sample's same ones."""
-    return math.ceil(tokens / _GRAM_TOKENS) | 1
+        shared = {name: parts.tensor for name, parts in gathered.items()}
+        return BlockInputs(hidden, shared, constants, weights=self.own_weights)
 
 
 class _ReachedError(Exception):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from exporter.calibration.block_scales import choose_block_scales, static_scale
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.output_error import WeightSearch, search_scales
 from exporter.calibration.scales import ELEMENTS_AT_ONCE
 from exporter.plan import LayerPlan

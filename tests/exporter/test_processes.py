@@ -21,6 +21,7 @@ def test_the_first_process_writes_and_speaks_for_all(tiny_job: Path, tmp_path: P
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     command += ["--log-dir", str(tmp_path / "logs"), "--redirects", "3", "-m", "exporter", str(tiny_job / "tiny.yaml")]
     command += ["-o", str(tmp_path / "x.onnx"), "--no-validate", "--set", "method.scale_search=absmax"]
+    command += ["--set", "method.step_weights=trajectory"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True)
     logs = (tmp_path / "logs").rglob("std*.log")

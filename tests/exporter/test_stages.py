@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from exporter.job import open_job
+from exporter.model_stages import balanced
 from exporter.progress import NullProgress
 from exporter.recipe import load_recipe
 from exporter.source import load_source
-from exporter.stages import balanced, calibrated_weights, captured_inputs, exported_graph, fake_quantized
+from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
 
 
 @pytest.mark.slow

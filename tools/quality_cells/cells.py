@@ -17,15 +17,17 @@ from torch import nn
 
 from exporter import load_recipe
 from exporter.calibration.calibrate import calibrate
+from exporter.calibration_stages import sample_weights
 from exporter.evaluate import prompt_order
 from exporter.files import write_text_atomically
 from exporter.job import Job, open_job
+from exporter.model_stages import balanced
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
-from exporter.stages import balanced, capture, captured_inputs
+from exporter.stages import capture, captured_inputs
 from exporter.workdir import name_for
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
 from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
@@ -117,6 +119,7 @@ class Laboratory:
                 job.recipe.method,
                 seed,
                 NullProgress(),
+                sample_weights=sample_weights(job, source, captured),
             )
             file.parent.mkdir(exist_ok=True)
             save_quantized(file, result, source.plan)

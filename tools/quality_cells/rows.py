@@ -36,6 +36,7 @@ _GPTQ = ("method.name=gptq",)
 _LEARNED = ("method.name=fp4dit", "method.iterations=250")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
+_WEIGHTED = "method.step_weights=trajectory"
 
 
 @dataclass(frozen=True)
@@ -78,4 +79,5 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+    Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
 )
