@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.calibration.format_choice import LayerFormats
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
@@ -37,7 +38,7 @@ _WITHOUT_TOKENS = 2
 class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read.
 
-    `store` is where calibration keeps activations.
+    `store` is where calibration keeps activations; `formats` say how those of open layers were chosen.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Source:
     latent_shape: tuple[int, int, int]
     identity: dict[str, str]
     store: ActivationStore = field(default_factory=ActivationStore)
+    formats: tuple[LayerFormats, ...] = ()
 
     @property
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
@@ -62,10 +64,13 @@ class Source:
         return self.adapter.with_conditions(self.model, inputs)
 
     def layer_facts(self) -> list[dict[str, object]]:
-        """What codes and scales depend on, per layer: everything but the containers' names."""
+        """What codes and scales depend on, per layer: everything but the containers' names. Of an open layer also what
+        it may become."""
+        candidates = {layer.name: [one.weight_format for one in layer.candidates] for layer in self.plan.open}
         names = ("container", "asked_container")
         return [
             {**{key: value for key, value in asdict(layer).items() if key not in names}, "m": layer.multipliers}
+            | ({"candidates": candidates[layer.name]} if layer.name in candidates else {})
             for layer in self.plan.layers
         ]
 

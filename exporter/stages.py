@@ -80,6 +80,8 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     units = _unit_files(job, source)
 
     def make(path: Path) -> None:
+        # Again: formats that the plan left open have been chosen since the inputs were captured.
+        units.refuse_others()
         units.begin()
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)

@@ -1,10 +1,16 @@
-"""The rounding that a method begins with, before anything is learned: what it has to know of the layers' inputs."""
+"""The rounding that a method begins with, before anything is learned; and what it has to know of the layers' inputs."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from exporter.calibration.gptq import round_with_feedback
+from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.method_section import MethodSection
-from exporter.plan import Plan
+from exporter.plan import LayerPlan, Plan
+from exporter.quantize import QuantizedWeight
 
 
 def feeds_back(method: MethodSection) -> bool:
@@ -24,3 +30,14 @@ def largest_gram(plan: Plan, method: MethodSection) -> int:
         return max((layer.in_features for layer in plan.layers), default=0)
     searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
     return LARGEST_GRAM if searched else 0
+
+
+def first_rounding(
+    weight: Tensor, layer: LayerPlan, inputs: InputStatistics | None, method: MethodSection
+) -> QuantizedWeight:
+    """What `weight` [N, K] is before the method has learned anything: rounded to nearest, or with error feedback where
+    the method begins so and the layer's inputs are known."""
+    nearest = nearest_weight(weight, layer, inputs, method.scale_search)
+    if not feeds_back(method) or inputs is None or inputs.gram is None:
+        return nearest
+    return round_with_feedback(layer, weight, nearest, inputs.gram)[0]

@@ -103,6 +103,14 @@ def test_published_activations_of_eight_bits_run_on_the_cpu(config_only: Path) -
     assert {layer.activation_format for layer in description.plan.layers} == {"e3m4"}
 
 
+def test_open_formats_are_printed_with_their_candidates(config_only: Path) -> None:
+    rules = "layers=[{match: '*.ff.*', weight: auto}]"
+    text = printed(described("pixart_alpha_w4a6", config_only, config_only.parent / "x.onnx", rules))
+    assert (
+        "weight: auto: 4 layers will be one of e2m1 (foldable scales), e1m2 (foldable scales), e3m0 (channel scales)"
+    ) in text
+
+
 HUNYUAN = {
     "_class_name": "HunyuanDiT2DModel",
     "attention_head_dim": 88,

@@ -17,7 +17,7 @@ from torch import nn
 
 from exporter import load_recipe
 from exporter.calibration.calibrate import calibrate
-from exporter.calibration_stages import sample_weights
+from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.evaluate import prompt_order
 from exporter.files import write_text_atomically
 from exporter.job import Job, open_job
@@ -102,7 +102,7 @@ class Laboratory:
         job = self.job((*row.changes(bits), f"calibration.seed={seed}"), f"seed{seed}")
         source = load_source(job)
         captured = captured_inputs(job, source)
-        source = balanced(job, source, captured)
+        source = formats_chosen(job, balanced(job, source, captured), captured)
         # Rounding does not see how activations are quantized, so that columns share it.
         layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
         parts = [source.identity, layers, job.recipe.method.model_dump()]
