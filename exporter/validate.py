@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.compute import Compute, product_type
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
-from exporter.gate.comparison import compare_graph
+from exporter.gate.comparison import compare_graph, compare_graphs
 from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
 from exporter.gate.runs import save_feeds, save_reference
@@ -80,10 +81,9 @@ def validate_graphs(
     reference.save(folder)
     release_mapped_weights()
     _save_model_files(reference.for_stage("lowered"), folder)
-    first = compare_graph(exported, "exported", reference, folder, target, progress)
-    second = compare_graph(lowered, "lowered", reference, folder, target, progress)
     # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
-    result = GateResult(first.rows + second.rows, second.commands, _notes(lowered, target, reference))
+    found = compare_graphs(exported, lowered, reference, folder, target, progress)
+    result = replace(found, notes=_notes(lowered, target, reference))
     return conclude(result, folder, progress), reference
 
 

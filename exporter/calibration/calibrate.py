@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import BlockInputs, CalibrationRun
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
-from exporter.calibration.scales import one_thread
+from exporter.cores import on_every_core
 from exporter.errors import InputError
 from exporter.memory import release_mapped_weights
 from exporter.method_section import MethodSection
@@ -136,19 +135,15 @@ def _nearest(
     finished: FinishedUnits,
     shard: Shard,
 ) -> Mapping[str, QuantizedWeight]:
-    """One layer per core at a time: each works on its own in operations too small to be shared out."""
-
     def quantized(layer: LayerPlan) -> QuantizedWeight:
-        with one_thread():
-            weight = planned_linear(model, layer).weight.detach()
-            return nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
+        weight = planned_linear(model, layer).weight.detach()
+        return nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
 
     def nearest(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
         weights = {}
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for layer, weight in zip(layers, pool.map(quantized, layers), strict=True):
-                weights[layer.name] = weight
-                task.advance()
+        for layer, weight in zip(layers, on_every_core(quantized, layers), strict=True):
+            weights[layer.name] = weight
+            task.advance()
         release_mapped_weights()
         return CalibrationResult(weights)
 

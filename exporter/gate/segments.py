@@ -67,10 +67,10 @@ class DividedGraph:
     that their weights are decoded once.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, decode: bool = True) -> None:
-        """Without `decode`, weights in containers stay in them."""
+    def __init__(self, model: onnx.ModelProto, *, decode: bool = True, threads: int | None = None) -> None:
+        """Without `decode`, weights in containers stay in them; `threads` is for the parts' operators."""
         keep = frozenset() if decode else _DECODERS
-        self._model = model
+        self._model, self._threads = model, threads
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._nodes = _inlined_nodes(model)
         self._writer = {name: index for index, node in enumerate(self._nodes) for name in node.output if name}
@@ -108,7 +108,7 @@ class DividedGraph:
             [tensor for name, tensor in self._stored.items() if name in read],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        return Part(model, constants)
+        return Part(model, constants, self._threads)
 
     def computes(self, given: Collection[str], wanted: Sequence[str], names: Iterable[str]) -> frozenset[str]:
         """Which of the tensors `names` are computed on the way from `given` to `wanted`."""
@@ -155,6 +155,8 @@ class DividedGraph:
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # The other cores run the segment before.
+        options.intra_op_num_threads = 1
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return list(session.run(names, {}))
