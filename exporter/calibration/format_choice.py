@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from exporter.calibration.first_rounding import first_rounding, largest_gram
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import BlockInputs, CalibrationRun
 from exporter.calibration.nearest import input_scale
-from exporter.calibration.scales import one_thread
+from exporter.cores import on_every_core
 from exporter.files import write_text_atomically
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.table import bounded_db
@@ -28,7 +27,7 @@ from exporter.rounding import InputQuantizer
 from plugins.formats import get_format
 
 # Samples that candidates are compared on: as many as have so many tokens, but not fewer than some.
-_TOKENS = 1 << 15
+_TOKENS = 1 << 12
 _FEWEST_SAMPLES = 32
 
 
@@ -174,17 +173,12 @@ def _blocks(model: nn.Module, run: CalibrationRun) -> Iterator[tuple[str, nn.Mod
 def _rounded(
     model: nn.Module, layers: Sequence[OpenLayer], inputs: Mapping[str, InputStatistics], method: MethodSection
 ) -> list[dict[str, Tensor]]:
-    """For every layer: format → its weight as it would begin. Each on a core of its own, as for the scales."""
+    """For every layer: format → its weight as it would begin."""
 
     def rounded(candidate: LayerPlan) -> Tensor:
-        with one_thread():
-            weight = planned_linear(model, candidate).weight.detach()
-            first = first_rounding(weight, candidate, inputs.get(candidate.name), method)
-            return first.dequantize(get_format(candidate.weight_format))
+        weight = planned_linear(model, candidate).weight.detach()
+        first = first_rounding(weight, candidate, inputs.get(candidate.name), method)
+        return first.dequantize(get_format(candidate.weight_format))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        weights = [
-            {candidate.weight_format: pool.submit(rounded, candidate) for candidate in layer.candidates}
-            for layer in layers
-        ]
-        return [{fmt: weight.result() for fmt, weight in layer.items()} for layer in weights]
+    weights = on_every_core(rounded, [candidate for layer in layers for candidate in layer.candidates])
+    return [{candidate.weight_format: next(weights) for candidate in layer.candidates} for layer in layers]

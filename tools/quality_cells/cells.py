@@ -125,14 +125,15 @@ class Laboratory:
         job = self.job((*row.changes(bits), f"calibration.seed={seed}"), f"seed{seed}")
         source = load_source(job)
         captured = captured_inputs(job, source)
-        source = formats_chosen(job, balanced(job, source, captured), captured)
+        source = balanced(job, source, captured)
+        begin = time.process_time()
+        source = formats_chosen(job, source, captured)
         # Rounding does not see how activations are quantized, so that columns share it.
         layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
         parts = [source.identity, layers, job.recipe.method.model_dump()]
         file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
         seconds = file.with_suffix(".seconds")
         if not seconds.is_file():
-            begin = time.process_time()
             result: CalibrationResult = calibrate(
                 source.model,
                 source.adapter,
