@@ -31,15 +31,19 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
         return _decided(source, job.work.file(name))
 
     def make(path: Path) -> None:
-        weights = sample_weights(job, source, captured)
-        run = CalibrationRun(source.adapter, captured, source.prompts, weights=weights)
-        save_formats(path, choose_formats(source.model, plan, run, job.recipe.method, job.progress))
+        place, weights = source.placement, sample_weights(job, source, captured)
+        run = CalibrationRun(
+            source.adapter, captured, source.prompts, limit=place.limit(), placement=place, weights=weights
+        )
+        with place.computing():
+            save_formats(path, choose_formats(source.model, plan, run, job.recipe.method, job.progress))
 
     key = key_of(
         stage="formats",
         model=source.identity,
         shape=source.latent_shape,
         calibration=job.recipe.calibration.captured,
+        device=source.placement.device.type,
         method=job.recipe.method.model_dump(),
         layers=source.layer_facts(),
     )

@@ -12,7 +12,7 @@ from exporter.job import Job
 from exporter.source import Source
 from exporter.workdir import key_of, verb
 
-_BALANCE = "balance.safetensors"
+BALANCE = "balance.safetensors"
 
 
 def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
@@ -24,18 +24,21 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
         return source
     folds = source.adapter.channel_folds(source.model)
     if not job.shard.is_first:
-        return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
+        return replace(source, model=Balance.load(job.work.file(BALANCE), folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
-        run = CalibrationRun(source.adapter, captured, source.prompts)
-        find_balance(run, source.model, folds).save(path)
+        place = source.placement
+        run = CalibrationRun(source.adapter, captured, source.prompts, limit=place.limit(), placement=place)
+        with place.computing():
+            find_balance(run, source.model, folds).save(path)
 
     key = key_of(
         stage="balance",
         model=source.identity,
         shape=source.latent_shape,
         calibration=job.recipe.calibration.captured,
+        device=source.placement.device.type,
     )
-    path, reused = job.work.obtain(_BALANCE, key, make)
+    path, reused = job.work.obtain(BALANCE, key, make)
     job.progress.note(f"{verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
     return replace(source, model=Balance.load(path, folds).applied(source.model, folds))

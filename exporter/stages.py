@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 from torch import nn
 
-from exporter.calibration.calibrate import calibrate
+from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
 from exporter.calibration_stages import sample_weights
@@ -19,7 +20,8 @@ from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.kernels import obtain_kernels
-from exporter.onnx_files import data_path, read_model, save_onnx, total_bytes
+from exporter.model_stages import BALANCE
+from exporter.onnx_files import checksum_of, data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.emulate import EMULATED, emulation_passes
@@ -37,10 +39,12 @@ CAPTURED = "calibration.safetensors"
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
 
-    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost.
+    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost, and where
+    the inputs could not be shared out among the processes that calibrate.
     """
-    _unit_files(job, source).refuse_others()
     settings = job.recipe.calibration
+    check_batches(job.recipe.method, settings.inputs, job.shard)
+    _unit_files(job, source).refuse_others()
     return capture(job, source, CAPTURED, trajectories=settings.samples, seed=settings.seed)
 
 
@@ -49,23 +53,26 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
     settings = job.recipe.calibration
 
     def make(path: Path) -> None:
-        capture_trajectories(
-            source.model,
-            source.adapter,
-            source.prompts,
-            settings,
-            job.progress,
-            trajectories=trajectories,
-            seed=seed,
-            latent_shape=source.latent_shape,
-            scheduler_config=source.files.scheduler,
-        ).save(path)
+        with source.placement.computing():
+            capture_trajectories(
+                source.model,
+                source.adapter,
+                source.prompts,
+                settings,
+                job.progress,
+                trajectories=trajectories,
+                seed=seed,
+                latent_shape=source.latent_shape,
+                scheduler_config=source.files.scheduler,
+                placement=source.placement,
+            ).save(path)
 
     key = key_of(
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
         settings=settings.sampler,
+        device=source.placement.device.type,
         trajectories=trajectories,
         seed=seed,
     )
@@ -77,7 +84,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
     """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
-    units = _unit_files(job, source)
+    units = _unit_files(job, source, _made_of(job))
 
     def make(path: Path) -> None:
         # Again: formats that the plan left open have been chosen since the inputs were captured.
@@ -101,32 +108,39 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
     """What processes other than the first do while it runs `calibrated_weights`, unless these are finished."""
     if job.shard.agree(False):
-        _calibrated(job, source, captured, _unit_files(job, source))
+        _calibrated(job, source, captured, _unit_files(job, source, _made_of(job)))
 
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
-    result = calibrate(
-        source.model,
-        source.adapter,
-        source.plan,
-        captured,
-        source.prompts,
-        job.recipe.method,
-        job.recipe.calibration.seed,
-        job.progress,
-        units,
-        source.store,
-        job.shard,
-        sample_weights(job, source, captured),
-    )
+    with source.placement.computing():
+        result = calibrate(
+            source.model,
+            source.adapter,
+            source.plan,
+            captured,
+            source.prompts,
+            job.recipe.method,
+            job.recipe.calibration.seed,
+            job.progress,
+            units,
+            source.store,
+            job.shard,
+            source.placement,
+            sample_weights(job, source, captured),
+        )
     # The first process removes the units' files next, which the others may still be reading.
     job.shard.wait()
     return result
 
 
-def _unit_files(job: Job, source: Source) -> UnitFiles:
+def _made_of(job: Job) -> list[str]:
+    """Checksums of what units are made of: where a stage before them gives something else, they do not fit."""
+    return [checksum_of(job.work.file(name)) for name in (CAPTURED, *([BALANCE] if job.recipe.method.balance else []))]
+
+
+def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
     folder = name_for(UNFINISHED, "", source.layer_facts())
-    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source), job.shard)
+    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source), job.shard, made_of)
 
 
 def calibration_key(job: Job, source: Source) -> str:
@@ -140,6 +154,7 @@ def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
         "model": source.identity,
         "latent_shape": source.latent_shape,
         "calibration": job.recipe.calibration.captured,
+        "device": source.placement.device.type,
         "method": job.recipe.method.model_dump(),
         "layers": source.layer_facts(),
     }

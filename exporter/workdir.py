@@ -45,9 +45,9 @@ def name_for(stem: str, suffix: str, parts: object) -> str:
     return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"
 
 
-def verb(reused: bool, past: str) -> str:
-    """How a note begins that says what a stage has done, now or in an earlier run."""
-    return f"{past} earlier:" if reused else past
+def verb(reused: bool, done: str) -> str:
+    """What a note says was done, now or by an earlier run."""
+    return f"{done} earlier:" if reused else done
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.first_rounding import first_rounding, largest_gram
 from exporter.calibration.input_statistics import InputStatistics
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import input_scale
-from exporter.cores import on_every_core
+from exporter.calibration.placement import Placement
 from exporter.files import write_text_atomically
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.table import bounded_db
@@ -81,12 +83,11 @@ def choose_formats(
             trial = _Trial(unit, module, plan, inputs)
             power = given.square_sum(targets) or 1.0
             here = [layer for name, layer in opened.items() if name in trial.layers]
-            for layer, weights in zip(here, _rounded(model, here, inputs, method), strict=True):
+            for layer, weights in zip(here, _rounded(model, here, inputs, method, run.placement), strict=True):
                 errors = {}
                 for fmt, weight in weights.items():
-                    trial.layers[layer.name].weight = weight
-                    errors[fmt] = given.squared_error(trial.module, targets, run.limit) / power
-                trial.layers[layer.name].weight = planned_linear(model, layer.candidates[0]).weight
+                    with trial.with_weight(layer.name, weight), run.placement.holds(trial.module):
+                        errors[fmt] = given.squared_error(trial.module, targets, run.limit) / power
                 found[layer.name] = LayerFormats(layer.name, unit, errors, layer.refused)
                 task.advance()
     return tuple(found.values())
@@ -95,14 +96,17 @@ def choose_formats(
 class _TrialLinear(nn.Module):
     """A linear layer whose input is quantized as planned, with a weight [N, K] that can be exchanged."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear, quantizer: InputQuantizer | None) -> None:
         super().__init__()
-        self.weight: Tensor = linear.weight.detach()
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self._quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x if self._quantizer is None else self._quantizer.fake_quantize(x), self.weight, self._bias)
+        return F.linear(x if self._quantizer is None else self._quantizer.fake_quantize(x), self.weight, self.bias)
 
 
 class _Trial:
@@ -123,6 +127,16 @@ class _Trial:
                 self.module = self.layers[unit]
             else:
                 self.module.set_submodule(inside, self.layers[layer.name])
+
+    @contextmanager
+    def with_weight(self, name: str, weight: Tensor) -> Iterator[None]:
+        """Let a layer have another weight for a while."""
+        layer = self.layers[name]
+        before, layer.weight = layer.weight, weight
+        try:
+            yield
+        finally:
+            layer.weight = before
 
 
 def _not_run(layer: OpenLayer) -> LayerFormats:
@@ -147,8 +161,9 @@ def _units(
     for name in executed:
         if name in opened and name not in inside:
             linear = model.get_submodule(name)
-            inputs = BlockInputs(run.layer_inputs(model, name), {}, {}, weights=run.own_weights)
-            yield name, linear, inputs, inputs.outputs(linear, run.store, run.limit)
+            seen, device = run.layer_inputs(model, name), run.placement.device
+            inputs = BlockInputs(seen, {}, {}, device=device, weights=run.own_weights)
+            yield name, linear, inputs, _outputs(inputs, linear, run)
     if inside:
         for block, module, inputs, outputs in _blocks(model, run):
             if any(name.startswith(f"{block}.") for name in inside):
@@ -163,22 +178,32 @@ def _blocks(model: nn.Module, run: CalibrationRun) -> Iterator[tuple[str, nn.Mod
     inputs = run.block_inputs(model, blocks[0][1])
     for name, block in blocks:
         inputs = inputs.with_skips({argument: kept.pop(source) for argument, source in skips.get(name, {}).items()})
-        outputs = inputs.outputs(block, run.store, run.limit)
+        outputs = _outputs(inputs, block, run)
         yield name, block, inputs, outputs
         if name in wanted:
             kept[name] = outputs
         inputs = inputs.advanced(outputs)
 
 
+def _outputs(inputs: BlockInputs, module: nn.Module, run: CalibrationRun) -> Tensor:
+    with run.placement.holds(module):
+        return inputs.outputs(module, run.store, run.limit)
+
+
 def _rounded(
-    model: nn.Module, layers: Sequence[OpenLayer], inputs: Mapping[str, InputStatistics], method: MethodSection
+    model: nn.Module,
+    layers: Sequence[OpenLayer],
+    inputs: Mapping[str, InputStatistics],
+    method: MethodSection,
+    placement: Placement,
 ) -> list[dict[str, Tensor]]:
-    """For every layer: format → its weight as it would begin."""
+    """For every layer: format → its weight as it would begin, in main memory."""
 
     def rounded(candidate: LayerPlan) -> Tensor:
-        weight = planned_linear(model, candidate).weight.detach()
-        first = first_rounding(weight, candidate, inputs.get(candidate.name), method)
-        return first.dequantize(get_format(candidate.weight_format))
+        weight = planned_linear(model, candidate).weight.detach().to(placement.device)
+        seen = inputs.get(candidate.name)
+        first = first_rounding(weight, candidate, None if seen is None else seen.to(placement.device), method)
+        return first.dequantize(get_format(candidate.weight_format)).cpu()
 
-    weights = on_every_core(rounded, [candidate for layer in layers for candidate in layer.candidates])
+    weights = placement.each(rounded, [candidate for layer in layers for candidate in layer.candidates])
     return [{candidate.weight_format: next(weights) for candidate in layer.candidates} for layer in layers]

@@ -23,6 +23,11 @@ class InputStatistics:
     amax: float
     gram: Tensor | None = None
 
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on a device."""
+        gram = None if self.gram is None else self.gram.to(device)
+        return InputStatistics(self.mean_square.to(device), self.amax, gram)
+
 
 class InputSums:
     """Sums over the inputs of layers, from which their statistics come.
@@ -41,18 +46,18 @@ class InputSums:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, x: Tensor) -> None:
-        """Take a layer's input [B, ..., K]."""
+        """Take a layer's input [B, ..., K]. What comes of it is kept in main memory."""
         before = self._counts.get(name, 0)
         tokens = self._weighted(before, x.flatten(0, -2), len(x))
-        squares = tokens.square().sum(dim=0, dtype=torch.float64)
+        squares = tokens.square().sum(dim=0, dtype=torch.float64).cpu()
         self._squares[name] = self._squares[name] + squares if before else squares
         self._counts[name] = before + len(tokens)
         self._largest[name] = max(self._largest.get(name, 0.0), float(x.abs().amax()))
         if x.shape[-1] > self._largest_gram:
             return
         if self._last is None or self._last[0] is not x:
-            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x))]
-            self._last = x, chosen.T @ chosen
+            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x)).to(x.device)]
+            self._last = x, (chosen.T @ chosen).cpu()
         self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
 
     def _numbers(self, before: int, samples: int, tokens: int) -> Tensor:
@@ -65,7 +70,8 @@ class InputSums:
         if self._roots is None:
             return tokens
         each = len(tokens) // samples
-        return tokens * self._roots[self._numbers(before, samples, each)].repeat_interleave(each).unsqueeze(1)
+        roots = self._roots[self._numbers(before, samples, each)].repeat_interleave(each)
+        return tokens * roots.unsqueeze(1).to(tokens.device)
 
     def _chosen(self, before: int, samples: int, tokens: int) -> Tensor:
         """Which tokens of the next `samples` count, bool [samples · tokens]."""

@@ -80,7 +80,7 @@ def test_errors_are_the_blocks_with_one_weight_changed(
             module.register_forward_pre_hook(lambda _, args: (quantizer.fake_quantize(args[0]),) if rounded else None)
     block.register_forward_hook(lambda _, args, output: seen[rounded].append(output))
     statistics = run.input_statistics(model, [OPEN[2]])[OPEN[2]]
-    run.through(inside, [])
+    run.through(inside, {})
     exact, errors, rounded = torch.cat(seen[False]), {}, True
     linear = inside.get_submodule(OPEN[2])
     for candidate in plan.open[0].candidates:
@@ -88,7 +88,7 @@ def test_errors_are_the_blocks_with_one_weight_changed(
         weight = model.get_submodule(OPEN[2]).weight
         linear.weight = nn.Parameter(nearest_weight(weight, candidate, statistics, "mse").dequantize(fmt))
         seen[True].clear()
-        run.through(inside, [])
+        run.through(inside, {})
         errors[fmt.name] = float((torch.cat(seen[True]) - exact).square().sum() / exact.square().sum())
     assert found.errors == pytest.approx(errors, rel=1e-3)
     assert list(found.errors) == list(FORMATS)

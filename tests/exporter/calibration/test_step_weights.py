@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.step_weights import step_responses, trajectory_weights
 from exporter.models.inputs import TransformerInputs
 from exporter.models.pixart import PixArtAdapter
