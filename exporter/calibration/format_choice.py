@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -46,8 +47,8 @@ class LayerFormats:
 
     @property
     def chosen(self) -> str:
-        """The format with the least error, of equal ones the first."""
-        return min(self.errors, key=self.errors.__getitem__)
+        """The format with the least error, of equal ones the first; never one whose output is not finite."""
+        return min(self.errors, key=lambda fmt: (not math.isfinite(self.errors[fmt]), self.errors[fmt]))
 
     @property
     def snr_db(self) -> dict[str, float]:
@@ -116,17 +117,17 @@ class _Trial:
         self.module = share_copy(module)
         self.layers: dict[str, _TrialLinear] = {}
         for layer in plan.layers:
-            inside = layer.name.removeprefix(f"{unit}.")
-            if inside == layer.name != unit:
+            if layer.name != unit and not layer.name.startswith(f"{unit}."):
                 continue
-            linear = module if layer.name == unit else module.get_submodule(inside)
+            inside = layer.name.removeprefix(unit).removeprefix(".")
+            linear = module.get_submodule(inside)
             assert isinstance(linear, nn.Linear)
             static = None if layer.scaling is None else input_scale(layer.scaling, inputs.get(layer.name))
             self.layers[layer.name] = _TrialLinear(linear, input_quantizer(layer, static))
-            if layer.name == unit:
-                self.module = self.layers[unit]
-            else:
+            if inside:
                 self.module.set_submodule(inside, self.layers[layer.name])
+            else:
+                self.module = self.layers[layer.name]
 
     @contextmanager
     def with_weight(self, name: str, weight: Tensor) -> Iterator[None]:

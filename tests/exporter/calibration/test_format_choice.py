@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,4 +99,5 @@ def test_errors_are_the_blocks_with_one_weight_changed(
 
 def test_the_least_error_is_chosen_and_of_equal_ones_the_first() -> None:
     assert LayerFormats("a", "b", {"e2m1": 2.0, "e1m2": 1.0, "e3m0": 1.0}, {}).chosen == "e1m2"
+    assert LayerFormats("a", "b", {"e2m1": math.nan, "e1m2": math.inf, "e3m0": 1e9}, {}).chosen == "e3m0"
     assert LayerFormats("a", "b", {"e2m1": 1e-3, "e1m2": 0.0}, {}).snr_db == {"e2m1": pytest.approx(30), "e1m2": 200}
