@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.calibration.format_choice import LayerFormats
 from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
@@ -40,7 +41,8 @@ _WITHOUT_TOKENS = 2
 class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read.
 
-    `store` is where calibration keeps activations, `placement` where it computes.
+    `store` is where calibration keeps activations, `placement` where it computes; `formats` say how those of open
+    layers were chosen.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Source:
     identity: dict[str, str]
     store: ActivationStore = field(default_factory=ActivationStore)
     placement: Placement = field(default_factory=Placement)
+    formats: tuple[LayerFormats, ...] = ()
 
     @property
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
@@ -66,10 +69,13 @@ class Source:
         return self.adapter.with_conditions(self.model, inputs)
 
     def layer_facts(self) -> list[dict[str, object]]:
-        """What codes and scales depend on, per layer: everything but the containers' names."""
+        """What codes and scales depend on, per layer: everything but the containers' names. Of an open layer also what
+        it may become."""
+        candidates = {layer.name: [one.weight_format for one in layer.candidates] for layer in self.plan.open}
         names = ("container", "asked_container")
         return [
             {**{key: value for key, value in asdict(layer).items() if key not in names}, "m": layer.multipliers}
+            | ({"candidates": candidates[layer.name]} if layer.name in candidates else {})
             for layer in self.plan.layers
         ]
 
