@@ -12,19 +12,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.cores import on_every_core
+from exporter.decoded_weights import unpacked_weight
 from exporter.errors import InputError
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.table import bounded_db
 from exporter.memory import release_mapped_weights
 from exporter.models.prompts import Prompts
-from exporter.plan import Plan
+from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
 from exporter.quantize import QuantLinear, planned_linear
+from exporter.rounding import dequantize
 from exporter.runtime import OnnxSession
 from exporter.sampling import Denoiser
 from plugins.container_product import ContainerProduct
+from plugins.formats import get_format
 
 BATCH = 32
 """Noise predictions that are made at once."""
@@ -33,6 +38,8 @@ _LAYER_ROWS = 512
 # A large model's layers get fewer rows, so that they cost no more than one of its noise predictions.
 _MOST_NUMBERS = 64_000_000
 _FEWEST_ROWS = 32
+# Of a wide layer about so many output channels are looked at, evenly spread: a channel's error is its own.
+_LAYER_CHANNELS = 256
 # After so many layers the original's weights, which are not looked at again, leave the memory.
 _LAYERS_AT_ONCE = 48
 
@@ -107,7 +114,8 @@ def _pooled_db(signal: Tensor, noise: Tensor, mask: Tensor) -> float:
 @dataclass(frozen=True)
 class LayerQuality:
     """What quantization costs one layer: SQNR in dB of its weight, and of its output on the original model's inputs
-    with weight and input quantized. `product` says what its container makes of it, None for block scaling."""
+    with weight and input quantized, a wide layer's by a sample of its output channels. `product` says what its
+    container makes of it, None for block scaling."""
 
     name: str
     shape: tuple[int, int]
@@ -140,35 +148,41 @@ def collected_rows(original: nn.Module, plan: Plan, batches: int) -> Iterator[di
         yield rows
 
 
-@torch.no_grad()
 def layer_quality(
     original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
 ) -> tuple[LayerQuality, ...]:
     """Measure every planned layer on `rows` [R, K] of its inputs in the original model."""
-    return tuple(_measure_layers(original, quantized, plan, rows))
 
-
-def _measure_layers(
-    original: nn.Module, quantized: nn.Module, plan: Plan, rows: Mapping[str, Tensor]
-) -> Iterator[LayerQuality]:
-    for index, layer in enumerate(plan.layers):
-        if index % _LAYERS_AT_ONCE == 0:
-            release_mapped_weights()
-        linear = planned_linear(original, layer)
+    def measured(layer: LayerPlan) -> LayerQuality:
         rounded = cast(QuantLinear, quantized.get_submodule(layer.name))
-        x = rows[layer.name]
-        yield LayerQuality(
-            name=layer.name,
-            shape=(layer.out_features, layer.in_features),
-            weight_format=layer.weight_format,
-            activation_format=layer.activation_format,
-            group_size=layer.group_size,
-            scales=layer.scales,
-            container=layer.container,
-            weight_sqnr_db=_sqnr(linear.weight, rounded.weight),
-            output_sqnr_db=_sqnr(linear(x), rounded(x)),
-            product=layer.product,
-        )
+        return _measured_layer(layer, planned_linear(original, layer), rounded, rows[layer.name])
+
+    layers: list[LayerQuality] = []
+    for start in range(0, len(plan.layers), _LAYERS_AT_ONCE):
+        release_mapped_weights()
+        layers += on_every_core(measured, plan.layers[start : start + _LAYERS_AT_ONCE])
+    return tuple(layers)
+
+
+def _measured_layer(layer: LayerPlan, linear: nn.Linear, rounded: QuantLinear, x: Tensor) -> LayerQuality:
+    channels = slice(None, None, max(1, layer.out_features // _LAYER_CHANNELS))
+    exact, bias = linear.weight[channels], None if linear.bias is None else linear.bias[channels]
+    fmt = get_format(layer.weight_format)
+    weight = unpacked_weight(rounded.words[channels], rounded.scales[channels], fmt, layer.in_features)
+    quantized_input = rounded.quantize_input(x)
+    entering = x if quantized_input is None else dequantize(*quantized_input)
+    return LayerQuality(
+        name=layer.name,
+        shape=(layer.out_features, layer.in_features),
+        weight_format=layer.weight_format,
+        activation_format=layer.activation_format,
+        group_size=layer.group_size,
+        scales=layer.scales,
+        container=layer.container,
+        weight_sqnr_db=_sqnr(exact, weight),
+        output_sqnr_db=_sqnr(F.linear(x, exact, bias), F.linear(entering, weight, bias)),
+        product=layer.product,
+    )
 
 
 def _sqnr(exact: Tensor, rounded: Tensor) -> float:

@@ -145,9 +145,7 @@ class QuantLinear(nn.Module):
         if y is not None:
             return y
         quantized = self.quantize_input(x)
-        if quantized is not None:
-            x = dequantize(*quantized)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x if quantized is None else dequantize(*quantized), self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # What was packed for one device is not for another.
@@ -292,7 +290,7 @@ def _unpack_layer(path: Path, layer: LayerPlan, tensors: Mapping[str, Tensor]) -
         codes = unpack(words.numpy(), fmt.bits, layer.in_features)
     except ValueError as error:
         raise InputError(f"{path}: {layer.name}.words: {error}") from error
-    if len(codes) != layer.out_features or not bool(fmt.valid[codes].all()):
+    if len(codes) != layer.out_features or not (fmt.valid.all() or fmt.valid[codes].all()):
         raise InputError(f"{path}: {layer.name}.words: not {layer.out_features} rows of {fmt.name} codes")
     input_scale = tensors.get(f"{layer.name}.input_scale")
     if input_scale is not None and not (input_scale.shape == () and 0 < float(input_scale) < torch.inf):

@@ -7,6 +7,7 @@ line with the file, the key and the nearest valid value.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
 
 HIGH_PRECISION = "none"
+AUTO_FORMAT = "auto"
+"""A rule's weight format that is chosen layer by layer, by what the candidates cost the block's output."""
 
 Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
 Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
@@ -46,10 +49,11 @@ SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 
 _PATHS = (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier"))
 _LARGEST_SEED = 2**63 - 1
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 def _weight_format(name: str) -> str:
-    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION))
+    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION, AUTO_FORMAT))
 
 
 def _activation_format(name: str) -> str:
@@ -58,6 +62,12 @@ def _activation_format(name: str) -> str:
 
 def _target(name: str) -> str:
     return _known(name, "target", (AUTO, *TARGETS))
+
+
+def _device(name: str) -> str:
+    if _DEVICE.fullmatch(name) is None:
+        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+    return name
 
 
 def _known(name: str, kind: str, names: Sequence[str]) -> str:
@@ -85,17 +95,34 @@ class CalibrationSection(Section):
         default=None,
         description="GB for all samples' activations, which are files beyond that; unset: half of what is free",
     )
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto", description="what calibrates: cpu, cuda, cuda:N, or auto: a GPU if PyTorch sees one"
+    )
+    device_memory: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="GB of the GPU's memory that calibration may use; unset: what is free"
+    )
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs are captured: of every step of every trajectory one, with guidance two."""
+        return self.samples * self.steps * (1 if self.guidance == 1.0 else 2)
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What a trajectory depends on beside its prompt and seed."""
-        return self.model_dump(exclude={"prompts", "samples", "seed", "memory"})
+        """What a trajectory depends on beside its prompt, its seed and the kind of device."""
+        return self.model_dump(exclude={"prompts", "samples", "seed", "memory", "device", "device_memory"})
+
+    @property
+    def captured(self) -> dict[str, Any]:
+        """What the captured inputs depend on, beside the model, its prompts and the kind of device."""
+        return self.model_dump(exclude={"prompts", "memory", "device", "device_memory"})
 
 
 class LayerRule(Section):
     """Formats for the layers whose module path matches; the first matching rule wins.
 
-    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision.
+    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision, `weight: auto`
+    chooses among the floats of as many bits as the preset's weights have.
     """
 
     match: Text = Field(description="a module path, * and ? allowed")

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.container_choice import choose_container
+from exporter.cores import on_every_core
 from exporter.errors import InputError
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
@@ -57,7 +57,6 @@ class LayerScales:
     kinds: tuple[ScaleKind, ...]
 
 
-@torch.no_grad()
 def compare_scales(
     original: nn.Module, layers: Iterable[LayerPlan], rows: Mapping[str, Tensor], method: MethodSection, target: Target
 ) -> tuple[LayerScales, ...]:
@@ -68,13 +67,13 @@ def compare_scales(
     and activations are not quantized, so that the scales alone differ. The search goes by mean squares at most: the
     rows are too few for a Gram matrix.
     """
-    compared = []
-    for layer in layers:
-        if layer.group_size and layer.scaling is None:
-            weight = planned_linear(original, layer).weight.detach()[::EVERY_CHANNEL]
-            kinds = [_measure(weight, kind, rows[layer.name], method, target) for kind in _kinds(layer, target)]
-            compared.append(LayerScales(layer.name, layer.scales, tuple(kinds)))
-    return tuple(compared)
+
+    def compared(layer: LayerPlan) -> LayerScales:
+        weight = planned_linear(original, layer).weight.detach()[::EVERY_CHANNEL]
+        kinds = [_measure(weight, kind, rows[layer.name], method, target) for kind in _kinds(layer, target)]
+        return LayerScales(layer.name, layer.scales, tuple(kinds))
+
+    return tuple(on_every_core(compared, [layer for layer in layers if layer.group_size and layer.scaling is None]))
 
 
 def _kinds(layer: LayerPlan, target: Target) -> list[tuple[LayerPlan, bool]]:

@@ -44,6 +44,11 @@ def name_for(stem: str, suffix: str, parts: object) -> str:
     return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"
 
 
+def verb(reused: bool, done: str) -> str:
+    """What a note says was done, now or by an earlier run."""
+    return f"{done} earlier:" if reused else done
+
+
 @cache
 def program_identity() -> str:
     """Hash of this program's own source and of the versions of the libraries that decide what it writes."""

@@ -16,6 +16,7 @@ from plugins.body import Body
 
 WORD_BITS = 32
 _NIBBLE_BITS = 4
+_OCTET_BITS = 8
 _NIBBLES_PER_WORD = WORD_BITS // _NIBBLE_BITS
 PACKED_BITS = (3, 4, 6, 8)
 
@@ -73,12 +74,21 @@ def unpack_nodes(words_name: str, codes_name: str, prefix: str, bits: int, count
     every node, is named `prefix`….
     """
     body = Body(prefix)
-    signed = body.op("Cast", words_name, to=TensorProto.INT64)
-    words = body.op("Mod", signed, body.ints(2**WORD_BITS))
+    words = _unsigned(body, words_name)
     straddle = WORD_BITS % bits != 0
     codes = _from_octets(body, words, bits, count) if straddle else _digits(body, words, 2**bits, WORD_BITS // bits)
     body.op("Slice", codes, body.ints(0), body.ints(count), body.ints(1), output=codes_name)
     return body.nodes
+
+
+def append_octets(body: Body, words: str) -> str:
+    """INT32 words [N, W] → their octets INT64 [N, 4W], lowest first."""
+    return _digits(body, _unsigned(body, words), 2**_OCTET_BITS, WORD_BITS // _OCTET_BITS)
+
+
+def _unsigned(body: Body, words: str) -> str:
+    """INT32 → INT64 from 0 to 2³² − 1."""
+    return body.op("Mod", body.op("Cast", words, to=TensorProto.INT64), body.ints(2**WORD_BITS))
 
 
 def _digits(body: Body, numbers: str, radix: int, count: int) -> str:

@@ -1,9 +1,10 @@
 """Compare rounding methods and formats at equal widths and several seeds: docs/quality.md.
 
 `python -m tools.quality` measures cell after cell (a method at some bits, calibrated with a seed) and writes the page
-from all that build/quality keeps, so it can be stopped and run again. Who changes a method deletes its cells there.
-Cells can be chosen: `--bits W4A6 --row ours`. One takes half a minute to three minutes on one core, `--samples 2000`
-eight more, for the first seed only.
+from all measured ones, small files in docs/quality/, so it can be stopped and run again. Cells of other settings or
+another model are measured anew; who changes what a method computes deletes its cells there.
+Cells can be chosen: `--bits W4A6 --row ours --seed 0`. One takes half a minute to three minutes on one core,
+`--samples 2000` eight more, for the first seed only. Processes may run side by side, each with seeds of its own.
 `--model shapes` measures the second model, which `python tools/train_shapes.py --output build/shapes` makes.
 """
 
@@ -22,6 +23,7 @@ from tools.quality_cells.page import markdown
 from tools.quality_cells.rows import BITS, ROWS, SEEDS
 
 ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "docs" / "quality"
 _RECIPES = {"digits": ROOT / "recipes" / "digits.yaml", "shapes": ROOT / "build" / "shapes" / "shapes.yaml"}
 
 
@@ -29,10 +31,19 @@ _RECIPES = {"digits": ROOT / "recipes" / "digits.yaml", "shapes": ROOT / "build"
 @click.option("--model", type=click.Choice([*_RECIPES]), default="digits", show_default=True, help="Which model.")
 @click.option("--bits", multiple=True, type=click.Choice([bits.name for bits in BITS]), help="Only these widths.")
 @click.option("--row", "rows", multiple=True, type=click.Choice([row.key for row in ROWS]), help="Only these methods.")
-@click.option("--seeds", type=click.IntRange(0, len(SEEDS)), default=len(SEEDS), show_default=True, help="How many.")
+@click.option("--seed", "seeds", multiple=True, type=click.Choice([*map(str, SEEDS)]), help="Only these seeds.")
+@click.option("--page-only", is_flag=True, help="Measure nothing.")
 @click.option("--samples", type=click.IntRange(0), default=0, show_default=True, help="Samples to judge, first seed.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="The page.")
-def main(model: str, bits: tuple[str, ...], rows: tuple[str, ...], seeds: int, samples: int, output: Path) -> None:
+def main(
+    model: str,
+    bits: tuple[str, ...],
+    rows: tuple[str, ...],
+    seeds: tuple[str, ...],
+    page_only: bool,
+    samples: int,
+    output: Path,
+) -> None:
     """Measure what is missing, then write the page."""
     if not _RECIPES[model].is_file():
         raise click.UsageError("--model shapes: make it first: python tools/train_shapes.py --output build/shapes")
@@ -43,8 +54,8 @@ def main(model: str, bits: tuple[str, ...], rows: tuple[str, ...], seeds: int, s
     for name, recipe in _RECIPES.items():
         folder = ROOT / "build" / "quality" / name
         folder.mkdir(parents=True, exist_ok=True)
-        laboratories[name] = Laboratory(recipe, folder, progress)
-    for seed in SEEDS[:seeds]:
+        laboratories[name] = Laboratory(recipe, folder, CELLS / name, progress)
+    for seed in () if page_only else map(int, seeds or SEEDS):
         for width in BITS:
             for row in ROWS:
                 if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)):

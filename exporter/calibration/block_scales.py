@@ -12,9 +12,9 @@ from exporter.calibration.scales import (
     RoundingError,
     ScaleSearch,
     better,
-    one_thread,
     round_significand,
 )
+from exporter.cores import one_thread
 from plugins.block_scales import BlockScaling, tensor_scale_of
 
 

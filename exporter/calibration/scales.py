@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from exporter.cores import one_thread
 from exporter.rounding import power_of_two_below, round_to_format
 from plugins.formats import Format
 
@@ -82,17 +82,6 @@ def channel_bits(multipliers: Sequence[int]) -> int:
     (s·m)/m rounds."""
     widest = max((multiplier // (multiplier & -multiplier)).bit_length() for multiplier in multipliers)
     return min(SIGNIFICAND_BITS, FLOAT32_SIGNIFICAND_BITS - widest)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep small operations on one core: threads would spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _choose_rows(

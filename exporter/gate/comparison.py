@@ -1,9 +1,12 @@
-"""One graph against the reference: every row, and the commands that repeat the comparisons."""
+"""Graphs against the reference: every row, and the commands that repeat the comparisons."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import onnx
 
@@ -19,7 +22,7 @@ from exporter.gate.linears import (
 )
 from exporter.gate.records import LinearRecord, Reference
 from exporter.gate.reference import EXACT_DB
-from exporter.gate.runs import repeat_command, save_feeds, save_reference
+from exporter.gate.runs import quiet, repeat_command, save_feeds, save_reference
 from exporter.gate.segments import is_large
 from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage
@@ -42,16 +45,40 @@ def compare_graph(
     Raises:
         FidelityError: the graph lacks a tensor at which it is cut, has other layers than the reference, or cannot run.
     """
-    reference = reference.for_stage(stage)
-    optimized = stage == "exported" or target.engine == "onnxruntime"
-    written = read_model(path)
-    compared = _Compared(path, written, untiled(written), stage, reference, folder, optimized)
-    try:
-        linears, rest = compared.in_segments(progress) if compared.is_large else compared.whole(progress)
-        commands = () if compared.is_large and stage == "exported" else compared.repeat_commands(linears)
-    except CutError as error:
-        raise FidelityError(f"{path}: {error}") from error
-    return GateResult((*linears.rows, *rest), commands)
+    compared = _Compared.open(path, stage, reference, folder, target)
+    with progress.task(f"comparing the {stage} graph", compared.steps) as task:
+        return compared.result(task.advance)
+
+
+def compare_graphs(
+    exported: Path, lowered: Path, reference: Reference, folder: Path, target: Target, progress: Progress
+) -> GateResult:
+    """What `compare_graph` finds of both, the exported one's rows first; the commands are the lowered one's.
+
+    Large graphs are compared side by side, on one core each; a small one's sessions take all cores. Raises
+    `FidelityError` as `compare_graph` does.
+    """
+    both = [
+        _Compared.open(exported, "exported", reference, folder, target, threads=1),
+        _Compared.open(lowered, "lowered", reference, folder, target, threads=1),
+    ]
+    ended = Event()
+    with progress.task("comparing the graphs", sum(graph.steps for graph in both)) as task, quiet():
+
+        def advance() -> None:
+            if ended.is_set():
+                raise InterruptedError("the comparison of the other graph has failed, or all of it was interrupted")
+            task.advance()
+
+        with ThreadPoolExecutor(len(both) if all(graph.is_large for graph in both) else 1) as pool:
+            running = [pool.submit(graph.result, advance) for graph in both]
+            try:
+                first, second = (future.result() for future in running)
+            finally:
+                # Else an interrupted export would wait for the end of both.
+                ended.set()
+                running[-1].cancel()
+    return GateResult(first.rows + second.rows, second.commands)
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,37 @@ class _Compared:
     reference: Reference
     folder: Path
     optimized: bool
+    threads: int | None
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        stage: Stage,
+        reference: Reference,
+        folder: Path,
+        target: Target,
+        *,
+        threads: int | None = None,
+    ) -> _Compared:
+        """Read the graph; the operators of a large one get so many `threads`."""
+        written = read_model(path)
+        optimized = stage == "exported" or target.engine == "onnxruntime"
+        return cls(path, written, untiled(written), stage, reference.for_stage(stage), folder, optimized, threads)
+
+    @property
+    def steps(self) -> int:
+        """How often a comparison reports that it is farther."""
+        return len(self.reference.blocks) + 2 if self.is_large else 3
+
+    def result(self, advance: Callable[[], None]) -> GateResult:
+        """All rows and the commands. Raises `FidelityError` as `compare_graph` does."""
+        try:
+            linears, rest = self.in_segments(advance) if self.is_large else self.whole(advance)
+            commands = () if self.is_large and self.stage == "exported" else self.repeat_commands(linears)
+        except CutError as error:
+            raise FidelityError(f"{self.path}: {error}") from error
+        return GateResult((*linears.rows, *rest), commands)
 
     @property
     def is_large(self) -> bool:
@@ -85,36 +143,35 @@ class _Compared:
         """The file of the graph that is cut at its `linears` or between its `blocks`."""
         return self.folder / f"{kind}.{self.stage}.onnx"
 
-    def whole(self, progress: Progress) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
+    def whole(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """Compare a small graph, in one piece each time; the second part is the blocks, tiles and the end to end."""
         reference, stage, optimized = self.reference, self.stage, self.optimized
-        with progress.task(f"comparing the {stage} graph", 3) as task:
-            cut = self.cut_path("linears")
-            linears = compare_linears(self.plain, self.layers, self.records, stage, cut, optimized=optimized)
-            task.advance()
-            cut = self.cut_path("blocks")
-            blocks = compare_blocks(self.plain, reference, stage, cut, optimized=optimized, layers=self.layers)
-            task.advance()
-            tiles: tuple[GateRow, ...] = ()
-            if self.plain is not self.written:
-                tiles = (compare_tiles(self.path, self.plain, reference, stage, self.cut_path("whole")),)
-            end = compare_end_to_end(self.path, reference, stage, optimized=optimized)
-            task.advance()
+        cut = self.cut_path("linears")
+        linears = compare_linears(self.plain, self.layers, self.records, stage, cut, optimized=optimized)
+        advance()
+        cut = self.cut_path("blocks")
+        blocks = compare_blocks(self.plain, reference, stage, cut, optimized=optimized, layers=self.layers)
+        advance()
+        tiles: tuple[GateRow, ...] = ()
+        if self.plain is not self.written:
+            tiles = (compare_tiles(self.path, self.plain, reference, stage, self.cut_path("whole")),)
+        end = compare_end_to_end(self.path, reference, stage, optimized=optimized)
+        advance()
         return linears, (*blocks, *tiles, end)
 
-    def in_segments(self, progress: Progress) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
+    def in_segments(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """The same of a large graph, segment by segment."""
-        with progress.task(f"comparing the {self.stage} graph", len(self.reference.blocks) + 2) as task:
-            found = compare_segments(
-                self.written,
-                self.plain,
-                self.layers,
-                self.reference,
-                self.stage,
-                self.path,
-                optimized=self.optimized,
-                advance=task.advance,
-            )
+        found = compare_segments(
+            self.written,
+            self.plain,
+            self.layers,
+            self.reference,
+            self.stage,
+            self.path,
+            optimized=self.optimized,
+            advance=advance,
+            threads=self.threads,
+        )
         return judge_linears(self.layers, self.records, found.linears, self.stage), found.rows
 
     def repeat_commands(self, linears: LinearsComparison) -> tuple[str, ...]:

@@ -37,19 +37,20 @@ def compare_segments(
     *,
     optimized: bool,
     advance: Callable[[], None] = lambda: None,
+    threads: int | None = None,
 ) -> SegmentsComparison:
     """What `compare_blocks`, `compare_tiles` and `compare_end_to_end` compare, of a large graph and segment by segment.
 
     Every segment of `plain`, the graph without tiles, runs on the reference's tensors, and on what the segments of
     `written` before it gave, which run free from the model's inputs to its output; there a tiled segment must give the
     bits of the plain one. Those of the `layers` that lie in it run on the inputs that the reference recorded. `path`,
-    the graph's file, is for messages.
+    the graph's file, is for messages; `threads` are those of one operator.
 
     Raises:
         CutError: the graph lacks a block's output.
         FidelityError: it cannot be run, or has other layers than the reference.
     """
-    walk = _Walk(written, plain, layers, reference, stage, path, optimized)
+    walk = _Walk(written, plain, layers, reference, stage, path, optimized, threads)
     for names, constants in with_constants(walk.graph, segment_outputs(plain, reference.blocks)):
         walk.through(names, constants)
         advance()
@@ -68,9 +69,10 @@ class _Walk:
         stage: Stage,
         path: Path,
         optimized: bool,
+        threads: int | None,
     ) -> None:
-        self.graph = DividedGraph(plain)
-        self._tiled = None if written is plain else DividedGraph(written)
+        self.graph = DividedGraph(plain, threads=threads)
+        self._tiled = None if written is plain else DividedGraph(written, threads=threads)
         self._reference, self._stage, self._path, self._optimized = reference, stage, path, optimized
         self._boundaries = computed_boundaries(plain, reference)
         self._layers = list(layers)

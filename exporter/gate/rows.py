@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.compute import Compute
+from exporter.cores import on_every_core
 from exporter.gate.records import LinearRecord
 from exporter.gate.rounding import rounded
 from exporter.quantize import QuantLinear
@@ -79,9 +80,13 @@ class LinearInputs:
 
     def records(self) -> Iterator[LinearRecord]:
         """One record per linear that ran, in the order in which they first ran."""
-        for layer, parts in self.rows.items():
-            record = linear_record(self.modules[layer], torch.cat(parts), self.ranks[layer], self.compute)
-            yield replace(record, products=self.products)
+
+        def recorded(layer: str) -> LinearRecord:
+            rows = torch.cat(self.rows[layer])
+            record = linear_record(self.modules[layer], rows, self.ranks[layer], self.compute)
+            return replace(record, products=self.products)
+
+        return on_every_core(recorded, self.rows)
 
 
 def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Compute = "fp32") -> LinearRecord:

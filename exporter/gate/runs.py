@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +43,14 @@ def refusals() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a graph: a model that lacks the `constants`, by the names under which its nodes read them."""
+    """A part of a graph: a model that lacks the `constants`, by the names under which its nodes read them.
+
+    `threads` is how many an operator may use, None for as many as there are cores.
+    """
 
     model: onnx.ModelProto
     constants: Mapping[str, npt.NDArray[np.generic]]
+    threads: int | None = None
 
     def complete(self) -> onnx.ModelProto:
         """The model with the constants in it."""
@@ -60,6 +65,8 @@ class Part:
         options.add_session_config_entry("session.disable_prepacking", "1")
         # The next segment's constants are computed meanwhile, on a core that threads would only wait on.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
         if not optimized:
             options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
         large = {name: array for name, array in self.constants.items() if array.nbytes >= _SMALLEST_EXTERNAL}
@@ -103,7 +110,7 @@ def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool, part: Par
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator
 
-    with _quiet():
+    with quiet():
         try:
             if part is None:
                 session = SessionFromOnnx(str(path), graph_optimization_level=_level(optimized))()
@@ -145,7 +152,7 @@ def compare_snr(
         results.add(given, runner_name=runner)
     if not any(results[REFERENCE_NAME]):
         return worst
-    with _quiet():
+    with quiet():
         results = Comparator.postprocess(results, _RowFilter(kept_rows))
         # Not through Comparator.compare_accuracy, which takes quantiles of every tensor for its log.
         compare = SnrCompareFunc()
@@ -172,17 +179,23 @@ class _RowFilter:
 
 def save_feeds(feeds: Sequence[Arrays], path: Path) -> None:
     """Write inputs as polygraphy's JSON, for `--load-inputs`."""
-    from polygraphy.json import save_json
-
-    with atomic_path(path) as temporary, _quiet():
-        save_json([dict(feed) for feed in feeds], str(temporary), description="inputs")
+    _save_json([dict(feed) for feed in feeds], path)
 
 
 def save_reference(outputs: Sequence[Arrays], path: Path) -> None:
     """Write reference outputs as polygraphy's JSON, for `--load-outputs`."""
-    results = _run_results(outputs)
-    with atomic_path(path) as temporary, _quiet():
-        results.save(str(temporary))
+    _save_json(_run_results(outputs), path)
+
+
+def _save_json(content: object, path: Path) -> None:
+    """What polygraphy's `save_json` writes, array by array: a large model's would be half a gigabyte of text."""
+    from polygraphy.json import Encoder, to_json
+
+    with quiet():
+        # Makes the arrays' types known to the encoder.
+        to_json([])
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, cls=Encoder)
 
 
 def load_feeds(path: Path) -> list[Arrays]:
@@ -220,7 +233,7 @@ def _loaded(load: Callable[[str], object], path: Path) -> object:
     from polygraphy.exception import PolygraphyException
 
     try:
-        with _quiet():
+        with quiet():
             return load(str(path))
     except (PolygraphyException, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as polygraphy's JSON: {error}") from error
@@ -251,8 +264,11 @@ def _level(optimized: bool) -> object:
     return None if optimized else getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
 
 
-def _quiet() -> AbstractContextManager[object]:
-    """Silence polygraphy's log: the gate prints its own table."""
+def quiet() -> AbstractContextManager[object]:
+    """Silence polygraphy's log: the gate prints its own table.
+
+    The log is the process's own: what runs in several threads is silenced around them.
+    """
     from polygraphy.logger import G_LOGGER
 
     quiet: AbstractContextManager[object] = G_LOGGER.verbosity(G_LOGGER.CRITICAL)

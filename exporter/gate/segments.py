@@ -67,10 +67,10 @@ class DividedGraph:
     that their weights are decoded once.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, decode: bool = True) -> None:
-        """Without `decode`, weights in containers stay in them."""
+    def __init__(self, model: onnx.ModelProto, *, decode: bool = True, threads: int | None = None) -> None:
+        """Without `decode`, weights in containers stay in them; `threads` is for the parts' operators."""
         keep = frozenset() if decode else _DECODERS
-        self._model = model
+        self._model, self._threads = model, threads
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._nodes = _inlined_nodes(model)
         self._writer = {name: index for index, node in enumerate(self._nodes) for name in node.output if name}
@@ -105,10 +105,10 @@ class DividedGraph:
             "part",
             [*inputs, *(value for name, value in self._inputs.items() if name in read)],
             [typed_output(self._types, name) for name in wanted],
-            [tensor for name, tensor in self._stored.items() if name in read],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        return Part(model, constants)
+        model.graph.initializer.extend(tensor for name, tensor in self._stored.items() if name in read)
+        return Part(model, constants, self._threads)
 
     def computes(self, given: Collection[str], wanted: Sequence[str], names: Iterable[str]) -> frozenset[str]:
         """Which of the tensors `names` are computed on the way from `given` to `wanted`."""
@@ -150,11 +150,13 @@ class DividedGraph:
                 open_names += self._nodes[index].input
         nodes = [self._nodes[index] for index in sorted(indices)]
         read = {name for node in nodes for name in node.input}
-        stored = [tensor for name, tensor in self._stored.items() if name in read]
-        graph = helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=name) for name in names], stored)
+        graph = helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=name) for name in names])
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        model.graph.initializer.extend(tensor for name, tensor in self._stored.items() if name in read)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # The other cores run the segment before.
+        options.intra_op_num_threads = 1
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return list(session.run(names, {}))

@@ -91,14 +91,17 @@ class Layer:
         stored: npt.NDArray[Any] = np.asarray(self.stored.values)
         return unpack(stored, self.format.bits, self.gemm.count) if self.gemm.packed else stored
 
-    def numerators(self) -> npt.NDArray[np.int64]:
-        """The weight in units of the format's step, times the groups' multipliers: int64 [N, K]."""
-        numerators = self.format.numerators[self.codes()]
+    def numerators(self) -> npt.NDArray[np.signedinteger[Any]]:
+        """The weight in units of the format's step, times the groups' multipliers: [N, K], in integers no wider than
+        the largest product needs."""
+        largest = self.format.max_numerator * (1 if self.multipliers is None else int(self.multipliers.max()))
+        dtype = np.min_scalar_type(-largest)
+        numerators = self.format.numerators.astype(dtype)[self.codes()]
         if self.multipliers is None:
             return numerators
         size = self.gemm.group_size
-        grouped = numerators.reshape(len(numerators), -1, size) * self.multipliers[:, :, None]
-        return np.asarray(grouped.reshape(numerators.shape), np.int64)
+        grouped = numerators.reshape(len(numerators), -1, size) * self.multipliers[:, :, None].astype(dtype)
+        return np.asarray(grouped.reshape(numerators.shape))
 
 
 QuantizeFn: TypeAlias = Callable[[Quantizer, Splicer], tuple[list[gs.Node], Activation]]

@@ -28,7 +28,6 @@ _ERRORS_ONLY = 3
 # DequantizeLinear with its MatMul into one that quantizes the activations to 8 bits.
 _QDQ_FUSION = "QDQSelectorActionTransformer"
 _FOLDING = "ConstantFolding"
-_SHRINKS = "memory.enable_memory_arena_shrinkage"
 
 ORT_ERRORS = (
     ort_errors.Fail,
@@ -70,18 +69,17 @@ class OnnxSession:
     ) -> None:
         """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores). Without
         `fold_constants`, what depends on constants alone is computed in every run instead of being kept in memory;
-        without `keep_arena`, the memory of a run's tensors is given back after it.
+        without `keep_arena`, the memory of a run's tensors is given back during it.
 
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.
         """
         self.name = _name_of(source)
-        self._session = create_session(source, threads, CPU_PROVIDERS, fold_constants=fold_constants)
+        self._session = create_session(
+            source, threads, CPU_PROVIDERS, fold_constants=fold_constants, keep_arena=keep_arena
+        )
         self.inputs = tuple(spec_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(spec_of(value) for value in self._session.get_outputs())
-        self._options = ort.RunOptions()
-        if not keep_arena:
-            self._options.add_run_config_entry(_SHRINKS, "cpu:0")
 
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any]], outputs: Iterable[str] | None = None
@@ -99,7 +97,7 @@ class OnnxSession:
         try:
             # Not np.ascontiguousarray, which gives a scalar an axis.
             arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
-            results = self._session.run(names, arrays, self._options) if names else []
+            results = self._session.run(names, arrays) if names else []
         except ORT_ERRORS as error:
             raise InputError(f"{self.name}: ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(names, results, strict=True))
@@ -118,6 +116,7 @@ def create_session(
     providers: Sequence[Provider],
     *,
     fold_constants: bool = True,
+    keep_arena: bool = True,
 ) -> ort.InferenceSession:
     """ONNX Runtime's session for a file or a model, without the one optimization that would change its arithmetic.
 
@@ -128,6 +127,8 @@ def create_session(
     options.log_severity_level = _ERRORS_ONLY
     # Idle threads would spin on the cores that torch computes on between two runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Not by shrinking it after a run, which spares what was allocated first: a block's decoded weights.
+    options.enable_cpu_mem_arena = keep_arena
     if threads is not None:
         options.intra_op_num_threads = threads
     dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)

@@ -118,6 +118,23 @@ def test_layers_are_measured_on_the_original_models_inputs() -> None:
     assert coarse.output_sqnr_db == pytest.approx(coarse.weight_sqnr_db, abs=4)
 
 
+def test_a_wide_layer_is_measured_on_a_sample_of_its_channels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 1024))
+    weight, fmt = model[0].weight.detach(), get_format("e2m1")
+    # Every fourth channel is looked at; the others hold what no scale could.
+    scales = weight.abs().amax(1, True) / fmt.max
+    whole = LayerPlan("0", 1024, 16, True, "e2m1", "e2m3", 0, "channel", "int8")
+    wrong = torch.where((torch.arange(1024) % 4 == 0)[:, None], scales, scales * 100)
+    plan, rows = Plan((whole,), (), 0, 0), {"0": torch.randn(8, 16)}
+    found = [
+        layer_quality(model, quantize_model(model, plan, {"0": round_to_nearest(weight, used, fmt)}), plan, rows)
+        for used in (scales, wrong)
+    ]
+    assert found[0] == found[1]
+    assert 12 < found[0][0].weight_sqnr_db < 25
+
+
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
     """Three classes: the sum of each row of a 3 x 2 image."""

@@ -83,7 +83,7 @@ def test_the_judge_sees_classes_and_features_of_the_shipped_classifier() -> None
 
 
 def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
-    laboratory, other = (Laboratory(RECIPE, tmp_path / name, NullProgress()) for name in ("digits", "shapes"))
+    laboratory, other = (Laboratory(RECIPE, tmp_path, tmp_path / name, NullProgress()) for name in ("digits", "shapes"))
     assert "Not measured yet." in markdown(laboratory, other)
     rows = {row.key: row for row in ROWS}
     row, floats = rows["int_nearest"], rows["fp_nearest"]
@@ -98,6 +98,18 @@ def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
     assert cells[1:4] == ["41.0 ± 1.4", "30.0 ± 0.0", "25.0 ± 0.0"]
     assert "| round to nearest | – | +3.5 | – | – |" in page
     assert cells[4:] == ["99.0 % (98.0 … 100.0)", "0.500 (0.250 … 0.750)", "7", "2"]
+
+
+def test_cells_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+    recipe, row = tmp_path / "recipe.yaml", ROWS[0]
+    recipe.write_text(
+        RECIPE.read_text(encoding="utf-8").replace(": digits", f": {RECIPE.parent}/digits"), encoding="utf-8"
+    )
+    laboratory = Laboratory(recipe, tmp_path, tmp_path / "cells", NullProgress())
+    laboratory._keep(row, W4A6, 0, Figures(43.5, 30.0, 25.0, 7.0))
+    assert laboratory.kept(row, W4A6, 0) is not None
+    (tmp_path / "cells" / f"W4A6.{row.key}.0.json").rename(tmp_path / "cells" / f"W4A6.{row.key}.1000.json")
+    assert laboratory.kept(row, W4A6, 1000) is None
 
 
 @pytest.mark.parametrize(("mantissa", "name"), [(1, "e2m1"), (0, "e3m0"), (2, "e1m2")])

@@ -1,7 +1,11 @@
-"""Calibrate and measure one cell; everything that takes long is kept, so that an interrupted run goes on."""
+"""Calibrate and measure one cell; everything that takes long is kept, so that an interrupted run goes on.
+
+A measured cell is a small file that is committed, so that rows add up over machines.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -17,15 +21,17 @@ from torch import nn
 
 from exporter import load_recipe
 from exporter.calibration.calibrate import calibrate
+from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.evaluate import prompt_order
-from exporter.files import write_text_atomically
+from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
+from exporter.model_stages import balanced
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
-from exporter.stages import balanced, capture, captured_inputs
+from exporter.stages import capture, captured_inputs
 from exporter.workdir import name_for
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
 from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
@@ -50,10 +56,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """A recipe to change, and a folder for everything that is kept."""
+    """A recipe to change, a folder for everything that can be made again, and one for the measured cells."""
 
     recipe: Path
     folder: Path
+    cells: Path
     progress: Progress
 
     def job(self, changes: Sequence[str], name: str) -> Job:
@@ -78,11 +85,14 @@ class Laboratory:
         return kept
 
     def kept(self, row: Row, bits: Bits, seed: int) -> Figures | None:
-        """What an earlier run measured."""
+        """What an earlier run measured, if it was the same model and settings, or the model is not here."""
         file = self._file(row, bits, seed)
         if not file.is_file():
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
+        settings = found.pop("settings")
+        if self.recipe.is_file() and settings != self._settings(row, bits, seed):
+            return None
         for name in ("recognised", "frechet"):
             found[name] = None if found[name] is None else Interval(**found[name])
         return Figures(**found)
@@ -90,10 +100,25 @@ class Laboratory:
     def _keep(self, row: Row, bits: Bits, seed: int, figures: Figures) -> None:
         file = self._file(row, bits, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps(asdict(figures), indent=1) + "\n")
+        kept = {"settings": self._settings(row, bits, seed), **asdict(figures)}
+        write_text_atomically(file, json.dumps(kept, indent=1) + "\n")
 
     def _file(self, row: Row, bits: Bits, seed: int) -> Path:
-        return self.folder / "cells" / f"{bits.name}.{row.key}.{seed}.json"
+        return self.cells / f"{bits.name}.{row.key}.{seed}.json"
+
+    def _settings(self, row: Row, bits: Bits, seed: int) -> str:
+        """A hash of the model's and prompts' files and of all that the recipe sets, evaluation aside."""
+        recipe = load_recipe(self.recipe, (*row.changes(bits), f"calibration.seed={seed}"), "cpu")
+        settings = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluation"})
+        text = json.dumps([settings, self._files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _files(self) -> list[str]:
+        recipe = load_recipe(self.recipe, (), "cpu")
+        assert recipe.calibration.prompts is not None
+        files = sorted(recipe.resolve_path(recipe.model.weights).rglob("*.safetensors"))
+        return [sha256_of(file) for file in (*files, recipe.resolve_path(recipe.calibration.prompts))]
 
     def _quantized(self, row: Row, bits: Bits, seed: int) -> tuple[nn.Module, Source, float]:
         """The fake-quantized model, what it was made of, and the CPU seconds that calibrating took."""
@@ -101,13 +126,14 @@ class Laboratory:
         source = load_source(job)
         captured = captured_inputs(job, source)
         source = balanced(job, source, captured)
+        begin = time.process_time()
+        source = formats_chosen(job, source, captured)
         # Rounding does not see how activations are quantized, so that columns share it.
         layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
         parts = [source.identity, layers, job.recipe.method.model_dump()]
         file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
         seconds = file.with_suffix(".seconds")
         if not seconds.is_file():
-            begin = time.process_time()
             result: CalibrationResult = calibrate(
                 source.model,
                 source.adapter,
@@ -117,6 +143,7 @@ class Laboratory:
                 job.recipe.method,
                 seed,
                 NullProgress(),
+                sample_weights=sample_weights(job, source, captured),
             )
             file.parent.mkdir(exist_ok=True)
             save_quantized(file, result, source.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from exporter.calibration.inputs import BlockInputs, InputStatistics
-from exporter.calibration.inputs import _Sums as Sums
+from exporter.calibration.block_inputs import BlockInputs
+from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
 from exporter.method_section import MethodSection
@@ -39,17 +40,18 @@ def _learn(shard: Shard) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     inputs, targets = (torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator) for _ in range(2))
     unit, own = _unit(), slice(shard.rank, None, shard.world)
+    weights = torch.rand(SAMPLES, generator=generator)
     with NullProgress().task("learn", METHOD.iterations) as task:
         statistics = reconstruct(
             unit,
-            BlockInputs(inputs[own], {}, {}),
+            BlockInputs(inputs[own], {}, {}, weights=weights[own]),
             targets[own],
             METHOD,
             torch.Generator().manual_seed(7),
             Execution(shard=shard),
             task,
         )
-    sums = Sums(SAMPLES, largest_gram=WIDTH, shard=shard)
+    sums = InputSums(SAMPLES, largest_gram=WIDTH, shard=shard, weights=weights)
     for part in inputs[own].split(5):
         sums.add("layer", part)
     seen: InputStatistics = sums.result()["layer"]
@@ -88,13 +90,16 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     assert torch.allclose(first["gram"], alone["gram"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(24, 8), (25, 8), (31, 8), (8, 8), (5, 8)])
-def test_every_process_has_its_share_of_a_batch_among_its_own_samples(count: int, batch_size: int) -> None:
+@pytest.mark.parametrize(("count", "batch_size"), [(24, 8), (40, 32), (25, 8), (30, 8), (8, 8), (5, 8)])
+def test_batches_hold_every_sample_equally_often_and_every_process_its_share(count: int, batch_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([draw_batch(count, batch_size, generator) for _ in range(400)])
-    assert int(drawn.min()) == 0
-    assert int(drawn.max()) == count - 1
-    assert len(drawn.unique()) == count
+    drawn = torch.stack([draw_batch(count, batch_size, generator) for _ in range(800)])
+    assert drawn.shape == (800, batch_size)
+    often = drawn.flatten().bincount(minlength=count) / 800
+    assert len(often) == count
+    assert torch.allclose(often, torch.full((count,), batch_size / count), atol=0.08)
     if count >= batch_size:
-        assert bool((drawn % batch_size == torch.arange(batch_size)).all())
         assert all(len(set(batch)) == batch_size for batch in drawn.tolist())
+    for world in (world for world in (2, 4, 8) if math.gcd(count, batch_size) % world == 0):
+        shares = torch.nn.functional.one_hot(drawn % world, world).sum(dim=1)
+        assert bool((shares == batch_size // world).all())
