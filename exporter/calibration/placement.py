@@ -63,7 +63,8 @@ class Placement:
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             # Convolutions are the only products that PyTorch makes in TF32 unless told otherwise.
-            with torch.cuda.device(self.device), torch.backends.cudnn.flags(allow_tf32=False):
+            exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+            with torch.cuda.device(self.device), exact:
                 yield
         finally:
             torch.use_deterministic_algorithms(repeatable[0], warn_only=repeatable[1])
