@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
     console.print(f"kernels {target.kernels}", markup=False, highlight=False)
     console.print(layer_plan_table(plan.layers, target))
-    for line in exactness(plan):
+    for line in [*open_formats(plan), *exactness(plan)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes
@@ -106,6 +107,22 @@ def print_description(description: Description, console: Console) -> None:
         )
     for warning in description.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def open_formats(plan: Plan) -> list[str]:
+    """A line for every choice that `weight: auto` leaves: how many layers have it; what is no candidate, and why."""
+    choices = Counter(
+        (
+            tuple(f"{one.weight_format} ({one.scales} scales)" for one in layer.candidates),
+            tuple(f"{fmt}: {reason}" for fmt, reason in layer.refused.items()),
+        )
+        for layer in plan.open
+    )
+    return [
+        f"weight: auto: {count} layers will be one of {', '.join(candidates)}, above as the first of them"
+        + (f"; not {'; '.join(refused)}" if refused else "")
+        for (candidates, refused), count in choices.items()
+    ]
 
 
 def exactness(plan: Plan) -> list[str]:

@@ -42,6 +42,10 @@ class MethodSection(Section):
     beta_start: Annotated[float, Field(gt=0)] = 20.0
     beta_end: Annotated[float, Field(gt=0)] = 2.0
     scale_search: Literal["absmax", "mse", "output"] = "output"
+    step_weights: Literal["uniform", "trajectory"] = Field(
+        default="uniform",
+        description="what errors on captured inputs count: all alike, or as they move the finished sample",
+    )
     balance: bool = Field(
         default=False, description="balance the channels of inputs where the layers in front can do it for free"
     )

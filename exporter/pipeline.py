@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration_stages import formats_chosen
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
@@ -109,7 +110,8 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
         captured = CalibrationSet.load(job.work.file(CAPTURED))
-        assist_calibration(job, balanced(job, source, captured), captured)
+        source = formats_chosen(job, balanced(job, source, captured), captured)
+        assist_calibration(job, source, captured)
 
 
 def prepare(job: Job, *, validate: bool) -> Prepared:
@@ -120,6 +122,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
         refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
     source = job.timed("balance", balanced, source, captured)
+    source = job.timed("formats", formats_chosen, source, captured)
     # What these stages wrote the other processes read now.
     job.shard.wait()
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)

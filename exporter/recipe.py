@@ -29,6 +29,8 @@ from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
 
 HIGH_PRECISION = "none"
+AUTO_FORMAT = "auto"
+"""A rule's weight format that is chosen layer by layer, by what the candidates cost the block's output."""
 
 Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
 Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
@@ -51,7 +53,7 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 def _weight_format(name: str) -> str:
-    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION))
+    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION, AUTO_FORMAT))
 
 
 def _activation_format(name: str) -> str:
@@ -119,7 +121,8 @@ class CalibrationSection(Section):
 class LayerRule(Section):
     """Formats for the layers whose module path matches; the first matching rule wins.
 
-    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision.
+    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision, `weight: auto`
+    chooses among the floats of as many bits as the preset's weights have.
     """
 
     match: Text = Field(description="a module path, * and ? allowed")

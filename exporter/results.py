@@ -12,6 +12,7 @@ from exporter.metrics import (
     ComputeFigures,
     Fidelity,
     LayerContainer,
+    LayerFormat,
     Metrics,
     Quality,
     Size,
@@ -53,6 +54,7 @@ def metrics_of(
         versions=installed_versions(),
         layers=tuple(LayerContainer.of(layer) for layer in source.plan.layers),
         scales=summarize(evaluation.scales),
+        formats=tuple(LayerFormat(one.layer, one.chosen, one.snr_db, one.refused) for one in source.formats),
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.calibration.format_choice import LayerFormats
 from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
@@ -38,7 +41,8 @@ _WITHOUT_TOKENS = 2
 class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read.
 
-    `store` is where calibration keeps activations, `placement` where it computes.
+    `store` is where calibration keeps activations, `placement` where it computes; `formats` say how those of open
+    layers were chosen.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class Source:
     identity: dict[str, str]
     store: ActivationStore = field(default_factory=ActivationStore)
     placement: Placement = field(default_factory=Placement)
+    formats: tuple[LayerFormats, ...] = ()
 
     @property
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
@@ -64,10 +69,13 @@ class Source:
         return self.adapter.with_conditions(self.model, inputs)
 
     def layer_facts(self) -> list[dict[str, object]]:
-        """What codes and scales depend on, per layer: everything but the containers' names."""
+        """What codes and scales depend on, per layer: everything but the containers' names. Of an open layer also what
+        it may become."""
+        candidates = {layer.name: [one.weight_format for one in layer.candidates] for layer in self.plan.open}
         names = ("container", "asked_container")
         return [
             {**{key: value for key, value in asdict(layer).items() if key not in names}, "m": layer.multipliers}
+            | ({"candidates": candidates[layer.name]} if layer.name in candidates else {})
             for layer in self.plan.layers
         ]
 
@@ -97,7 +105,7 @@ def load_source(job: Job) -> Source:
         plan=plan,
         files=files,
         latent_shape=latent_shape,
-        identity={name: sha256_of(file) for name, file in read.items()},
+        identity=_checksums(read),
         store=store,
         placement=placement,
     )
@@ -107,6 +115,12 @@ def load_source(job: Job) -> Source:
     if isinstance(adapter, GenericAdapter):
         adapter.check(model, source.example_inputs(batch=2))
     return source
+
+
+def _checksums(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 by name, of as many files at once as there are cores."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
 
 
 def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:

@@ -13,6 +13,7 @@ from torch import nn
 from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
+from exporter.calibration_stages import sample_weights
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
@@ -86,6 +87,8 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     units = _unit_files(job, source, _made_of(job))
 
     def make(path: Path) -> None:
+        # Again: formats that the plan left open have been chosen since the inputs were captured.
+        units.refuse_others()
         units.begin()
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)
@@ -123,6 +126,7 @@ def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitF
             source.store,
             job.shard,
             source.placement,
+            sample_weights(job, source, captured),
         )
     # The first process removes the units' files next, which the others may still be reading.
     job.shard.wait()

@@ -30,6 +30,10 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 _SECONDS_BETWEEN_SAMPLES = 0.1
 _GB = 1e9
 _MOST_OF_FP32 = 0.17
+_BUILDER = (
+    "An rtx target's build is TensorRT-RTX's own builder, in a process of its own beside the waiting exporter: that "
+    "time, and most of that memory, is no stage's of ours."
+)
 # Stages that are named where a budget is missed.
 _NAMED = 3
 
@@ -135,20 +139,22 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
     lines.append("| **all** | " + " | ".join(total) + " |")
     lines += ["", "| aim | measured | |", "|---|---|---|"]
     for use in exports:
-        seconds, size = use.seconds, use.output_bytes / weights
+        seconds, peak, size = use.seconds, use.peak_bytes / _GB, use.output_bytes / weights
         lines += [
             f"| {use.target}: at most {model.most_seconds} s | {seconds:.0f} s "
-            f"| {_verdict(seconds <= model.most_seconds, _longest(use))} |",
-            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {use.peak_bytes / _GB:.1f} GB "
-            f"| {_verdict(use.peak_bytes <= model.most_bytes, _fullest(use))} |",
+            f"| {_verdict(seconds, model.most_seconds, '.0f', ' s', _longest(use))} |",
+            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {peak:.1f} GB "
+            f"| {_verdict(peak, model.most_bytes / _GB, '.1f', ' GB', _fullest(use))} |",
             f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
-            f"| {_verdict(size <= _MOST_OF_FP32, _why_large(use.target))} |",
+            f"| {_verdict(size, _MOST_OF_FP32, '.3f', '', _why_large(use.target))} |",
         ]
+    if any(get_target(use.target).engine == "tensorrt-rtx" for use in exports):
+        lines += ["", _BUILDER]
     return "\n".join(lines)
 
 
-def _verdict(met: bool, why_not: str) -> str:
-    return "met" if met else f"**missed**: {why_not}"
+def _verdict(found: float, most: float, digits: str, unit: str, why_not: str) -> str:
+    return "met" if found <= most else f"**missed** by {found - most:{digits}}{unit}: {why_not}"
 
 
 def _longest(use: ExportUse) -> str:

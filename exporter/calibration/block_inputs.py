@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from exporter.calibration.activations import ActivationStore, BatchLimit
 from exporter.calibration.placement import CPU
@@ -19,7 +20,8 @@ class BlockInputs:
 
     `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, `constants` the
     keyword arguments that are not tensors, and `skips` the outputs [M, ...] of earlier blocks that this one takes.
-    Those of all samples are in main memory or in files; the block computes on `device`.
+    Those of all samples are in main memory or in files; the block computes on `device`. `weights` float32 [M] are what
+    the samples' squared errors count, None for all alike.
     """
 
     hidden: Tensor
@@ -27,6 +29,7 @@ class BlockInputs:
     constants: Mapping[str, Any]
     skips: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device = CPU
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -52,7 +55,7 @@ class BlockInputs:
 
     @torch.no_grad()
     def squared_error(self, block: nn.Module, targets: Tensor, limit: BatchLimit) -> float:
-        """Sum of the squared differences of the block's outputs from `targets` [M, ...]."""
+        """Weighted sum of the squared differences of the block's outputs from `targets` [M, ...]."""
         errors = torch.zeros(len(self), dtype=torch.float64)
 
         def add(part: slice) -> None:
@@ -60,7 +63,21 @@ class BlockInputs:
             errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
 
         limit.each(len(self), self.tokens, add)
-        return float(errors.sum())
+        return float((errors if self.weights is None else errors * self.weights).sum())
+
+    def mean_squared_error(self, block: nn.Module, targets: Tensor, indices: Tensor) -> Tensor:
+        """Weighted mean of the squared differences of the outputs at `indices` from theirs of `targets` [M, ...]."""
+        outputs, wanted = self.run(block, indices), targets[indices].to(self.device)
+        if self.weights is None:
+            return F.mse_loss(outputs, wanted)
+        errors = F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(dim=1)
+        return (errors * self.weights[indices].to(self.device)).mean()
+
+    def square_sum(self, outputs: Tensor) -> float:
+        """Weighted sum of the squares of `outputs` [M, ...], sample by sample: there is no memory for another one."""
+        weights: list[float] = [1.0] * len(self) if self.weights is None else self.weights.tolist()
+        squares = (float(sample.square().sum(dtype=torch.float64)) for sample in outputs)
+        return sum(weight * square for weight, square in zip(weights, squares, strict=True))
 
     def advanced(self, hidden: Tensor) -> BlockInputs:
         """Return the next block's inputs, without skips: `hidden` is the output of this one."""

@@ -13,9 +13,10 @@ from exporter.calibration.activations import ActivationStore
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import FinishedUnits, NothingKept
-from exporter.calibration.inputs import CalibrationRun, InputStatistics
+from exporter.calibration.first_rounding import feeds_back, largest_gram, looks_at_inputs
+from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.layerwise import LayerUnits
-from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.calibration.placement import Placement
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
 from exporter.errors import InputError
@@ -47,6 +48,7 @@ def calibrate(
     store: ActivationStore | None = None,
     shard: Shard | None = None,
     placement: Placement | None = None,
+    sample_weights: Tensor | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
@@ -56,22 +58,31 @@ def calibrate(
     outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
     has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
     same result on the same machine, however often it was interrupted and wherever activations are. `placement` says
-    what computes, without one the CPU. Several processes, which must share `finished`, call this together: each has its
-    share of the samples, and all get the same result. Raises `InputError` where batches cannot be shared out evenly.
+    what computes, without one the CPU, and `sample_weights` float32 [M] what errors on the samples count, without them
+    all alike. Several processes, which must share `finished`, call this together: each has its share of the samples,
+    and all get the same result. Raises `InputError` where batches cannot be shared out evenly.
     """
     finished = finished or NothingKept()
     placement, shard = placement or Placement(), shard or Shard()
-    limit = placement.limit()
-    run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore(), limit, shard, placement)
+    run = CalibrationRun(
+        adapter,
+        calibration_set,
+        prompts,
+        store or ActivationStore(),
+        placement.limit(),
+        shard,
+        placement,
+        sample_weights,
+    )
     check_batches(method, len(calibration_set), run.shard)
     inputs: Mapping[str, InputStatistics] = {}
-    if method.name != "rtn" or _looks_at_inputs(plan, method):
-        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
+    if method.name != "rtn" or looks_at_inputs(plan, method):
+        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
     units = LayerUnits(model, plan, inputs, run.placement, progress, finished, run.shard)
     weights = units.nearest(method.scale_search)
     if method.name == "rtn":
         return CalibrationResult(weights)
-    if _feeds_back(method):
+    if feeds_back(method):
         fed_back = units.with_feedback(weights)
         if method.name == "gptq":
             return fed_back
@@ -99,25 +110,6 @@ def check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
         raise InputError(
             f"calibration.samples: {samples} captured inputs cannot be shared out evenly among {shard.world} processes"
         )
-
-
-def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
-    """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
-    static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
-    return static or method.scale_search != "absmax"
-
-
-def _feeds_back(method: MethodSection) -> bool:
-    """Whether weights are rounded with error feedback, at last or to begin with."""
-    return method.name == "gptq" or (method.name == "fp4dit" and method.start == "gptq")
-
-
-def _largest_gram(plan: Plan, method: MethodSection) -> int:
-    """The longest rows whose Gram matrix is needed: error feedback takes that of all, the search of short ones."""
-    if _feeds_back(method):
-        return max((layer.in_features for layer in plan.layers), default=0)
-    searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
-    return LARGEST_GRAM if searched else 0
 
 
 class _Walk:
@@ -166,7 +158,8 @@ class _Walk:
         return self._learn(unit, self._layer_inputs(self._quantized, name), targets)
 
     def _layer_inputs(self, model: nn.Module, name: str) -> BlockInputs:
-        return BlockInputs(self._run.layer_inputs(model, name), {}, {}, device=self._run.placement.device)
+        inputs = self._run.layer_inputs(model, name)
+        return BlockInputs(inputs, {}, {}, device=self._run.placement.device, weights=self._run.own_weights)
 
     def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
         """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.

@@ -53,6 +53,10 @@ class CalibrationSet:
             self.hidden_states[indices], self.timesteps[indices], self.prompt_index[indices], prompts
         )
 
+    def at(self, indices: Tensor) -> CalibrationSet:
+        """The set of the inputs at `indices` int64 [B]."""
+        return CalibrationSet(**{field.name: getattr(self, field.name)[indices] for field in fields(self)})
+
     def save(self, path: Path) -> None:
         """Write the set as safetensors; the same set gives the same bytes."""
         with atomic_tensor_path(path) as temporary:
@@ -141,7 +145,7 @@ def _in_order(parts: Sequence[CalibrationSet], places: Tensor) -> CalibrationSet
     """All parts as one set, its inputs sorted by their `places` int64 [M]."""
     order = places.argsort()
     whole = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}
-    return CalibrationSet(**{name: tensor[order] for name, tensor in whole.items()})
+    return CalibrationSet(**whole).at(order)
 
 
 def _refuse_lost_latents(captured: CalibrationSet) -> None:

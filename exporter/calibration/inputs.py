@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,29 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from exporter.calibration.activations import ActivationStore, BatchLimit
 from exporter.calibration.block_inputs import BlockInputs, Gathered
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.calibration.placement import Placement
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.prompts import Prompts
 from exporter.shards import Shard
-
-# Tokens for a Gram matrix, of the whole set: plenty for a few thousand columns.
-_GRAM_TOKENS = 1 << 17
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """A layer's input X over the calibration set: mean square per channel [K], its largest magnitude, and the Gram
-    matrix XᵀX [K, K] where one was made."""
-
-    mean_square: Tensor
-    amax: float
-    gram: Tensor | None = None
-
-    def to(self, device: torch.device) -> InputStatistics:
-        """The same on a device."""
-        gram = None if self.gram is None else self.gram.to(device)
-        return InputStatistics(self.mean_square.to(device), self.amax, gram)
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,8 @@ class CalibrationRun:
     """The calibration set with its prompts and the family's way of calling a model.
 
     `store` says where activations of all samples are kept, `limit` how many samples go through a model at once, and
-    `placement` where it computes. Of several processes each has every `world`-th sample.
+    `placement` where it computes. Of several processes each has every `world`-th sample. `weights` float32 [M] are what
+    the squared errors of all samples count, None for all alike.
     """
 
     adapter: Adapter
@@ -57,11 +40,17 @@ class CalibrationRun:
     limit: BatchLimit = field(default_factory=BatchLimit)
     shard: Shard = field(default_factory=Shard)
     placement: Placement = field(default_factory=Placement)
+    weights: Tensor | None = None
 
     @property
     def samples(self) -> int:
         """How many inputs this process has."""
         return len(self._indices)
+
+    @property
+    def own_weights(self) -> Tensor | None:
+        """What this process's samples count."""
+        return None if self.weights is None else self.weights[self._indices]
 
     @property
     def _indices(self) -> Tensor:
@@ -91,13 +80,14 @@ class CalibrationRun:
     def _run(self, model: nn.Module, hooks: Iterable[RemovableHandle], step: Callable[[slice], None]) -> None:
         """`step` on all samples, some at once, with the model where it is to compute; then remove the hooks."""
         with _removed(hooks), self.placement.holds_model(model, self.adapter.blocks(model)):
-            self.limit.each(self.samples, self._tokens(model), step)
+            self.limit.each(self.samples, self.tokens(model), step)
 
     def _forward(self, model: nn.Module, part: slice) -> None:
         inputs = self.calibration_set.inputs(self._indices[part], self.prompts)
         self.adapter.forward(model, inputs.to(self.placement.device))
 
-    def _tokens(self, model: nn.Module) -> int:
+    def tokens(self, model: nn.Module) -> int:
+        """Tokens of a sample."""
         channels, height, width = self.calibration_set.hidden_states.shape[1:]
         return self.adapter.tokens(model, (channels, height, width))
 
@@ -109,7 +99,7 @@ class CalibrationRun:
         Gram matrices are made for layers of at most `largest_gram` inputs, of all tokens where they are few, otherwise
         of tokens spread evenly over the set.
         """
-        statistics = _Sums(len(self.calibration_set), largest_gram, self.shard)
+        statistics = InputSums(len(self.calibration_set), largest_gram, self.shard, self.weights)
         self.through(model, {name: partial(statistics.add, name) for name in layers})
         return statistics.result()
 
@@ -149,63 +139,7 @@ class CalibrationRun:
         self._run(model, [block.register_forward_pre_hook(keep, with_kwargs=True)], step)
         hidden = gathered.pop(HIDDEN_STATES).tensor
         shared = {name: parts.tensor for name, parts in gathered.items()}
-        return BlockInputs(hidden, shared, constants, device=self.placement.device)
-
-
-class _Sums:
-    """Sums over the inputs of layers, from which their statistics come.
-
-    Of `samples` in all, this process's come in order.
-    """
-
-    def __init__(self, samples: int, largest_gram: int, shard: Shard) -> None:
-        self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
-        self._squares: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._largest: dict[str, float] = {}
-        self._grams: dict[str, Tensor] = {}
-        # Layers that share an input, as q, k and v do, run one after the other and share the work.
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def add(self, name: str, x: Tensor) -> None:
-        """Take a layer's input [B, ..., K]. What comes of it is kept in main memory."""
-        tokens = x.flatten(0, -2)
-        squares = tokens.square().sum(dim=0, dtype=torch.float64).cpu()
-        before = self._counts.get(name, 0)
-        self._squares[name] = self._squares[name] + squares if before else squares
-        self._counts[name] = before + len(tokens)
-        self._largest[name] = max(self._largest.get(name, 0.0), float(x.abs().amax()))
-        if x.shape[-1] > self._largest_gram:
-            return
-        if self._last is None or self._last[0] is not x:
-            chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x)).to(x.device)]
-            self._last = x, (chosen.T @ chosen).cpu()
-        self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
-
-    def _chosen(self, before: int, samples: int, tokens: int) -> Tensor:
-        """Which tokens of the next `samples` count, bool [samples · tokens]: the same whoever has them, and when."""
-        own = before // tokens + torch.arange(samples)
-        numbers = (self._shard.rank + self._shard.world * own).unsqueeze(1) * tokens + torch.arange(tokens)
-        return numbers.flatten() % _spread(self._samples * tokens) == 0
-
-    def result(self) -> dict[str, InputStatistics]:
-        """The statistics of every layer that has run, of all processes."""
-        return {name: self._statistics(name) for name in self._squares}
-
-    def _statistics(self, name: str) -> InputStatistics:
-        squares, gram = self._shard.add_up(self._squares[name]), self._grams.get(name)
-        count = self._shard.add_up(torch.tensor(self._counts[name]))
-        return InputStatistics(
-            (squares / count).float(),
-            self._shard.largest(self._largest[name]),
-            # Layers with the same input have the same tensor.
-            None if gram is None else self._shard.add_up(gram if self._shard.world == 1 else gram.clone()),
-        )
-
-
-def _spread(tokens: int) -> int:
-    """Every how many of so many tokens `_GRAM_TOKENS` are taken; odd, so that it is not always a sample's same ones."""
-    return math.ceil(tokens / _GRAM_TOKENS) | 1
+        return BlockInputs(hidden, shared, constants, device=self.placement.device, weights=self.own_weights)
 
 
 class _ReachedError(Exception):

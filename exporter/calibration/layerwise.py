@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.finished import FinishedUnits
 from exporter.calibration.gptq import round_with_feedback
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import WeightSearch
 from exporter.calibration.placement import Placement

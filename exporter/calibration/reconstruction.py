@@ -122,7 +122,7 @@ def reconstruct(
     def error_now() -> float:
         return execution.mean(inputs.squared_error(unit.module, targets, execution.forward), targets.numel())
 
-    power = execution.mean(_square_sum(targets), targets.numel()) or 1.0
+    power = execution.mean(inputs.square_sum(targets), targets.numel()) or 1.0
     error_start = error = error_now()
     if error_start > 0.0:
         _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
@@ -188,8 +188,7 @@ def _backward(
     def add(part: Tensor, *, with_penalty: bool) -> None:
         for layer in unit.layers.values():
             layer.penalty = penalty if with_penalty else None
-        wanted = targets[part].to(inputs.device)
-        loss = F.mse_loss(inputs.run(unit.module, part), wanted) * (factor * len(part) / len(indices))
+        loss = inputs.mean_squared_error(unit.module, targets, part) * (factor * len(part) / len(indices))
         loss.backward()  # type: ignore[no-untyped-call]
 
     def add_all() -> None:
@@ -221,8 +220,3 @@ def draw_batch(count: int, batch_size: int, generator: torch.Generator) -> Tenso
     else:
         chosen = torch.rand(hands, cards, generator=generator, dtype=torch.float64).argsort(dim=1)[:, :drawn]
     return torch.cat([every, (torch.arange(hands).unsqueeze(1) + hands * chosen).flatten()])
-
-
-def _square_sum(x: Tensor) -> float:
-    """Sample by sample, since there is no memory for another tensor of its size."""
-    return sum(float(sample.square().sum(dtype=torch.float64)) for sample in x)

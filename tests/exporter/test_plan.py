@@ -50,6 +50,34 @@ def test_the_preset_covers_every_linear_layer_that_the_family_quantizes() -> Non
     }
 
 
+def test_formats_are_left_open_among_floats_of_the_presets_width() -> None:
+    plan = planned(preset="w4a6", layers=[{"match": "*.attn.*", "weight": "auto"}])
+    assert [layer.name for layer in plan.open] == ["blocks.0.attn.to_q", "blocks.1.attn.to_q"]
+    for layer in plan.open:
+        kinds = [(one.weight_format, one.scales, one.group_size) for one in layer.candidates]
+        assert kinds == [("e2m1", "foldable", 128), ("e1m2", "foldable", 128), ("e3m0", "channel", 0)]
+        assert plan.layer(layer.name) == layer.candidates[0]
+        assert not layer.refused
+    decided = plan.decided({"blocks.0.attn.to_q": "e3m0", "blocks.1.attn.to_q": "e1m2"})
+    assert not decided.open
+    changed = {layer.name: layer for layer in decided.layers if layer not in plan.layers}
+    assert changed == {plan.open[0].name: plan.open[0].candidates[2], plan.open[1].name: plan.open[1].candidates[1]}
+    eight = planned(preset="w8a8", layers=[{"match": "*.attn.*", "weight": "auto"}]).open[0]
+    assert [one.weight_format for one in eight.candidates] == ["e4m3", "e5m2", "e3m4"]
+
+
+def test_formats_that_the_target_does_not_hold_are_no_candidates() -> None:
+    auto = [{"match": "*.attn.*", "weight": "auto"}]
+    with pytest.raises(InputError, match=r"`weight: auto` has nothing to choose from: e5m2: .*e5m2 .*; e3m4: .*name a"):
+        planned(preset="w8a8", target="rtx-sm89", layers=auto)
+    # In the container of the preset's own format.
+    mixed = [{"match": "*.attn.*", "weight": "auto", "scales": "channel", "activation": "int8"}]
+    shapes = ModelShapes({"blocks.0.attn.to_q": LinearShape(8, 300_000, False)}, {})
+    (layer,) = planned(shapes, preset="w4a6", layers=mixed).open
+    assert {one.weight_format: one.container for one in layer.candidates} == {"e2m1": "int8", "e1m2": "int8"}
+    assert layer.refused == {"e3m0": "fp32 instead of int8"}
+
+
 def test_the_first_matching_rule_wins_and_inherits_from_the_preset() -> None:
     plan = planned(
         preset="w4a6",

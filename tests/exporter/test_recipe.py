@@ -52,6 +52,9 @@ def test_paths_start_from_the_recipe(smallest: Path, monkeypatch: pytest.MonkeyP
         "hunyuan_dit_v1_2_w4a6",
         "dit_xl_2_256_w4a6",
         "dit_xl_2_512_w4a6",
+        "pixart_alpha_w4a6_fp4dit",
+        "pixart_sigma_w4a6_fp4dit",
+        "hunyuan_dit_v1_2_w4a6_fp4dit",
     ],
 )
 def test_shipped_recipes_load_by_name_from_any_folder(

@@ -21,6 +21,7 @@ from torch import nn
 
 from exporter import load_recipe
 from exporter.calibration.calibrate import calibrate
+from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.evaluate import prompt_order
 from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
@@ -125,13 +126,14 @@ class Laboratory:
         source = load_source(job)
         captured = captured_inputs(job, source)
         source = balanced(job, source, captured)
+        begin = time.process_time()
+        source = formats_chosen(job, source, captured)
         # Rounding does not see how activations are quantized, so that columns share it.
         layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
         parts = [source.identity, layers, job.recipe.method.model_dump()]
         file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
         seconds = file.with_suffix(".seconds")
         if not seconds.is_file():
-            begin = time.process_time()
             result: CalibrationResult = calibrate(
                 source.model,
                 source.adapter,
@@ -141,6 +143,7 @@ class Laboratory:
                 job.recipe.method,
                 seed,
                 NullProgress(),
+                sample_weights=sample_weights(job, source, captured),
             )
             file.parent.mkdir(exist_ok=True)
             save_quantized(file, result, source.plan)

@@ -36,11 +36,14 @@ _GPTQ = ("method.name=gptq",)
 _LEARNED = ("method.name=fp4dit", "method.iterations=250")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
+_WEIGHTED = "method.step_weights=trajectory"
+# At three bits there is one float only.
+_CHOSEN = ("e2m1",)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method: `formats` are integers, floats, or floats as FP4DiT publishes them."""
+    """A method: `formats` are integers, floats, floats as FP4DiT publishes them, or chosen layer by layer ("auto")."""
 
     key: str
     title: str
@@ -51,6 +54,8 @@ class Row:
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
         weight, activation = bits.integers if self.formats == "integers" else bits.floats
+        if self.formats == "auto" and weight in _CHOSEN:
+            weight = "auto"
         rules = [f"{{match: 'transformer_blocks.*', weight: {weight}, activation: {activation}, {self._grouping}}}"]
         if self.formats == "published":
             activation = _PUBLISHED_A8 if activation == "e4m3" else activation
@@ -64,7 +69,7 @@ class Row:
     @property
     def _grouping(self) -> str:
         # Foldable scales are what ships; the others are a little freer.
-        return f"group: 128, scales: {'foldable' if self.formats == 'floats' else 'group'}"
+        return f"group: 128, scales: {'foldable' if self.formats in ('floats', 'auto') else 'group'}"
 
 
 ROWS = (
@@ -78,4 +83,6 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+    Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
+    Row("fp_auto", "floats, balanced, GPTQ, formats chosen", "auto", _GPTQ, balance=True),
 )

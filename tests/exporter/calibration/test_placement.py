@@ -12,7 +12,8 @@ from torch import nn
 from exporter.calibration.balance import find_balance
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
-from exporter.calibration.inputs import CalibrationRun, InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import EnvironmentLacksError, InputError

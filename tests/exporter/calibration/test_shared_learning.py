@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from exporter.calibration.block_inputs import BlockInputs
-from exporter.calibration.inputs import InputStatistics
-from exporter.calibration.inputs import _Sums as Sums
+from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
 from exporter.method_section import MethodSection
@@ -41,17 +40,18 @@ def _learn(shard: Shard) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     inputs, targets = (torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator) for _ in range(2))
     unit, own = _unit(), slice(shard.rank, None, shard.world)
+    weights = torch.rand(SAMPLES, generator=generator)
     with NullProgress().task("learn", METHOD.iterations) as task:
         statistics = reconstruct(
             unit,
-            BlockInputs(inputs[own], {}, {}),
+            BlockInputs(inputs[own], {}, {}, weights=weights[own]),
             targets[own],
             METHOD,
             torch.Generator().manual_seed(7),
             Execution(shard=shard),
             task,
         )
-    sums = Sums(SAMPLES, largest_gram=WIDTH, shard=shard)
+    sums = InputSums(SAMPLES, largest_gram=WIDTH, shard=shard, weights=weights)
     for part in inputs[own].split(5):
         sums.add("layer", part)
     seen: InputStatistics = sums.result()["layer"]
