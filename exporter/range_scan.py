@@ -70,7 +70,13 @@ class RangeScan:
     def verdict(self) -> str:
         """One sentence."""
         worst = self.ranges[0]
-        over = self.count("infinite", "not finite")
+        broken = self.count("not finite")
+        if broken:
+            return (
+                f"FP32 itself overflows in {broken} of {len(self.ranges)} tensors, most at {worst.place}: no type "
+                "holds them; check the weights and the prompts"
+            )
+        over = self.count("infinite")
         if over:
             return f"FP16 overflows in {over} of {len(self.ranges)} tensors, most at {worst.place}: use bf16 or fp32"
         tight = self.count("tight")
@@ -113,7 +119,7 @@ def print_scan(scan: RangeScan, console: Console, top: int) -> None:
         table.add_column(heading, justify="right" if heading in {"largest", "BF16 rounds by"} else "left")
     for one in scan.ranges[:top]:
         style = "red" if one.fp16 in ("infinite", "not finite") else "yellow" if one.fp16 == "tight" else "green"
-        largest = "NaN" if one.amax is None else f"{one.amax:.4g}"
+        largest = "∞ or NaN" if one.amax is None else f"{one.amax:.4g}"
         error = "-" if one.bf16_error is None else f"{one.bf16_error:.2g}"
         table.add_row(one.place, largest, f"[{style}]{bar(one.amax)}[/]", one.fp16, error)
     console.print(table)

@@ -77,6 +77,7 @@ def compare_graphs(
             finally:
                 # Else an interrupted export would wait for the end of both.
                 ended.set()
+                running[-1].cancel()
     return GateResult(first.rows + second.rows, second.commands)
 
 

@@ -41,6 +41,11 @@ class Embedded:
         """How many prompts."""
         return len(self.tensors[CLASS_LABELS if CLASS_LABELS in self.tensors else _PROMPT_EMBEDS])
 
+    @property
+    def labels(self) -> list[int]:
+        """The labels, none where embeddings are drawn from."""
+        return self.tensors[CLASS_LABELS].flatten().tolist() if CLASS_LABELS in self.tensors else []
+
     def arguments(self, pipeline: Any, rows: Sequence[int]) -> dict[str, Any]:
         """The tensors that the pipeline takes, of these rows. Raises `InputError` when it takes none of them."""
         accepted = inspect.signature(type(pipeline).__call__).parameters
