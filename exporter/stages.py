@@ -165,17 +165,24 @@ def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> 
     return quantize_model(source.model, source.plan, calibrated.weights)
 
 
+def traced_key(job: Job, source: Source) -> str:
+    """The key of the traced graph, which depends on the calibrated weights and on nothing of the target."""
+    return key_of(stage="trace", calibrated=calibration_key(job, source), containers=_asked_containers(source))
+
+
+def _asked_containers(source: Source) -> list[str]:
+    return [layer.asked_container for layer in source.plan.layers]
+
+
 def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     """The waist: traced by torch, then fused, folded and packed, still without a target's operators."""
     example = source.example_inputs(batch=2)
-    containers = [layer.asked_container for layer in source.plan.layers]
-    key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
-    final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), containers]))
+    final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), _asked_containers(source)]))
 
     def make(path: Path) -> None:
         to_onnx(quantized, source.adapter, example, path, final, job.progress)
 
-    traced, _ = job.work.obtain(final.name, key, make)
+    traced, _ = job.work.obtain(final.name, traced_key(job, source), make)
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
     return path

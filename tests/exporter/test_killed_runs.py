@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import main
-from tests.exporter.interrupted import InterruptedProgress
 from tests.exporter.kill_runs import SEARCH, calibrate
+from tests.exporter.progresses import InterruptedProgress
 
 ROOT = Path(__file__).parents[2]
 KILLED = 2
