@@ -46,8 +46,10 @@ class MethodSection(Section):
         default="uniform",
         description="what errors on captured inputs count: all alike, or as they move the finished sample",
     )
-    balance: bool = Field(
-        default=False, description="balance the channels of inputs where the layers in front can do it for free"
+    balance: Literal[False, True, "exact"] = Field(
+        default=False,
+        description="balance the channels of inputs where the layers in front can do it for free; exact: by powers of "
+        "two, so that weights in front keep their bits",
     )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 

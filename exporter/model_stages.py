@@ -30,13 +30,14 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
         place = source.placement
         run = CalibrationRun(source.adapter, captured, source.prompts, limit=place.limit(), placement=place)
         with place.computing():
-            find_balance(run, source.model, folds).save(path)
+            find_balance(run, source.model, folds, powers_of_two=job.recipe.method.balance == "exact").save(path)
 
     key = key_of(
         stage="balance",
         model=source.identity,
         shape=source.latent_shape,
         calibration=job.recipe.calibration.captured,
+        balance=job.recipe.method.balance,
         device=source.placement.device.type,
     )
     path, reused = job.work.obtain(BALANCE, key, make)

@@ -86,10 +86,14 @@ class _Moments:
         return spread / spread.log().mean().exp()
 
 
-def find_balance(run: CalibrationRun, model: nn.Module, folds: Sequence[ChannelFold]) -> Balance:
+def find_balance(
+    run: CalibrationRun, model: nn.Module, folds: Sequence[ChannelFold], *, powers_of_two: bool = False
+) -> Balance:
     """Look at the inputs that `folds` can change, in the original network over the calibration set.
 
-    Shifts are means where the fold and all readers (their biases) can take them, else 0.
+    Shifts are means where the fold and all readers (their biases) can take them, else 0. With `powers_of_two` divisors
+    are the nearest such numbers, all divided by the largest, which the tokens' scales take back: what is divided by
+    numbers up to 1 keeps its bits.
     """
     moments = {names[0]: _Moments() for fold in folds for names in fold.readers}
     run.through(model, {name: seen.add for name, seen in moments.items()})
@@ -99,7 +103,11 @@ def find_balance(run: CalibrationRun, model: nn.Module, folds: Sequence[ChannelF
         centred = fold.shifts and all(_has_bias(model, name) for names in fold.readers for name in names)
         centres = [one.mean if centred else torch.zeros_like(one.mean) for one in seen]
         spreads = torch.stack([one.spread(centre) for one, centre in zip(seen, centres, strict=True)])
-        divisors.append(spreads.log().mean(dim=0).mul(_SHARE).exp())
+        divisor = spreads.log().mean(dim=0).mul(_SHARE).exp()
+        if powers_of_two:
+            exponents = divisor.log2().round()
+            divisor = (exponents - exponents.max()).exp2()
+        divisors.append(divisor)
         shifts.append(tuple(centres))
     return Balance(tuple(divisors), tuple(shifts))
 

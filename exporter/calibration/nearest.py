@@ -8,7 +8,7 @@ from torch import Tensor
 from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.output_error import WeightSearch, search_scales
-from exporter.calibration.scales import ELEMENTS_AT_ONCE
+from exporter.calibration.scales import rows_at_once
 from exporter.plan import LayerPlan
 from exporter.quantize import QuantizedWeight, round_to_nearest
 from plugins.block_scales import BlockScaling
@@ -33,8 +33,8 @@ def nearest_weight(
 
 
 def _rounded(weight: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None) -> QuantizedWeight:
-    """What `round_to_nearest` gives, by so few rows at a time that they stay in the cache."""
-    rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    """What `round_to_nearest` gives, by so few rows at a time that they stay in a CPU's cache."""
+    rows = rows_at_once(weight)
     parts = zip(torch.split(weight, rows), torch.split(scales, rows), strict=True)
     codes = torch.cat([round_to_nearest(*part, fmt).codes for part in parts])
     return QuantizedWeight(codes, scales.detach().cpu().contiguous(), input_scale)

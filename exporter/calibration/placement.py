@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +59,20 @@ class Placement:
         os.environ.setdefault(*_CUBLAS_WORKSPACE)
         total = torch.cuda.get_device_properties(self.device).total_memory
         repeatable = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        # A property of this module, which mypy does not see.
+        deterministic: Any = torch.utils.deterministic
+        filled = deterministic.fill_uninitialized_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, self.memory / total), self.device)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else every tensor for all samples' activations would be filled with NaN before it is filled.
+        deterministic.fill_uninitialized_memory = False
         try:
             # Convolutions are the only products that PyTorch makes in TF32 unless told otherwise.
-            with torch.cuda.device(self.device), torch.backends.cudnn.flags(allow_tf32=False):
+            exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+            with torch.cuda.device(self.device), exact:
                 yield
         finally:
+            deterministic.fill_uninitialized_memory = filled
             torch.use_deterministic_algorithms(repeatable[0], warn_only=repeatable[1])
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
             torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 SEEDS = (0, 1000, 2000)
 """Calibration seeds: far enough apart that no trajectory is captured twice."""
@@ -49,7 +50,7 @@ class Row:
     title: str
     formats: str
     method: tuple[str, ...]
-    balance: bool = False
+    balance: Literal[False, True, "exact"] = False
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
@@ -83,6 +84,7 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+    Row("fp_exact", "floats, balanced by powers of two, GPTQ", "floats", _GPTQ, balance="exact"),
     Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
     Row("fp_auto", "floats, balanced, GPTQ, formats chosen", "auto", _GPTQ, balance=True),
 )

@@ -59,9 +59,11 @@ def test_a_calibration_on_a_gpu_is_that_on_the_cpu(
     prefixes = ("caption_projection.linear_2", "transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn2.to_k")
     plan = plan_for(*prefixes, group_size=0)
     before = _tensors(model)
-    here = calibrate(model, adapter, plan, captured, prompts, method, 0, NullProgress())
+    weights = torch.linspace(0.5, 1.5, len(captured))
+    words = (model, adapter, plan, captured, prompts, method, 0, NullProgress())
+    here = calibrate(*words, sample_weights=weights)
     with PretendedGpu() as gpu:
-        there = calibrate(model, adapter, plan, captured, prompts, method, 0, NullProgress(), placement=placement)
+        there = calibrate(*words, sample_weights=weights, placement=placement)
     assert gpu.operations > 1000
     assert all(one is other for one, other in zip(before, _tensors(model), strict=True))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
