@@ -102,8 +102,7 @@ def record(run: DeviceRun, sabotage: Sabotage, output: Path) -> Path:
 
 def save(run: DeviceRun, outputs: Sequence[Arrays], path: Path) -> Path:
     """With the checksums that the script's last line writes."""
-    results = RunResults()
-    results.add([dict(output) for output in outputs], runner_name="trt-runner-N0")
+    (results := RunResults()).add([dict(output) for output in outputs], runner_name="trt-runner-N0")
     results.save(str(path))
     last = run.script.read_text().splitlines()[-1].replace(run.outputs.stem, path.stem)
     subprocess.run(["sh", "-c", last], check=True, cwd=path.parent)
