@@ -16,7 +16,7 @@ from exporter.calibration_stages import formats_chosen
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
-from exporter.model_stages import balanced
+from exporter.model_stages import balanced, transformed
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
 from exporter.ranges import Amax, checked_ranges
@@ -110,8 +110,8 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
         captured = CalibrationSet.load(job.work.file(CAPTURED))
-        source = formats_chosen(job, balanced(job, source, captured), captured)
-        assist_calibration(job, source, captured)
+        source = transformed(job, balanced(job, source, captured))
+        assist_calibration(job, formats_chosen(job, source, captured), captured)
 
 
 def prepare(job: Job, *, validate: bool) -> Prepared:
@@ -122,6 +122,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
         refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
     source = job.timed("balance", balanced, source, captured)
+    source = job.timed("transform", transformed, source)
     source = job.timed("formats", formats_chosen, source, captured)
     # What these stages wrote the other processes read now.
     job.shard.wait()

@@ -15,21 +15,24 @@ from exporter.container_choice import (
     scale_multipliers,
 )
 from exporter.errors import InputError
-from exporter.layer_checks import check_block_formats, check_group
+from exporter.layer_bytes import stored_bytes
+from exporter.layer_checks import check_block_formats, check_compute, check_group, check_transforms
 from exporter.layer_rules import check_rules, winning_rule
 from exporter.presets import LayerScheme, candidate_schemes, preset_scheme, resolve_rule
-from exporter.recipe import AUTO_FORMAT, HIGH_PRECISION, Recipe, Scales
+from exporter.recipe import AUTO_FORMAT, Recipe, Scales
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
-from plugins.formats import get_format
-from plugins.packed_linear.layout import Layout
-from plugins.packing import words_per_row
 
 _FP32_BYTES = 4
-_WORD_BYTES = 4
+
+LINEAR = ".linear"
+"""Ends the module path of a quantized layer inside of a transformed one."""
+
+LOW_RANK = ".low_rank"
+"""Ends the module path of a transformed layer's part in high precision."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ class ModelShapes:
 class LayerPlan:
     """One quantized layer.
 
-    `group_size` weights of a row share a scale, 0 means the whole row; `activation_format` is "none" where only
-    the weights are quantized; `container` is the number type that the target multiplies in, and `asked_container`
-    what the recipe says about it ("auto" where nothing).
+    `name` is its module path; that of a layer which is transformed first (by `low_rank` or `hadamard`, see
+    `exporter.transforms`) ends with `LINEAR`. `group_size` weights of a row share a scale, 0 means the whole row;
+    `activation_format` is "none" where only the weights are quantized; `container` is the number type that the target
+    multiplies in, and `asked_container` what the recipe says about it ("auto" where nothing).
     """
 
     name: str
@@ -73,6 +77,18 @@ class LayerPlan:
     scales: Scales
     container: str
     asked_container: str = AUTO_CONTAINER
+    low_rank: int = 0
+    hadamard: int = 0
+
+    @property
+    def original_name(self) -> str:
+        """Its module path in the model as it was loaded."""
+        return self.name.removesuffix(LINEAR) if self.is_transformed else self.name
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether the model is changed around the layer before it is quantized."""
+        return bool(self.low_rank or self.hadamard)
 
     @property
     def scaling(self) -> BlockScaling | None:
@@ -93,7 +109,13 @@ class LayerPlan:
     def scheme(self) -> LayerScheme:
         """How the layer is quantized, as asked for."""
         return LayerScheme(
-            self.weight_format, self.group_size, self.scales, self.activation_format, self.asked_container
+            self.weight_format,
+            self.group_size,
+            self.scales,
+            self.activation_format,
+            self.asked_container,
+            self.low_rank,
+            self.hadamard,
         )
 
     @property
@@ -111,27 +133,6 @@ class LayerPlan:
     def is_plugin(self, target: Target) -> bool:
         """Whether a plugin of ours multiplies the layer on the target."""
         return target.kernels == "plugin" and has_kernel(self.scheme, self.in_features)
-
-    def stored_bytes(self, target: Target) -> int:
-        """Expected size in the output: weights, scales, group multipliers and bias.
-
-        ONNX Runtime's file, and plugins, keep packed codes and a byte per group multiplier; TensorRT's own kernels have
-        weights in their container, group scales folded in; block scales are a byte each there.
-        """
-        fmt = get_format(self.weight_format)
-        folded = self.out_features * self.groups if self.scales == "foldable" else 0
-        if self.is_plugin(target):
-            layout = Layout(fmt, self.in_features, self.group_size, twos_complement=False)
-            weights = self.out_features * layout.words * _WORD_BYTES
-        elif target.engine == "onnxruntime":
-            weights = self.out_features * words_per_row(self.in_features, fmt.bits) * _WORD_BYTES
-        else:
-            weights = self.out_features * self.in_features // (2 if self.container in ("int4", "fp4") else 1)
-            folded = 0
-        if self.container in ("fp4", "mxfp8"):
-            return weights + self.out_features * (self.groups + self.has_bias * _FP32_BYTES)
-        scales = self.out_features * (1 if self.scales in ("channel", "foldable") else self.groups) * _FP32_BYTES
-        return weights + folded + scales + self.out_features * self.has_bias * _FP32_BYTES
 
 
 @dataclass(frozen=True)
@@ -216,28 +217,23 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
             layers.append(opened[-1].candidates[0])
         else:
             layers.append(plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
-    _check_compute_of_weight_only(recipe, layers, target)
+        if scheme is not None and scheme.low_rank:
+            kept[f"{name}{LOW_RANK}"] = scheme.low_rank * (shape.in_features + shape.out_features)
+    check_compute(recipe, layers, target)
     if not layers:
         raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
     parameters = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
+    # Layers of a size share the matrix.
+    rotations = sum(size * size for size in {layer.hadamard for layer in layers})
     return Plan(
         layers=tuple(layers),
         high_precision=tuple(kept.items()),
         fp32_bytes=parameters * _FP32_BYTES,
-        expected_bytes=sum(layer.stored_bytes(target) for layer in layers)
-        + sum(kept.values()) * COMPUTE_TYPES[recipe.compute].bytes,
+        expected_bytes=sum(stored_bytes(layer, target) for layer in layers)
+        + (sum(kept.values()) + rotations) * COMPUTE_TYPES[recipe.compute].bytes,
         compute=recipe.compute,
         open=tuple(opened),
     )
-
-
-def _check_compute_of_weight_only(recipe: Recipe, layers: Sequence[LayerPlan], target: Target) -> None:
-    for layer in layers:
-        if layer.is_plugin(target) and layer.activation_format == HIGH_PRECISION and recipe.compute == "fp32":
-            raise InputError(
-                f"{recipe.name}: {layer.name}: plugins multiply weights alone with fp16 or bf16 activations; use "
-                "`compute: fp16` (or bf16), or `kernels: native`"
-            )
 
 
 def _open_layer(
@@ -279,13 +275,14 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
     where = f"{source}: {name}"
     check_group(where, f"{name.split('.')[0]}.*", scheme.group_size, shape.in_features)
     check_block_formats(where, scheme)
+    check_transforms(where, scheme, shape.out_features, shape.in_features)
     container = choose_container(where, scheme, shape.in_features, target)
     if scheme.scales == "foldable" and len(scale_multipliers(scheme, container)) == 1:
         raise InputError(
             f"{where}: {scheme.weight_format} leaves no room for folding group scales; use `scales: channel`"
         )
     return LayerPlan(
-        name=name,
+        name=f"{name}{LINEAR}" if scheme.low_rank or scheme.hadamard else name,
         out_features=shape.out_features,
         in_features=shape.in_features,
         has_bias=shape.has_bias,
@@ -295,4 +292,6 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
         scales=scheme.scales,
         container=container,
         asked_container=scheme.container,
+        low_rank=scheme.low_rank,
+        hadamard=scheme.hadamard,
     )

@@ -20,7 +20,8 @@ class LayerScheme:
     (0: the whole row, which is what `scales` "channel" means); with block
     scaling activations have groups of as many;
     `activation_format` is "none" where only weights are quantized; `container` is the number type that was asked for,
-    "auto" for the target's best.
+    "auto" for the target's best; `low_rank` and `hadamard` (0: none) change the layer before it is quantized, see
+    `exporter.transforms`.
     """
 
     weight_format: str
@@ -28,6 +29,8 @@ class LayerScheme:
     scales: Scales
     activation_format: str
     container: str = AUTO_CONTAINER
+    low_rank: int = 0
+    hadamard: int = 0
 
 
 PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
@@ -79,6 +82,8 @@ def resolve_rule(rule: LayerRule, preset: Preset | None, container: str = AUTO_C
         scales=scales,
         activation_format=start.activation_format if rule.activation is None else rule.activation,
         container=container if rule.container is None else rule.container,
+        low_rank=rule.low_rank,
+        hadamard=rule.hadamard,
     )
 
 

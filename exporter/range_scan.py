@@ -14,7 +14,7 @@ from rich.table import Table
 from exporter.calibration_stages import formats_chosen
 from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
-from exporter.model_stages import balanced
+from exporter.model_stages import balanced, transformed
 from exporter.ranges import HEADROOM, Amax, measured_ranges
 from exporter.source import load_source
 from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
@@ -102,7 +102,8 @@ def scan_ranges(job: Job) -> RangeScan:
     with job.work.locked():
         source = load_source(job)
         captured = captured_inputs(job, source)
-        source = formats_chosen(job, balanced(job, source, captured), captured)
+        source = transformed(job, balanced(job, source, captured))
+        source = formats_chosen(job, source, captured)
         quantized = fake_quantized(job, source, calibrated_weights(job, source, captured))
         exported = exported_graph(job, source, quantized)
         return RangeScan.of(job.recipe.name, len(captured), measured_ranges(job, source, captured, exported))

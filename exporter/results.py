@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporter.describe import transforms_text
 from exporter.evaluate import Evaluation
 from exporter.gate.table import GateResult
 from exporter.job import Job
@@ -58,6 +59,10 @@ def metrics_of(
     )
 
 
+def _among_them(transforms: str) -> str:
+    return f" ({transforms})" if transforms else ""
+
+
 def _reached(amax: Amax | None) -> str:
     return "" if amax is None else f" (numbers up to {amax.value:.4g}, at {amax.place})"
 
@@ -81,7 +86,8 @@ def write_results(
     report = Report(
         title=job.output.name,
         summary=f"{Path(job.recipe.name).stem} for {job.target.name} ({job.choice.reason}): "
-        f"{len(source.plan.layers)} quantized layers{' as plugins' * (job.target.kernels == 'plugin')}, "
+        f"{len(source.plan.layers)} quantized layers{' as plugins' * (job.target.kernels == 'plugin')}"
+        f"{_among_them(transforms_text(source.plan.layers))}, "
         f"{job.recipe.compute} outside them{_reached(amax)}",
         metrics=metrics,
         gate=None if fidelity is None else fidelity[0],

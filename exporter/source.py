@@ -72,9 +72,8 @@ class Source:
         """What codes and scales depend on, per layer: everything but the containers' names. Of an open layer also what
         it may become."""
         candidates = {layer.name: [one.weight_format for one in layer.candidates] for layer in self.plan.open}
-        names = ("container", "asked_container")
         return [
-            {**{key: value for key, value in asdict(layer).items() if key not in names}, "m": layer.multipliers}
+            {**{key: value for key, value in asdict(layer).items() if _decides(key, value)}, "m": layer.multipliers}
             | ({"candidates": candidates[layer.name]} if layer.name in candidates else {})
             for layer in self.plan.layers
         ]
@@ -121,6 +120,11 @@ def _checksums(files: Mapping[str, Path]) -> dict[str, str]:
     """SHA-256 by name, of as many files at once as there are cores."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
+
+
+def _decides(key: str, value: object) -> bool:
+    """Whether codes and scales depend on a layer's entry; a transform that is not made says nothing."""
+    return bool(value) if key in ("low_rank", "hadamard") else key not in ("container", "asked_container")
 
 
 def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:

@@ -130,12 +130,34 @@ def test_without_a_preset_only_rules_quantize() -> None:
             "e3m0 leaves no room for folding group scales; use `scales: channel`",
         ),
         ([{"match": "*.to_q", "weight": "int8"}], "int8 leaves no room"),
+        (
+            [{"match": "*.ff.*", "low_rank": 256}],
+            r"blocks\.0\.ff\.net\.0\.proj: low_rank 256 is too much for a weight of 1024 x 256; at most 255",
+        ),
     ],
 )
 def test_rules_that_cannot_work(layers: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         planned(preset="w4a6", layers=layers)
     assert str(caught.value).startswith("recipe: ")
+
+
+@pytest.mark.parametrize(("features", "advice"), [(96, "nearest that does: 16"), (1002, "no size does: leave it out")])
+def test_a_rotation_that_does_not_fit_a_row_shows_one_that_does(features: int, advice: str) -> None:
+    shapes = ModelShapes({"blocks.0.to_q": LinearShape(96, features, True)}, {})
+    with pytest.raises(InputError, match=rf"hadamard 64 does not divide its {features} input features; {advice}"):
+        planned(shapes, preset="w4a6", layers=[{"match": "*", "group": 0, "hadamard": 64}])
+
+
+def test_transformed_layers_are_planned_inside_of_what_takes_their_place() -> None:
+    rules = [{"match": "*.to_q", "low_rank": 8, "hadamard": 64}, {"match": "*.ff.net.0.proj", "hadamard": 64}]
+    plan, plain = planned(preset="w4a6", layers=rules), planned(preset="w4a6")
+    assert [layer.name for layer in plan.layers] == [f"{layer.name}.linear" for layer in plain.layers]
+    assert [layer.original_name for layer in plan.layers] == [layer.name for layer in plain.layers]
+    assert [(layer.low_rank, layer.hadamard) for layer in plan.layers] == [(8, 64), (0, 64)] * 2
+    added = {name: count for name, count in plan.high_precision if name not in dict(plain.high_precision)}
+    assert added == {f"blocks.{block}.attn.to_q.low_rank": 8 * 512 for block in (0, 1)}
+    assert plan.expected_bytes - plain.expected_bytes == 4 * (2 * 8 * 512 + 64 * 64)
 
 
 def test_a_preset_s_group_that_does_not_divide_shows_the_rule_that_helps() -> None:

@@ -124,6 +124,12 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
         ("layers=[{match: a, container: fp4}]", r"layers\[0\]\.container: unknown container 'fp4'; did you mean 'fp8'"),
         ("container=int9", r"container: unknown container 'int9'; did you mean 'int8'"),
         ("layers=[{match: a, weight: none, activation: e2m3}]", "keeps the layer in high precision"),
+        (
+            "layers=[{match: a, weight: none, low_rank: 8}]",
+            "keeps the layer in high precision: drop low_rank and hadamard",
+        ),
+        ("layers=[{match: a, hadamard: 32}]", r"layers\[0\]\.hadamard: unknown hadamard 32; valid: 0, 4, 16, 64, 256"),
+        ("layers=[{match: a, low_rank: -1}]", r"layers\[0\]\.low_rank: must be at least 0, got -1"),
         ("layers=e2m1", "layers: expected a list, got 'e2m1'"),
         ("target=rtx-sm88", "unknown target 'rtx-sm88'; did you mean 'rtx-sm89'"),
         ("preset=w4a5", "unknown preset 'w4a5'; did you mean 'w4a6'"),

@@ -11,7 +11,7 @@ import torch
 
 from exporter.calibration_stages import formats_chosen
 from exporter.job import open_job
-from exporter.model_stages import balanced
+from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress
 from exporter.recipe import load_recipe
 from exporter.shards import Shard
@@ -83,3 +83,23 @@ def test_formats_are_chosen_once_and_by_the_first_process(tiny_job: Path, tmp_pa
     # Another rounding to begin with has other errors.
     searched = replace(job, recipe=load_recipe(tiny_job / "tiny.yaml", [*changes, "method.scale_search=absmax"], "cpu"))
     assert formats_chosen(searched, source, captured).formats != chosen.formats
+
+
+def test_branches_of_low_rank_are_found_once_and_read_by_the_other_processes(tiny_job: Path, tmp_path: Path) -> None:
+    rules = '{match: "*.ff.net.2", group: 32, low_rank: 4, hadamard: 16}, {match: "transformer_blocks.*", group: 32}'
+    recipe = load_recipe(tiny_job / "tiny.yaml", [f"layers=[{rules}]", "method.name=rtn"], "cpu")
+    job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=NullProgress())
+    original = load_source(job)
+    first = transformed(job, original)
+    (file,) = (tmp_path / "x.work").glob("low_rank.*.safetensors")
+    written = file.stat().st_mtime_ns
+    second = transformed(replace(job, shard=Shard(1, 2)), original)
+    again = transformed(job, original)
+    assert file.stat().st_mtime_ns == written
+    for name, tensor in first.model.state_dict().items():
+        for other in (second, again):
+            assert torch.equal(other.model.state_dict()[name], tensor)
+    name = "transformer_blocks.0.ff.net.2"
+    assert original.model.get_submodule(name).weight.shape == first.model.get_submodule(f"{name}.linear").weight.shape
+    example = original.example_inputs(batch=2)
+    torch.testing.assert_close(first.denoiser(example), original.denoiser(example), rtol=1e-4, atol=1e-5)

@@ -25,7 +25,7 @@ from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.evaluate import prompt_order
 from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
-from exporter.model_stages import balanced
+from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
@@ -125,7 +125,7 @@ class Laboratory:
         job = self.job((*row.changes(bits), f"calibration.seed={seed}"), f"seed{seed}")
         source = load_source(job)
         captured = captured_inputs(job, source)
-        source = balanced(job, source, captured)
+        source = transformed(job, balanced(job, source, captured))
         begin = time.process_time()
         source = formats_chosen(job, source, captured)
         # Rounding does not see how activations are quantized, so that columns share it.
