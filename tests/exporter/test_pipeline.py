@@ -57,7 +57,7 @@ def test_metrics_report_and_resolved_recipe_stand_beside_the_output(tiny_export:
     assert metrics["fidelity"]["passed"]
     assert metrics["fidelity"]["linear_min_snr_db"] >= 100
     assert metrics["quality"]["class_accuracy_fp"] is None
-    before = {"load", "capture", "balance", "transform", "calibrate", "quantize", "export"}
+    before = {"load", "capture", "balance", "transform", "formats", "calibrate", "quantize", "export"}
     assert metrics["seconds"].keys() == before | {"lower", "validate", "build", "evaluate"}
     page = tiny_export.with_name("tiny.report.html").read_text()
     assert "transformer_blocks.1.ff.net.0.proj" in page
