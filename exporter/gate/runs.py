@@ -189,13 +189,10 @@ def save_reference(outputs: Sequence[Arrays], path: Path) -> None:
 
 def _save_json(content: object, path: Path) -> None:
     """What polygraphy's `save_json` writes, array by array: a large model's would be half a gigabyte of text."""
-    from polygraphy.json import Encoder, to_json
+    from polygraphy.json import Encoder
 
-    with quiet():
-        # Makes the arrays' types known to the encoder.
-        to_json([])
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, cls=Encoder)
+    with quiet(), atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, cls=Encoder)
 
 
 def load_feeds(path: Path) -> list[Arrays]:
@@ -267,9 +264,16 @@ def _level(optimized: bool) -> object:
 def quiet() -> AbstractContextManager[object]:
     """Silence polygraphy's log: the gate prints its own table.
 
-    The log is the process's own: what runs in several threads is silenced around them.
+    The log is the process's own: what runs in several threads is silenced around them. That also imports all that is
+    taken of polygraphy here, whose modules fail at random when two threads import them at once.
     """
+    import polygraphy.backend.onnxrt
+    import polygraphy.comparator  # noqa: F401 - all of it, for the threads
+    from polygraphy.json import to_json
     from polygraphy.logger import G_LOGGER
+
+    # Makes arrays known to its JSON, which two threads may not do at once either.
+    to_json([])
 
     quiet: AbstractContextManager[object] = G_LOGGER.verbosity(G_LOGGER.CRITICAL)
     return quiet

@@ -64,3 +64,19 @@ def test_the_printed_command_repeats_the_verdict(example: Example, tmp_path: Pat
         assert program == "polygraphy"
         run = subprocess.run([Path(sys.executable).parent / program, *arguments], capture_output=True, text=True)
         assert run.returncode == code, run.stdout
+
+
+def test_threads_find_polygraphy_imported() -> None:
+    """Its modules are imported before the threads that use them begin: imported by two at once they fail at random."""
+    lines = (
+        "import sys",
+        "from exporter.gate.runs import quiet",
+        "quiet()",
+        "before = set(sys.modules)",
+        "from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx",
+        "from polygraphy.comparator import Comparator, RunResults, SnrCompareFunc",
+        "from polygraphy.json import Encoder, load_json",
+        "print(sorted(set(sys.modules) - before))",
+    )
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
