@@ -17,7 +17,7 @@ from exporter.container_choice import (
 from exporter.errors import InputError
 from exporter.layer_bytes import stored_bytes
 from exporter.layer_checks import check_block_formats, check_compute, check_group, check_transforms
-from exporter.layer_rules import check_rules, winning_rule
+from exporter.layer_rules import LINEAR, check_rules, winning_rule
 from exporter.presets import LayerScheme, candidate_schemes, preset_scheme, resolve_rule
 from exporter.recipe import AUTO_FORMAT, Recipe, Scales
 from exporter.targets import Target
@@ -27,9 +27,6 @@ from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
 
 _FP32_BYTES = 4
-
-LINEAR = ".linear"
-"""Ends the module path of a quantized layer inside of a transformed one."""
 
 LOW_RANK = ".low_rank"
 """Ends the module path of a transformed layer's part in high precision."""

@@ -160,6 +160,16 @@ def test_transformed_layers_are_planned_inside_of_what_takes_their_place() -> No
     assert plan.expected_bytes - plain.expected_bytes == 4 * (2 * 8 * 512 + 64 * 64)
 
 
+def test_a_rule_may_call_a_transformed_layer_by_its_quantized_part() -> None:
+    """As reports do, and the rules that `bisect` prints; but no pattern matches by the name's end."""
+    rules = [{"match": "blocks.0.attn.to_q.linear", "weight": "none"}, {"match": "*.to_q", "low_rank": 8}]
+    plan = planned(preset="w4a6", layers=rules)
+    assert "blocks.0.attn.to_q" in dict(plan.high_precision)
+    assert "blocks.1.attn.to_q.linear" in {layer.name for layer in plan.layers}
+    only = planned(layers=[{"match": "*.linear", "group": 64}])
+    assert [layer.name for layer in only.layers] == ["embed.linear"]
+
+
 def test_a_preset_s_group_that_does_not_divide_shows_the_rule_that_helps() -> None:
     shapes = ModelShapes({"blocks.0.to_q": LinearShape(96, 96, True)}, {})
     with pytest.raises(InputError, match=r"preset w4a6: blocks\.0\.to_q: .*\{match: blocks\.\*, group: 96\}"):
