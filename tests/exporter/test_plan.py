@@ -134,6 +134,10 @@ def test_without_a_preset_only_rules_quantize() -> None:
             [{"match": "*.ff.*", "low_rank": 256}],
             r"blocks\.0\.ff\.net\.0\.proj: low_rank 256 is too much for a weight of 1024 x 256; at most 255",
         ),
+        (
+            [{"match": "*.to_q", "weight": "auto", "group": 100}],
+            r"blocks\.0\.attn\.to_q: group 100 does not divide its 256 input features; nearest that does: 128",
+        ),
     ],
 )
 def test_rules_that_cannot_work(layers: list[dict[str, Any]], message: str) -> None:
