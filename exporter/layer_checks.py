@@ -15,15 +15,10 @@ if TYPE_CHECKING:
     from exporter.plan import LayerPlan
 
 
-def check_group(where: str, pattern: str, group: int, in_features: int) -> None:
-    """Raise `InputError` unless groups divide a row; `pattern` matches the layer in the rule that is proposed."""
-    if not group or in_features % group == 0:
-        return
-    nearest = _nearest_divisor(in_features, group)
-    raise InputError(
-        f"{where}: group {group} does not divide its {in_features} input features; nearest that does: {nearest}, for "
-        f"example a rule {{match: {pattern}, group: {nearest}}}"
-    )
+def check_sizes(where: str, name: str, scheme: LayerScheme, out_features: int, in_features: int) -> None:
+    """Raise `InputError` for what the sizes of the layer `name` rule out, whatever its formats."""
+    _check_group(where, f"{name.split('.')[0]}.*", scheme.group_size, in_features)
+    _check_transforms(where, scheme, out_features, in_features)
 
 
 def check_block_formats(where: str, scheme: LayerScheme) -> None:
@@ -36,7 +31,28 @@ def check_block_formats(where: str, scheme: LayerScheme) -> None:
         )
 
 
-def check_transforms(where: str, scheme: LayerScheme, out_features: int, in_features: int) -> None:
+def check_compute(recipe: Recipe, layers: Sequence[LayerPlan], target: Target) -> None:
+    """Raise `InputError` for weights alone with FP32 activations in a plugin, which has no kernel for them."""
+    for layer in layers:
+        if layer.is_plugin(target) and layer.activation_format == HIGH_PRECISION and recipe.compute == "fp32":
+            raise InputError(
+                f"{recipe.name}: {layer.name}: plugins multiply weights alone with fp16 or bf16 activations; use "
+                "`compute: fp16` (or bf16), or `kernels: native`"
+            )
+
+
+def _check_group(where: str, pattern: str, group: int, in_features: int) -> None:
+    """Raise `InputError` unless groups divide a row; `pattern` matches the layer in the rule that is proposed."""
+    if not group or in_features % group == 0:
+        return
+    nearest = _nearest_divisor(in_features, group)
+    raise InputError(
+        f"{where}: group {group} does not divide its {in_features} input features; nearest that does: {nearest}, for "
+        f"example a rule {{match: {pattern}, group: {nearest}}}"
+    )
+
+
+def _check_transforms(where: str, scheme: LayerScheme, out_features: int, in_features: int) -> None:
     """Raise `InputError` for a rank that the weight itself may not exceed, and for rotations that do not fit a row."""
     largest = min(in_features, out_features) - 1
     if scheme.low_rank > largest:
@@ -50,16 +66,6 @@ def check_transforms(where: str, scheme: LayerScheme, out_features: int, in_feat
             f"{where}: hadamard {scheme.hadamard} does not divide its {in_features} input features; "
             + (f"nearest that does: {fitting}" if fitting else "no size does: leave it out")
         )
-
-
-def check_compute(recipe: Recipe, layers: Sequence[LayerPlan], target: Target) -> None:
-    """Raise `InputError` for weights alone with FP32 activations in a plugin, which has no kernel for them."""
-    for layer in layers:
-        if layer.is_plugin(target) and layer.activation_format == HIGH_PRECISION and recipe.compute == "fp32":
-            raise InputError(
-                f"{recipe.name}: {layer.name}: plugins multiply weights alone with fp16 or bf16 activations; use "
-                "`compute: fp16` (or bf16), or `kernels: native`"
-            )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -8,10 +8,13 @@ from fnmatch import fnmatchcase
 from exporter.errors import InputError, did_you_mean
 from exporter.recipe import LayerRule, Recipe
 
+LINEAR = ".linear"
+"""Ends the module path of a quantized layer inside of a transformed one."""
+
 
 def winning_rule(name: str, rules: Sequence[LayerRule]) -> int | None:
     """The number of the first rule that matches the layer's module path; None if none does."""
-    return next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), None)
+    return next((index for index, rule in enumerate(rules) if _matches(rule, name)), None)
 
 
 def check_rules(recipe: Recipe, names: Sequence[str], won: Sequence[int | None], others: Iterable[str]) -> None:
@@ -20,12 +23,17 @@ def check_rules(recipe: Recipe, names: Sequence[str], won: Sequence[int | None],
         if index in won:
             continue
         where = f"{recipe.name}: layers[{index}].match: {rule.match!r}"
-        if any(fnmatchcase(name, rule.match) for name in names):
+        if any(_matches(rule, name) for name in names):
             raise InputError(f"{where} matches only layers that earlier rules take; move it before them")
         matched = [name for name in others if fnmatchcase(name, rule.match)]
         if matched:
             raise InputError(f"{where} matches no linear layer, and only linear layers are quantized: {matched[0]}")
         raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, layer_patterns(names)))
+
+
+def _matches(rule: LayerRule, name: str) -> bool:
+    """Whether the rule is for the layer; transformed, it has the name of its quantized part in reports."""
+    return fnmatchcase(name, rule.match) or rule.match == f"{name}{LINEAR}"
 
 
 def layer_patterns(names: Sequence[str]) -> list[str]:

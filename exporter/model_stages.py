@@ -16,7 +16,7 @@ from exporter.transforms.apply import find_low_rank, load_low_rank, save_low_ran
 from exporter.transforms.low_rank import LowRank
 from exporter.workdir import key_of, name_for, verb
 
-BALANCE = "balance.safetensors"
+_BALANCE = "balance.safetensors"
 _LOW_RANK = "low_rank"
 
 
@@ -29,7 +29,7 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
         return source
     folds = source.adapter.channel_folds(source.model)
     if not job.shard.is_first:
-        return replace(source, model=Balance.load(job.work.file(BALANCE), folds).applied(source.model, folds))
+        return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
         place = source.placement
@@ -45,9 +45,15 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
         balance=job.recipe.method.balance,
         device=source.placement.device.type,
     )
-    path, reused = job.work.obtain(BALANCE, key, make)
+    path, reused = job.work.obtain(_BALANCE, key, make)
     job.progress.note(f"{verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
     return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
+
+
+def changes_of_model(job: Job, source: Source) -> list[str]:
+    """Names of the work folder's files with what `balanced` and `transformed` found."""
+    ranks = _ranks(source)
+    return [_BALANCE] * bool(job.recipe.method.balance) + [_low_rank_file(ranks)] * bool(ranks)
 
 
 def transformed(job: Job, source: Source) -> Source:
@@ -56,7 +62,7 @@ def transformed(job: Job, source: Source) -> Source:
     layers = [layer for layer in source.plan.layers if layer.is_transformed]
     if not layers:
         return source
-    ranks = {layer.original_name: layer.low_rank for layer in layers if layer.low_rank}
+    ranks = _ranks(source)
     branches = _branches(job, source, ranks) if ranks else {}
     job.progress.note(f"transformed layers: {transforms_text(layers)}")
     return replace(source, model=with_transforms(source.model, layers, branches))
@@ -64,7 +70,7 @@ def transformed(job: Job, source: Source) -> Source:
 
 def _branches(job: Job, source: Source, ranks: Mapping[str, int]) -> Mapping[str, LowRank]:
     """Sealed in the work folder, where processes other than the first read them."""
-    name = name_for(_LOW_RANK, ".safetensors", ranks)
+    name = _low_rank_file(ranks)
     if job.shard.is_first:
         # What balancing changed depends on the captured inputs, and on the device that saw them.
         seen = job.recipe.calibration.captured, source.placement.device.type
@@ -72,3 +78,12 @@ def _branches(job: Job, source: Source, ranks: Mapping[str, int]) -> Mapping[str
         key = key_of(stage="low rank", model=source.identity, shape=source.latent_shape, balance=balance, ranks=ranks)
         job.work.obtain(name, key, lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress)))
     return load_low_rank(job.work.file(name), ranks)
+
+
+def _ranks(source: Source) -> dict[str, int]:
+    """By the layer's module path in the model as it was loaded."""
+    return {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
+
+
+def _low_rank_file(ranks: Mapping[str, int]) -> str:
+    return name_for(_LOW_RANK, ".safetensors", ranks)

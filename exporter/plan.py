@@ -16,8 +16,8 @@ from exporter.container_choice import (
 )
 from exporter.errors import InputError
 from exporter.layer_bytes import stored_bytes
-from exporter.layer_checks import check_block_formats, check_compute, check_group, check_transforms
-from exporter.layer_rules import check_rules, winning_rule
+from exporter.layer_checks import check_block_formats, check_compute, check_sizes
+from exporter.layer_rules import LINEAR, check_rules, winning_rule
 from exporter.presets import LayerScheme, candidate_schemes, preset_scheme, resolve_rule
 from exporter.recipe import AUTO_FORMAT, Recipe, Scales
 from exporter.targets import Target
@@ -27,9 +27,6 @@ from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
 
 _FP32_BYTES = 4
-
-LINEAR = ".linear"
-"""Ends the module path of a quantized layer inside of a transformed one."""
 
 LOW_RANK = ".low_rank"
 """Ends the module path of a transformed layer's part in high precision."""
@@ -241,8 +238,9 @@ def _open_layer(
 ) -> OpenLayer:
     """Those of `schemes` that the target runs in the container of the first, the first one of each format.
 
-    Raises `InputError` where that leaves no choice.
+    Raises `InputError` where that leaves no choice, and for sizes that are wrong for all of them.
     """
+    check_sizes(f"{source}: {name}", name, schemes[0], shape.out_features, shape.in_features)
     candidates: dict[str, LayerPlan] = {}
     refused: dict[str, str] = {}
     for scheme in schemes:
@@ -273,9 +271,8 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
     cannot run.
     """
     where = f"{source}: {name}"
-    check_group(where, f"{name.split('.')[0]}.*", scheme.group_size, shape.in_features)
+    check_sizes(where, name, scheme, shape.out_features, shape.in_features)
     check_block_formats(where, scheme)
-    check_transforms(where, scheme, shape.out_features, shape.in_features)
     container = choose_container(where, scheme, shape.in_features, target)
     if scheme.scales == "foldable" and len(scale_multipliers(scheme, container)) == 1:
         raise InputError(

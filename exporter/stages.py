@@ -20,7 +20,7 @@ from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.kernels import obtain_kernels
-from exporter.model_stages import BALANCE
+from exporter.model_stages import changes_of_model
 from exporter.onnx_files import checksum_of, data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
@@ -84,7 +84,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
     """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
-    units = _unit_files(job, source, _made_of(job))
+    units = _unit_files(job, source, _made_of(job, source))
 
     def make(path: Path) -> None:
         # Again: formats that the plan left open have been chosen since the inputs were captured.
@@ -108,7 +108,7 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
     """What processes other than the first do while it runs `calibrated_weights`, unless these are finished."""
     if job.shard.agree(False):
-        _calibrated(job, source, captured, _unit_files(job, source, _made_of(job)))
+        _calibrated(job, source, captured, _unit_files(job, source, _made_of(job, source)))
 
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
@@ -133,9 +133,9 @@ def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitF
     return result
 
 
-def _made_of(job: Job) -> list[str]:
+def _made_of(job: Job, source: Source) -> list[str]:
     """Checksums of what units are made of: where a stage before them gives something else, they do not fit."""
-    return [checksum_of(job.work.file(name)) for name in (CAPTURED, *([BALANCE] if job.recipe.method.balance else []))]
+    return [checksum_of(job.work.file(name)) for name in (CAPTURED, *changes_of_model(job, source))]
 
 
 def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
@@ -144,8 +144,12 @@ def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFi
 
 
 def calibration_key(job: Job, source: Source) -> str:
-    """The key of the calibrated weights, on which all later stages depend."""
-    return key_of(stage="calibrate", **calibration_settings(job, source))
+    """The key of the calibrated weights, on which all later stages depend.
+
+    Weights fit the changed model that they were made for, to the last bit: other machines may change it otherwise.
+    """
+    model = [checksum_of(job.work.file(name)) for name in changes_of_model(job, source)]
+    return key_of(stage="calibrate", changed_model=model, **calibration_settings(job, source))
 
 
 def calibration_settings(job: Job, source: Source) -> dict[str, Any]:

@@ -52,7 +52,10 @@ class Placement:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Use no more than the memory, and compute in full float32 and repeatably, as far as PyTorch can."""
+        """Use no more than the memory, and compute in full float32 and repeatably, as far as PyTorch can.
+
+        Raises `EnvironmentLacksError` where what has to be on the GPU at once, whatever the batch, does not fit.
+        """
         if not self.on_gpu:
             yield
             return
@@ -71,6 +74,11 @@ class Placement:
             exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
             with torch.cuda.device(self.device), exact:
                 yield
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentLacksError(
+                f"calibration.device_memory: {self.memory / 1e9:.1f} GB of {self.device} do not suffice for a block of "
+                f"the model with its roundings: {error}; give it more, or calibration.device=cpu"
+            ) from error
         finally:
             deterministic.fill_uninitialized_memory = filled
             torch.use_deterministic_algorithms(repeatable[0], warn_only=repeatable[1])

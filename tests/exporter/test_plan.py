@@ -134,6 +134,10 @@ def test_without_a_preset_only_rules_quantize() -> None:
             [{"match": "*.ff.*", "low_rank": 256}],
             r"blocks\.0\.ff\.net\.0\.proj: low_rank 256 is too much for a weight of 1024 x 256; at most 255",
         ),
+        (
+            [{"match": "*.to_q", "weight": "auto", "group": 100}],
+            r"blocks\.0\.attn\.to_q: group 100 does not divide its 256 input features; nearest that does: 128",
+        ),
     ],
 )
 def test_rules_that_cannot_work(layers: list[dict[str, Any]], message: str) -> None:
@@ -158,6 +162,16 @@ def test_transformed_layers_are_planned_inside_of_what_takes_their_place() -> No
     added = {name: count for name, count in plan.high_precision if name not in dict(plain.high_precision)}
     assert added == {f"blocks.{block}.attn.to_q.low_rank": 8 * 512 for block in (0, 1)}
     assert plan.expected_bytes - plain.expected_bytes == 4 * (2 * 8 * 512 + 64 * 64)
+
+
+def test_a_rule_may_call_a_transformed_layer_by_its_quantized_part() -> None:
+    """As reports do, and the rules that `bisect` prints; but no pattern matches by the name's end."""
+    rules = [{"match": "blocks.0.attn.to_q.linear", "weight": "none"}, {"match": "*.to_q", "low_rank": 8}]
+    plan = planned(preset="w4a6", layers=rules)
+    assert "blocks.0.attn.to_q" in dict(plan.high_precision)
+    assert "blocks.1.attn.to_q.linear" in {layer.name for layer in plan.layers}
+    only = planned(layers=[{"match": "*.linear", "group": 64}])
+    assert [layer.name for layer in only.layers] == ["embed.linear"]
 
 
 def test_a_preset_s_group_that_does_not_divide_shows_the_rule_that_helps() -> None:

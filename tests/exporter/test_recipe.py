@@ -129,6 +129,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
             "keeps the layer in high precision: drop low_rank and hadamard",
         ),
         ("layers=[{match: a, hadamard: 32}]", r"layers\[0\]\.hadamard: unknown hadamard 32; valid: 0, 4, 16, 64, 256"),
+        ("method.balance=2", r"method\.balance: unknown balance 2; valid: false, true, exact"),
         ("layers=[{match: a, low_rank: -1}]", r"layers\[0\]\.low_rank: must be at least 0, got -1"),
         ("layers=e2m1", "layers: expected a list, got 'e2m1'"),
         ("target=rtx-sm88", "unknown target 'rtx-sm88'; did you mean 'rtx-sm89'"),

@@ -16,7 +16,7 @@ from exporter.progress import NullProgress
 from exporter.recipe import load_recipe
 from exporter.shards import Shard
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, captured_inputs
+from exporter.stages import calibrated_weights, calibration_key, captured_inputs
 
 
 @pytest.mark.slow
@@ -103,3 +103,8 @@ def test_branches_of_low_rank_are_found_once_and_read_by_the_other_processes(tin
     assert original.model.get_submodule(name).weight.shape == first.model.get_submodule(f"{name}.linear").weight.shape
     example = original.example_inputs(batch=2)
     torch.testing.assert_close(first.denoiser(example), original.denoiser(example), rtol=1e-4, atol=1e-5)
+    # Weights that were calibrated beside these branches are not for others.
+    key = calibration_key(job, original)
+    assert calibration_key(job, first) == key
+    file.write_bytes(b"others")
+    assert calibration_key(job, original) != key

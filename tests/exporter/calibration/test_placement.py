@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +166,20 @@ def test_devices_that_are_not_there_are_said_so(monkeypatch: pytest.MonkeyPatch)
         choose_placement("auto", None, Shard(2, 4, 2))
     with pytest.raises(InputError, match="one GPU for 2 processes"):
         choose_placement("cuda:0", None, Shard(0, 2, 0))
+
+
+def test_a_block_that_a_gpu_does_not_hold_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("set_per_process_memory_fraction", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10**10))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    place = Placement(torch.device("cuda", 0), 2 * 10**9)
+    with (
+        pytest.raises(EnvironmentLacksError, match=r"device_memory: 2\.0 GB of cuda:0 do not suffice .*3 GiB"),
+        place.computing(),
+    ):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_device_that_no_recipe_can_name_is_refused() -> None:
