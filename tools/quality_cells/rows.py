@@ -48,7 +48,8 @@ _CHOSEN = ("e2m1",)
 @dataclass(frozen=True)
 class Row:
     """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
-    ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by pattern."""
+    ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by
+    pattern."""
 
     key: str
     title: str
@@ -93,7 +94,9 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
-    Row("mixed", "float weights, integer activations, balanced, GPTQ, then AdaRound", "mixed", _FROM_GPTQ, balance=True),
+    Row(
+        "mixed", "float weights, integer activations, balanced, GPTQ, then AdaRound", "mixed", _FROM_GPTQ, balance=True
+    ),
     Row("fp_exact", "floats, balanced by powers of two, GPTQ", "floats", _GPTQ, balance="exact"),
     Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
     Row("fp_auto", "floats, balanced, GPTQ, formats chosen", "auto", _GPTQ, balance=True),
