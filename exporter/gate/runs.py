@@ -267,8 +267,13 @@ def _level(optimized: bool) -> object:
 def quiet() -> AbstractContextManager[object]:
     """Silence polygraphy's log: the gate prints its own table.
 
-    The log is the process's own: what runs in several threads is silenced around them.
+    The log is the process's own: what runs in several threads is silenced around them. So polygraphy is imported here,
+    which two threads cannot do side by side: it looks its modules up by `inspect.getmodule`, which then finds none.
     """
+    import polygraphy.backend.onnxrt
+    import polygraphy.comparator
+    import polygraphy.cuda
+    import polygraphy.json  # noqa: F401
     from polygraphy.logger import G_LOGGER
 
     quiet: AbstractContextManager[object] = G_LOGGER.verbosity(G_LOGGER.CRITICAL)
