@@ -60,7 +60,8 @@ class DeviceRun:
         """
         if self.outputs.exists():
             raise InputError(
-                f"{self.outputs}: is there already; go on with it (--against {self.outputs}) or remove it to begin anew"
+                f"{self.outputs}: is there already; go on with it (add --against {self.outputs}) or remove it to begin "
+                "anew"
             )
         self.folder.mkdir(exist_ok=True)
         graph, engine, kernels = self.file(".onnx"), self.file(".plan"), kernels_folder(lowered)

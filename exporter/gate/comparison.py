@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 
 import onnx
+import torch
 
 from exporter.errors import FidelityError
 from exporter.gate.large import compare_segments
@@ -55,12 +56,13 @@ def compare_graphs(
 ) -> GateResult:
     """What `compare_graph` finds of both, the exported one's rows first; the commands are the lowered one's.
 
-    Large graphs are compared side by side, on one core each; a small one's sessions take all cores. Raises
-    `FidelityError` as `compare_graph` does.
+    Large graphs are compared side by side, on half of torch's threads each; a small one's sessions take all cores.
+    Raises `FidelityError` as `compare_graph` does.
     """
+    threads = max(1, torch.get_num_threads() // 2)
     both = [
-        _Compared.open(exported, "exported", reference, folder, target, threads=1),
-        _Compared.open(lowered, "lowered", reference, folder, target, threads=1),
+        _Compared.open(exported, "exported", reference, folder, target, threads=threads),
+        _Compared.open(lowered, "lowered", reference, folder, target, threads=threads),
     ]
     ended = Event()
     with progress.task("comparing the graphs", sum(graph.steps for graph in both)) as task, quiet():

@@ -47,8 +47,8 @@ _CHOSEN = ("e2m1",)
 
 @dataclass(frozen=True)
 class Row:
-    """A method: `formats` are integers, floats, floats as FP4DiT publishes them, or chosen layer by layer ("auto");
-    `transforms` are what rules say of layers beside that, by pattern."""
+    """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
+    ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by pattern."""
 
     key: str
     title: str
@@ -59,7 +59,8 @@ class Row:
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
-        weight, activation = bits.integers if self.formats == "integers" else bits.floats
+        weight = (bits.integers if self.formats == "integers" else bits.floats)[0]
+        activation = (bits.integers if self.formats in ("integers", "mixed") else bits.floats)[1]
         if self.formats == "auto" and weight in _CHOSEN:
             weight = "auto"
         formats = f"weight: {weight}, activation: {activation}, {self._grouping}"
@@ -78,7 +79,7 @@ class Row:
     @property
     def _grouping(self) -> str:
         # Foldable scales are what ships; the others are a little freer.
-        return f"group: 128, scales: {'foldable' if self.formats in ('floats', 'auto') else 'group'}"
+        return f"group: 128, scales: {'group' if self.formats in ('integers', 'published') else 'foldable'}"
 
 
 ROWS = (
@@ -92,6 +93,7 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+    Row("mixed", "float weights, integer activations, balanced, GPTQ, then AdaRound", "mixed", _FROM_GPTQ, balance=True),
     Row("fp_exact", "floats, balanced by powers of two, GPTQ", "floats", _GPTQ, balance="exact"),
     Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
     Row("fp_auto", "floats, balanced, GPTQ, formats chosen", "auto", _GPTQ, balance=True),

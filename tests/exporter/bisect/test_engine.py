@@ -219,7 +219,7 @@ def test_recordings_of_something_else_are_refused(plan: Path, boundaries: Device
 def test_what_a_device_left_is_not_lost(plan: Path, boundaries: DeviceRun) -> None:
     boundaries.outputs.write_text("copied back")
     engine = boundaries.file(".plan").read_bytes()
-    with pytest.raises(InputError, match=r"boundaries\.outputs\.json: is there already; go on with it \(--against "):
+    with pytest.raises(InputError, match=r"boundaries\.outputs\.json: is there already; go on with it \(add "):
         bisect_engine(plan)
     assert boundaries.outputs.read_text() == "copied back"
     assert boundaries.file(".plan").read_bytes() == engine

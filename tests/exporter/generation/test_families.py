@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from exporter.errors import InputError
+from exporter.evaluation.job import EvaluateOptions, conditions_of
 from exporter.gate.snr import snr_db
 from exporter.generation.conditions import Embedded, Texts
 from exporter.generation.generate import Image, Settings, generate
@@ -107,6 +108,8 @@ def test_labels_of_no_class_are_found_when_the_file_is_read(tmp_path: Path, labe
     assert source.conditions(tmp_path / "right.safetensors").labels == [0, 999]
     with pytest.raises(InputError, match=rf"wrong\.safetensors: class_labels: {label} is none of .* 1000 classes"):
         source.conditions(tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError, match=rf"class_labels: {label} is none of"):
+        conditions_of(EvaluateOptions(tmp_path / "wrong.safetensors"), source, None)
 
 
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerDiscreteScheduler"])
