@@ -268,7 +268,8 @@ def quiet() -> AbstractContextManager[object]:
     taken of polygraphy here, whose modules fail at random when two threads import them at once.
     """
     import polygraphy.backend.onnxrt
-    import polygraphy.comparator  # noqa: F401 - all of it, for the threads
+    import polygraphy.comparator
+    import polygraphy.cuda  # noqa: F401 - all of it, for the threads
     from polygraphy.json import to_json
     from polygraphy.logger import G_LOGGER
 

@@ -33,6 +33,31 @@ def test_nan_and_shapes_that_differ_never_pass() -> None:
     assert math.isnan(compare_snr([{"y": A}], [{"y": A[:2]}])["y"])
 
 
+def test_threads_that_are_silenced_find_polygraphy_imported(tmp_path: Path) -> None:
+    """Its own imports fail now and then where two threads need different modules of it."""
+    program = f"""
+import sys
+from pathlib import Path
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from exporter.gate.runs import compare_snr, quiet, run_graph, save_feeds, save_reference
+value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", value[:1], value[1:])
+folder, feeds = Path({str(tmp_path)!r}), [{{"x": np.ones(2, np.float32)}}]
+onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "g.onnx")
+quiet()
+known = {{name for name in sys.modules if name.startswith("polygraphy")}}
+save_feeds(feeds, folder / "feeds.json")
+outputs = run_graph(folder / "g.onnx", feeds, optimized=True)
+save_reference(outputs, folder / "outputs.json")
+compare_snr(outputs, outputs)
+print(*sorted({{name for name in sys.modules if name.startswith("polygraphy")}} - known))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr
+
+
 def test_rows_can_be_left_out() -> None:
     broken = A.copy()
     broken[1] = 99
