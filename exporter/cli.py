@@ -158,18 +158,27 @@ def export(
     if dry_run:
         _print_plan(loaded, output)
         return
+    _export_recipe(
+        loaded, output, work_dir, validate=not no_validate, keep_graphs=keep_graphs, fresh=fresh, quiet=quiet
+    )
+
+
+def _export_recipe(
+    recipe: Recipe, output: str, work_dir: str | None, *, validate: bool, keep_graphs: bool, fresh: bool, quiet: bool
+) -> None:
+    """Export as the first of the processes that were started, or help the first one."""
     from exporter.pipeline import export as run_export
     from exporter.shards import Shard
 
     shard = Shard.of_environment()
     if not shard.is_first:
-        _assist(loaded, output, work_dir, shard)
+        _assist(recipe, output, work_dir, shard)
         return
     result = run_export(
-        loaded,
+        recipe,
         output,
         work_dir=work_dir,
-        validate=not no_validate,
+        validate=validate,
         keep_graphs=keep_graphs,
         fresh=fresh,
         progress=open_progress(quiet=quiet),

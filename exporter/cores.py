@@ -27,9 +27,14 @@ def one_thread() -> Iterator[None]:
 def on_every_core(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """`work` of each item, in order and without gradients: as many items at once as torch uses threads, one each."""
 
-    def alone(item: _Item) -> _Result:
-        with one_thread(), torch.no_grad():
+    def without_gradients(item: _Item) -> _Result:
+        with torch.no_grad():
             return work(item)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        yield from pool.map(alone, items)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(without_gradients, items)
+    finally:
+        # What one thread sets is also what threads begin with later.
+        torch.set_num_threads(threads)

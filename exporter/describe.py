@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from exporter.container_choice import accumulator_text, exact_text
 from exporter.job import fitted_target
+from exporter.layer_bytes import stored_bytes
 from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
 from exporter.models.loading import model_shapes, skeleton
@@ -85,7 +87,9 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
     console.print(f"kernels {target.kernels}", markup=False, highlight=False)
     console.print(layer_plan_table(plan.layers, target))
-    for line in exactness(plan):
+    if transforms_text(plan.layers):
+        console.print(f"transforms {transforms_text(plan.layers)}", markup=False, highlight=False)
+    for line in [*open_formats(plan), *exactness(plan)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_high_precision_table(plan))
     ratio = plan.expected_bytes / plan.fp32_bytes
@@ -108,6 +112,22 @@ def print_description(description: Description, console: Console) -> None:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
+def open_formats(plan: Plan) -> list[str]:
+    """A line for every choice that `weight: auto` leaves: how many layers have it; what is no candidate, and why."""
+    choices = Counter(
+        (
+            tuple(f"{one.weight_format} ({one.scales} scales)" for one in layer.candidates),
+            tuple(f"{fmt}: {reason}" for fmt, reason in layer.refused.items()),
+        )
+        for layer in plan.open
+    )
+    return [
+        f"weight: auto: {count} layers will be one of {', '.join(candidates)}, above as the first of them"
+        + (f"; not {'; '.join(refused)}" if refused else "")
+        for (candidates, refused), count in choices.items()
+    ]
+
+
 def exactness(plan: Plan) -> list[str]:
     """A line for every pair of formats in a container: whether it is exact and why, for its longest sums. Nothing is
     said of block scaling, whose scales are inside the sums."""
@@ -121,6 +141,14 @@ def exactness(plan: Plan) -> list[str]:
         f"{product.reason}"
         for (container, weights, activations, _), product in longest.items()
     ]
+
+
+def transforms_text(layers: Sequence[LayerPlan]) -> str:
+    """How many layers read a rotated input and have a branch of low rank; "" where none does."""
+    rotated = sum(bool(layer.hadamard) for layer in layers)
+    branched = sum(bool(layer.low_rank) for layer in layers)
+    parts = (f"{rotated} rotated" * bool(rotated), f"{branched} with a branch of low rank" * bool(branched))
+    return ", ".join(part for part in parts if part)
 
 
 def layer_plan_table(layers: Sequence[LayerPlan], target: Target) -> Table:
@@ -142,13 +170,13 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         layer.weight_format,
         layer.scales,
         str(layer.group_size or "row"),
-        layer.activation_format,
+        layer.activation_format + (f", rotated by {layer.hadamard}" if layer.hadamard else ""),
         layer.container,
         exact_text(layer.product),
         accumulator_text(layer.product),
         f"{layer.out_features} x {layer.in_features}",
         size_text(layer.fp32_bytes),
-        size_text(layer.stored_bytes(target)),
+        size_text(stored_bytes(layer, target)),
     )
 
 

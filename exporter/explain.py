@@ -77,7 +77,7 @@ def _message(error: ErrorDetails, model: type[BaseModel]) -> str:
         return "missing" + (f"; it is {field.description}" if field and field.description else "")
     if kind == "literal_error":
         field = _field_at(model, location)
-        choices = [str(choice) for choice in _literals(field.annotation)] if field else []
+        choices = [_plain(choice) for choice in _literals(field.annotation)] if field else []
         return f"unknown {location[-1]} {_shown(error['input'])}" + did_you_mean(str(error["input"]), choices)
     if kind == "value_error":
         return str(context["error"])
@@ -98,8 +98,13 @@ def _shown(value: object) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    text = _plain(value) if isinstance(value, bool) else repr(value)
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
+
+
+def _plain(value: object) -> str:
+    """As YAML has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _model_at(model: type[BaseModel], location: Location) -> type[BaseModel] | None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from exporter.gpu import available_memory
 
-_SMAPS = Path("/proc/self/smaps")
+_MAPS, _SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
+# Bytes of mapped files below which releasing them is not worth the kernel's walk over all pages for its account.
+_LEAST_MAPPED = 1 << 25
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*\.safetensors)")
 _DONT_NEED = 4
 _CGROUP = Path("/sys/fs/cgroup")
@@ -41,13 +43,20 @@ def return_freed_memory() -> None:
 def release_mapped_weights() -> None:
     """Let go of the pages of mapped safetensors files; whatever reads them again finds them in the file.
 
-    Only of mappings without a single changed page, by the kernel's own account, so that nothing can be lost.
+    Only of mappings without a single changed page, by the kernel's own account, so that nothing can be lost. Files of
+    less than 32 MiB together are left alone.
     """
-    if sys.platform != "linux" or not _SMAPS.is_file():
+    if sys.platform != "linux" or not _SMAPS.is_file() or _mapped_bytes() < _LEAST_MAPPED:
         return
     libc = ctypes.CDLL(None)
     for start, end in _clean_mappings(_SMAPS.read_text(encoding="utf-8", errors="replace")):
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
+
+
+def _mapped_bytes() -> int:
+    """Bytes of all mapped safetensors files."""
+    found = map(_MAPPING.match, _MAPS.read_text(encoding="utf-8", errors="replace").splitlines())
+    return sum(int(mapping[2], 16) - int(mapping[1], 16) for mapping in found if mapping)
 
 
 def _clean_mappings(smaps: str) -> Iterator[tuple[int, int]]:

@@ -42,8 +42,14 @@ class MethodSection(Section):
     beta_start: Annotated[float, Field(gt=0)] = 20.0
     beta_end: Annotated[float, Field(gt=0)] = 2.0
     scale_search: Literal["absmax", "mse", "output"] = "output"
-    balance: bool = Field(
-        default=False, description="balance the channels of inputs where the layers in front can do it for free"
+    step_weights: Literal["uniform", "trajectory"] = Field(
+        default="uniform",
+        description="what errors on captured inputs count: all alike, or as they move the finished sample",
+    )
+    balance: Literal[False, True, "exact"] = Field(
+        default=False,
+        description="balance the channels of inputs where the layers in front can do it for free; exact: by powers of "
+        "two, so that weights in front keep their bits",
     )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 

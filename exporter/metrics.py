@@ -116,6 +116,17 @@ class LayerContainer:
 
 
 @dataclass(frozen=True)
+class LayerFormat:
+    """How the weight format of a layer with `weight: auto` was chosen: the SNR in dB of its block's output with every
+    candidate, and the formats that the target refused, with the reason."""
+
+    layer: str
+    chosen: str
+    snr_db: Mapping[str, float]
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ComputeFigures:
     """What the engine computes in outside its quantized linears, and for FP16 the largest number it met there on the
     calibration inputs, with its place in the graph."""
@@ -142,6 +153,7 @@ class Metrics:
     scales: tuple[ScaleSummary, ...] = ()
     compute: ComputeFigures = ComputeFigures()
     kernels: Kernels = "native"
+    formats: tuple[LayerFormat, ...] = ()
 
     def to_json(self) -> str:
         """The document as indented JSON. Raises `jsonschema.ValidationError` if it breaks the schema."""
@@ -156,6 +168,7 @@ class Metrics:
             "versions": dict(self.versions),
             "layers": [asdict(layer) for layer in self.layers],
             "scales": [asdict(kind) for kind in self.scales],
+            "formats": [asdict(layer) for layer in self.formats],
         }
         check_metrics(document)
         return json.dumps(document, indent=1, allow_nan=False) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -64,7 +64,7 @@ def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BY
         return
     with atomic_path(path) as temporary, atomic_path(data) as weights:
         location = data_path(final or path).name
-        onnx.save(_with_external(model, _write(model.graph.initializer, weights, location)), temporary)
+        onnx.save(with_initializers(model, _write(model.graph.initializer, weights, location)), temporary)
 
 
 def rename_data(path: Path, final: Path) -> None:
@@ -127,13 +127,14 @@ def _write(tensors: Iterable[TensorProto], file: Path, location: str) -> list[Te
     return written
 
 
-def _with_external(model: onnx.ModelProto, initializers: list[TensorProto]) -> onnx.ModelProto:
+def with_initializers(model: onnx.ModelProto, initializers: Sequence[TensorProto]) -> onnx.ModelProto:
+    """The model with these initializers in place of its own, of which nothing is copied."""
     graph = helper.make_graph(
         list(model.graph.node),
         model.graph.name,
         list(model.graph.input),
         list(model.graph.output),
-        initializers,
+        list(initializers),
         value_info=list(model.graph.value_info),
     )
     result = helper.make_model(

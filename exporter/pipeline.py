@@ -12,9 +12,11 @@ from pathlib import Path
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration_stages import formats_chosen
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
+from exporter.model_stages import balanced, transformed
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
 from exporter.ranges import Amax, checked_ranges
@@ -25,7 +27,6 @@ from exporter.source import Source, load_source
 from exporter.stages import (
     CAPTURED,
     assist_calibration,
-    balanced,
     build,
     calibrated_weights,
     captured_inputs,
@@ -109,7 +110,8 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
         captured = CalibrationSet.load(job.work.file(CAPTURED))
-        assist_calibration(job, balanced(job, source, captured), captured)
+        source = transformed(job, balanced(job, source, captured))
+        assist_calibration(job, formats_chosen(job, source, captured), captured)
 
 
 def prepare(job: Job, *, validate: bool) -> Prepared:
@@ -120,6 +122,8 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
         refuse_saturating_cpu(products, job.target, job.recipe.name)
     captured = job.timed("capture", captured_inputs, source)
     source = job.timed("balance", balanced, source, captured)
+    source = job.timed("transform", transformed, source)
+    source = job.timed("formats", formats_chosen, source, captured)
     # What these stages wrote the other processes read now.
     job.shard.wait()
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from exporter.compute import COMPUTE_TYPES, Compute
@@ -14,20 +14,22 @@ from exporter.container_choice import (
     needs_vnni,
     scale_multipliers,
 )
-from exporter.errors import InputError, did_you_mean
-from exporter.presets import LayerScheme, preset_scheme, resolve_rule
-from exporter.recipe import HIGH_PRECISION, LayerRule, Recipe, Scales
+from exporter.errors import InputError
+from exporter.layer_bytes import stored_bytes
+from exporter.layer_checks import check_block_formats, check_compute, check_sizes
+from exporter.layer_rules import LINEAR, check_rules, winning_rule
+from exporter.presets import LayerScheme, candidate_schemes, preset_scheme, resolve_rule
+from exporter.recipe import AUTO_FORMAT, Recipe, Scales
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
-from plugins.formats import get_format
-from plugins.packed_linear.layout import Layout
-from plugins.packing import words_per_row
 
 _FP32_BYTES = 4
-_WORD_BYTES = 4
+
+LOW_RANK = ".low_rank"
+"""Ends the module path of a transformed layer's part in high precision."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ class ModelShapes:
 class LayerPlan:
     """One quantized layer.
 
-    `group_size` weights of a row share a scale, 0 means the whole row; `activation_format` is "none" where only
-    the weights are quantized; `container` is the number type that the target multiplies in, and `asked_container`
-    what the recipe says about it ("auto" where nothing).
+    `name` is its module path; that of a layer which is transformed first (by `low_rank` or `hadamard`, see
+    `exporter.transforms`) ends with `LINEAR`. `group_size` weights of a row share a scale, 0 means the whole row;
+    `activation_format` is "none" where only the weights are quantized; `container` is the number type that the target
+    multiplies in, and `asked_container` what the recipe says about it ("auto" where nothing).
     """
 
     name: str
@@ -71,6 +74,18 @@ class LayerPlan:
     scales: Scales
     container: str
     asked_container: str = AUTO_CONTAINER
+    low_rank: int = 0
+    hadamard: int = 0
+
+    @property
+    def original_name(self) -> str:
+        """Its module path in the model as it was loaded."""
+        return self.name.removesuffix(LINEAR) if self.is_transformed else self.name
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether the model is changed around the layer before it is quantized."""
+        return bool(self.low_rank or self.hadamard)
 
     @property
     def scaling(self) -> BlockScaling | None:
@@ -91,7 +106,13 @@ class LayerPlan:
     def scheme(self) -> LayerScheme:
         """How the layer is quantized, as asked for."""
         return LayerScheme(
-            self.weight_format, self.group_size, self.scales, self.activation_format, self.asked_container
+            self.weight_format,
+            self.group_size,
+            self.scales,
+            self.activation_format,
+            self.asked_container,
+            self.low_rank,
+            self.hadamard,
         )
 
     @property
@@ -110,33 +131,26 @@ class LayerPlan:
         """Whether a plugin of ours multiplies the layer on the target."""
         return target.kernels == "plugin" and has_kernel(self.scheme, self.in_features)
 
-    def stored_bytes(self, target: Target) -> int:
-        """Expected size in the output: weights, scales, group multipliers and bias.
 
-        ONNX Runtime's file, and plugins, keep packed codes and a byte per group multiplier; TensorRT's own kernels have
-        weights in their container, group scales folded in; block scales are a byte each there.
-        """
-        fmt = get_format(self.weight_format)
-        folded = self.out_features * self.groups if self.scales == "foldable" else 0
-        if self.is_plugin(target):
-            layout = Layout(fmt, self.in_features, self.group_size, twos_complement=False)
-            weights = self.out_features * layout.words * _WORD_BYTES
-        elif target.engine == "onnxruntime":
-            weights = self.out_features * words_per_row(self.in_features, fmt.bits) * _WORD_BYTES
-        else:
-            weights = self.out_features * self.in_features // (2 if self.container in ("int4", "fp4") else 1)
-            folded = 0
-        if self.container in ("fp4", "mxfp8"):
-            return weights + self.out_features * (self.groups + self.has_bias * _FP32_BYTES)
-        scales = self.out_features * (1 if self.scales in ("channel", "foldable") else self.groups) * _FP32_BYTES
-        return weights + folded + scales + self.out_features * self.has_bias * _FP32_BYTES
+@dataclass(frozen=True)
+class OpenLayer:
+    """A layer with `weight: auto`: what it may become, and the formats that it may not, with the reason."""
+
+    candidates: tuple[LayerPlan, ...]
+    refused: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The layer's module path."""
+        return self.candidates[0].name
 
 
 @dataclass(frozen=True)
 class Plan:
     """All quantized layers in the model's order, the modules that stay in high precision with their parameter counts,
     and sizes: `fp32_bytes` of the model as it is, `expected_bytes` of the output (an upper bound, since exact
-    constants may be stored in half precision). `compute` is the type of high precision.
+    constants may be stored in half precision). `compute` is the type of high precision. Layers that are still `open`
+    stand among the layers as their first candidates.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -144,6 +158,7 @@ class Plan:
     fp32_bytes: int
     expected_bytes: int
     compute: Compute = "fp32"
+    open: tuple[OpenLayer, ...] = ()
 
     def vnni_note(self, target: Target) -> str:
         """What an exact result on a CPU asks of it; "" where any will do."""
@@ -154,6 +169,16 @@ class Plan:
             f"{len(layers)} layers multiply with {layers[0].activation_format} activations, which is exact on x86 CPUs "
             "with VNNI only (others add pairs of products in 16 bits and saturate); e2m3 activations are exact on all"
         )
+
+    def decided(self, formats: Mapping[str, str]) -> Plan:
+        """The plan with open layers in these weight formats, by module path."""
+        chosen = {
+            candidate.name: candidate
+            for layer in self.open
+            for candidate in layer.candidates
+            if candidate.weight_format == formats[layer.name]
+        }
+        return replace(self, layers=tuple(chosen.get(layer.name, layer) for layer in self.layers), open=())
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of the layer with this module path. Raises `KeyError`."""
@@ -168,9 +193,9 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
     layer, a group that does not divide a row, scales that cannot be folded, and what the target cannot run.
     """
     names = list(shapes.linears)
-    won = [_winner(name, recipe.layers) for name in names]
-    _check_rules(recipe, names, won, shapes)
-    layers = []
+    won = [winning_rule(name, recipe.layers) for name in names]
+    check_rules(recipe, names, won, shapes.others)
+    layers, opened = [], []
     kept = dict(shapes.others)
     for name, rule in zip(names, won, strict=True):
         shape = shapes.linears[name]
@@ -183,59 +208,60 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
             scheme, source = preset_scheme(recipe.preset, recipe.container), f"preset {recipe.preset}"
         if scheme is None:
             kept[name] = shape.parameters
+        elif scheme.weight_format == AUTO_FORMAT:
+            schemes = candidate_schemes(scheme, recipe.preset)
+            opened.append(_open_layer(name, shape, schemes, f"{recipe.name}: {source}", target))
+            layers.append(opened[-1].candidates[0])
         else:
             layers.append(plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
-    _check_compute_of_weight_only(recipe, layers, target)
+        if scheme is not None and scheme.low_rank:
+            kept[f"{name}{LOW_RANK}"] = scheme.low_rank * (shape.in_features + shape.out_features)
+    check_compute(recipe, layers, target)
     if not layers:
         raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
     parameters = sum(shape.parameters for shape in shapes.linears.values()) + sum(shapes.others.values())
+    # Layers of a size share the matrix.
+    rotations = sum(size * size for size in {layer.hadamard for layer in layers})
     return Plan(
         layers=tuple(layers),
         high_precision=tuple(kept.items()),
         fp32_bytes=parameters * _FP32_BYTES,
-        expected_bytes=sum(layer.stored_bytes(target) for layer in layers)
-        + sum(kept.values()) * COMPUTE_TYPES[recipe.compute].bytes,
+        expected_bytes=sum(stored_bytes(layer, target) for layer in layers)
+        + (sum(kept.values()) + rotations) * COMPUTE_TYPES[recipe.compute].bytes,
         compute=recipe.compute,
+        open=tuple(opened),
     )
 
 
-def _check_compute_of_weight_only(recipe: Recipe, layers: Sequence[LayerPlan], target: Target) -> None:
-    for layer in layers:
-        if layer.is_plugin(target) and layer.activation_format == HIGH_PRECISION and recipe.compute == "fp32":
-            raise InputError(
-                f"{recipe.name}: {layer.name}: plugins multiply weights alone with fp16 or bf16 activations; use "
-                "`compute: fp16` (or bf16), or `kernels: native`"
-            )
+def _open_layer(
+    name: str, shape: LinearShape, schemes: Sequence[LayerScheme], source: str, target: Target
+) -> OpenLayer:
+    """Those of `schemes` that the target runs in the container of the first, the first one of each format.
 
-
-def _winner(name: str, rules: Sequence[LayerRule]) -> int | None:
-    return next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), None)
-
-
-def _check_rules(recipe: Recipe, names: list[str], won: list[int | None], shapes: ModelShapes) -> None:
-    for index, rule in enumerate(recipe.layers):
-        if index in won:
+    Raises `InputError` where that leaves no choice, and for sizes that are wrong for all of them.
+    """
+    check_sizes(f"{source}: {name}", name, schemes[0], shape.out_features, shape.in_features)
+    candidates: dict[str, LayerPlan] = {}
+    refused: dict[str, str] = {}
+    for scheme in schemes:
+        fmt = scheme.weight_format
+        if fmt in candidates:
             continue
-        where = f"{recipe.name}: layers[{index}].match: {rule.match!r}"
-        if any(fnmatchcase(name, rule.match) for name in names):
-            raise InputError(f"{where} matches only layers that earlier rules take; move it before them")
-        others = [name for name in shapes.others if fnmatchcase(name, rule.match)]
-        if others:
-            raise InputError(f"{where} matches no linear layer, and only linear layers are quantized: {others[0]}")
-        raise InputError(f"{where} matches no layer" + did_you_mean(rule.match, layer_patterns(names)))
-
-
-def layer_patterns(names: Sequence[str]) -> list[str]:
-    """Patterns that could be meant: full names, and names with the block's number or all before it as a star."""
-    patterns: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-        if number is not None:
-            patterns[".".join([*parts[:number], "*", *parts[number + 1 :]])] = None
-            patterns[".".join(["*", *parts[number + 1 :]])] = None
-            patterns[".".join(["*", *parts[number + 1 : -1], "*"])] = None
-    return [*patterns, *names]
+        try:
+            candidate = plan_layer(name, shape, scheme, source, target)
+        except InputError as error:
+            refused.setdefault(fmt, str(error).removeprefix(f"{source}: {name}: "))
+            continue
+        first = next(iter(candidates.values()), candidate)
+        if candidate.container == first.container:
+            candidates[fmt] = candidate
+        else:
+            refused[fmt] = f"{candidate.container} instead of {first.container}"
+    others = {fmt: reason for fmt, reason in refused.items() if fmt not in candidates}
+    if len(candidates) < 2:
+        reasons = "; ".join(f"{fmt}: {reason}" for fmt, reason in others.items()) or "no other format has as many bits"
+        raise InputError(f"{source}: {name}: `weight: auto` has nothing to choose from: {reasons}; name a format")
+    return OpenLayer(tuple(candidates.values()), others)
 
 
 def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
@@ -244,42 +270,25 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
     Raises `InputError` for a group that does not divide a row, scales that cannot be folded, and what the target
     cannot run.
     """
-    group = scheme.group_size
-    if group and shape.in_features % group:
-        raise InputError(
-            f"{source}: {name}: group {group} does not divide its {shape.in_features} input features; nearest that "
-            f"does: {_nearest_divisor(shape.in_features, group)}, for example a rule "
-            f"{{match: {name.split('.')[0]}.*, group: {_nearest_divisor(shape.in_features, group)}}}"
-        )
-    _check_block_formats(f"{source}: {name}", scheme)
-    container = choose_container(f"{source}: {name}", scheme, shape.in_features, target)
+    where = f"{source}: {name}"
+    check_sizes(where, name, scheme, shape.out_features, shape.in_features)
+    check_block_formats(where, scheme)
+    container = choose_container(where, scheme, shape.in_features, target)
     if scheme.scales == "foldable" and len(scale_multipliers(scheme, container)) == 1:
         raise InputError(
-            f"{source}: {name}: {scheme.weight_format} leaves no room for folding group scales; use `scales: channel`"
+            f"{where}: {scheme.weight_format} leaves no room for folding group scales; use `scales: channel`"
         )
     return LayerPlan(
-        name=name,
+        name=f"{name}{LINEAR}" if scheme.low_rank or scheme.hadamard else name,
         out_features=shape.out_features,
         in_features=shape.in_features,
         has_bias=shape.has_bias,
         weight_format=scheme.weight_format,
         activation_format=scheme.activation_format,
-        group_size=group,
+        group_size=scheme.group_size,
         scales=scheme.scales,
         container=container,
         asked_container=scheme.container,
+        low_rank=scheme.low_rank,
+        hadamard=scheme.hadamard,
     )
-
-
-def _check_block_formats(where: str, scheme: LayerScheme) -> None:
-    scaling = BLOCK_SCALINGS.get(scheme.scales)
-    if scaling is not None and {scheme.weight_format, scheme.activation_format} != {scaling.value_format}:
-        raise InputError(
-            f"{where}: `scales: {scaling.name}` is for {scaling.value_format} weights with {scaling.value_format} "
-            f"activations, not {scheme.weight_format} with {scheme.activation_format}; use `scales: foldable`"
-        )
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = (candidate for candidate in range(1, number + 1) if number % candidate == 0)
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))

@@ -9,16 +9,19 @@ from types import MappingProxyType
 from exporter.recipe import HIGH_PRECISION, LayerRule, Preset, Scales
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.domain import AUTO_CONTAINER
+from plugins.formats import WEIGHT_FORMATS, FloatFormat, get_format
 
 
 @dataclass(frozen=True)
 class LayerScheme:
     """How one layer is quantized, nothing left open.
 
-    `group_size` weights of a row share a scale (0: the whole row, which is what `scales` "channel" means); with block
+    `weight_format` may be "auto", which stands for `candidate_schemes`. `group_size` weights of a row share a scale
+    (0: the whole row, which is what `scales` "channel" means); with block
     scaling activations have groups of as many;
     `activation_format` is "none" where only weights are quantized; `container` is the number type that was asked for,
-    "auto" for the target's best.
+    "auto" for the target's best; `low_rank` and `hadamard` (0: none) change the layer before it is quantized, see
+    `exporter.transforms`.
     """
 
     weight_format: str
@@ -26,6 +29,8 @@ class LayerScheme:
     scales: Scales
     activation_format: str
     container: str = AUTO_CONTAINER
+    low_rank: int = 0
+    hadamard: int = 0
 
 
 PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
@@ -77,4 +82,21 @@ def resolve_rule(rule: LayerRule, preset: Preset | None, container: str = AUTO_C
         scales=scales,
         activation_format=start.activation_format if rule.activation is None else rule.activation,
         container=container if rule.container is None else rule.container,
+        low_rank=rule.low_rank,
+        hadamard=rule.hadamard,
     )
+
+
+def candidate_schemes(scheme: LayerScheme, preset: Preset | None) -> tuple[LayerScheme, ...]:
+    """What `weight: auto` may become: `scheme` with each float of as many bits as the preset's weights, whose own
+    format comes first. Foldable scales are followed by channel scales, for formats without room to fold."""
+    own = (PRESETS[preset] if preset is not None else _NO_PRESET).weight_format
+    bits = get_format(own).bits
+    floats = [name for name in WEIGHT_FORMATS if isinstance(get_format(name), FloatFormat)]
+    names = [own, *(name for name in floats if name != own and get_format(name).bits == bits)]
+    schemes = []
+    for name in names:
+        schemes.append(replace(scheme, weight_format=name))
+        if scheme.scales == "foldable":
+            schemes.append(replace(scheme, weight_format=name, scales="channel", group_size=0))
+    return tuple(schemes)

@@ -11,11 +11,13 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from exporter.calibration_stages import formats_chosen
 from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
+from exporter.model_stages import balanced, transformed
 from exporter.ranges import HEADROOM, Amax, measured_ranges
 from exporter.source import load_source
-from exporter.stages import balanced, calibrated_weights, captured_inputs, exported_graph, fake_quantized
+from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
 
 Verdict = Literal["not finite", "infinite", "tight", "fits", "loses bits"]
 
@@ -68,7 +70,13 @@ class RangeScan:
     def verdict(self) -> str:
         """One sentence."""
         worst = self.ranges[0]
-        over = self.count("infinite", "not finite")
+        broken = self.count("not finite")
+        if broken:
+            return (
+                f"FP32 itself overflows in {broken} of {len(self.ranges)} tensors, most at {worst.place}: no type "
+                "holds them; check the weights and the prompts"
+            )
+        over = self.count("infinite")
         if over:
             return f"FP16 overflows in {over} of {len(self.ranges)} tensors, most at {worst.place}: use bf16 or fp32"
         tight = self.count("tight")
@@ -94,7 +102,8 @@ def scan_ranges(job: Job) -> RangeScan:
     with job.work.locked():
         source = load_source(job)
         captured = captured_inputs(job, source)
-        source = balanced(job, source, captured)
+        source = transformed(job, balanced(job, source, captured))
+        source = formats_chosen(job, source, captured)
         quantized = fake_quantized(job, source, calibrated_weights(job, source, captured))
         exported = exported_graph(job, source, quantized)
         return RangeScan.of(job.recipe.name, len(captured), measured_ranges(job, source, captured, exported))
@@ -111,7 +120,7 @@ def print_scan(scan: RangeScan, console: Console, top: int) -> None:
         table.add_column(heading, justify="right" if heading in {"largest", "BF16 rounds by"} else "left")
     for one in scan.ranges[:top]:
         style = "red" if one.fp16 in ("infinite", "not finite") else "yellow" if one.fp16 == "tight" else "green"
-        largest = "NaN" if one.amax is None else f"{one.amax:.4g}"
+        largest = "∞ or NaN" if one.amax is None else f"{one.amax:.4g}"
         error = "-" if one.bf16_error is None else f"{one.bf16_error:.2g}"
         table.add_row(one.place, largest, f"[{style}]{bar(one.amax)}[/]", one.fp16, error)
     console.print(table)

@@ -7,6 +7,7 @@ line with the file, the key and the nearest valid value.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_
 
 from exporter.compute import Compute
 from exporter.errors import InputError, did_you_mean
+from exporter.evaluation_section import EvaluationSection
 from exporter.explain import explain
 from exporter.method_section import MethodSection
-from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Text
+from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Seed, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS, Kernels
 from exporter.yaml_text import dump_yaml
@@ -28,10 +30,13 @@ from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
 
 HIGH_PRECISION = "none"
+AUTO_FORMAT = "auto"
+"""A rule's weight format that is chosen layer by layer, by what the candidates cost the block's output."""
 
 Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
 Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
 Storage = Literal["packed", "int8"]
+HadamardSize = Literal[0, 4, 16, 64, 256]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
     "DDIMScheduler",
@@ -43,13 +48,14 @@ Scheduler = Literal[
 ]
 PRESETS: tuple[str, ...] = get_args(Preset)
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
+HADAMARD_SIZES: tuple[int, ...] = get_args(HadamardSize)
 
 _PATHS = (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier"))
-_LARGEST_SEED = 2**63 - 1
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 def _weight_format(name: str) -> str:
-    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION))
+    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION, AUTO_FORMAT))
 
 
 def _activation_format(name: str) -> str:
@@ -60,13 +66,16 @@ def _target(name: str) -> str:
     return _known(name, "target", (AUTO, *TARGETS))
 
 
+def _device(name: str) -> str:
+    if _DEVICE.fullmatch(name) is None:
+        raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
+    return name
+
+
 def _known(name: str, kind: str, names: Sequence[str]) -> str:
     if name not in names:
         raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, names)}")
     return name
-
-
-Seed = Annotated[int, Field(ge=0, le=_LARGEST_SEED)]
 
 
 class CalibrationSection(Section):
@@ -85,17 +94,34 @@ class CalibrationSection(Section):
         default=None,
         description="GB for all samples' activations, which are files beyond that; unset: half of what is free",
     )
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto", description="what calibrates: cpu, cuda, cuda:N, or auto: a GPU if PyTorch sees one"
+    )
+    device_memory: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="GB of the GPU's memory that calibration may use; unset: what is free"
+    )
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs are captured: of every step of every trajectory one, with guidance two."""
+        return self.samples * self.steps * (1 if self.guidance == 1.0 else 2)
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What a trajectory depends on beside its prompt and seed."""
-        return self.model_dump(exclude={"prompts", "samples", "seed", "memory"})
+        """What a trajectory depends on beside its prompt, its seed and the kind of device."""
+        return self.model_dump(exclude={"prompts", "samples", "seed", "memory", "device", "device_memory"})
+
+    @property
+    def captured(self) -> dict[str, Any]:
+        """What the captured inputs depend on, beside the model, its prompts and the kind of device."""
+        return self.model_dump(exclude={"prompts", "memory", "device", "device_memory"})
 
 
 class LayerRule(Section):
     """Formats for the layers whose module path matches; the first matching rule wins.
 
-    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision.
+    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision, `weight: auto`
+    chooses among the floats of as many bits as the preset's weights have.
     """
 
     match: Text = Field(description="a module path, * and ? allowed")
@@ -108,6 +134,12 @@ class LayerRule(Section):
     container: ContainerChoice | None = Field(
         default=None, description="number type of the products; unset: the recipe's"
     )
+    low_rank: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="rank of the weight's part that is multiplied in high precision beside the rest"
+    )
+    hadamard: HadamardSize = Field(
+        default=0, description="size of the Hadamard matrices that rotate the input in front of its quantizer"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> LayerRule:
@@ -116,6 +148,8 @@ class LayerRule(Section):
             raise ValueError(
                 "`weight: none` keeps the layer in high precision: drop group, scales, activation and container"
             )
+        if self.weight == HIGH_PRECISION and (self.low_rank or self.hadamard):
+            raise ValueError("`weight: none` keeps the layer in high precision: drop low_rank and hadamard")
         if self.group and self.scales == "channel":
             raise ValueError(
                 f"`scales: channel` has one scale per row, but group is {self.group}; "
@@ -127,16 +161,6 @@ class LayerRule(Section):
         if self.group == 0 and self.scales in ("group", "foldable"):
             raise ValueError(f"`scales: {self.scales}` needs a group size, for example `group: 128`")
         return self
-
-
-class EvaluationSection(Section):
-    """What the report measures on the finished model."""
-
-    samples: Count = Field(default=1000, description="guided samples that the classifier judges")
-    classifier: Text | None = Field(default=None, description="an ONNX file: samples [B, C, H, W] -> logits")
-    seed: Seed = 1
-    trajectories: Count = Field(default=16, description="held-out trajectories for the noise-prediction SNR")
-    grid: Annotated[int, Field(ge=1, le=400)] = Field(default=20, description="samples shown in the report")
 
 
 class Recipe(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporter.describe import transforms_text
 from exporter.evaluate import Evaluation
 from exporter.gate.table import GateResult
 from exporter.job import Job
@@ -12,6 +13,7 @@ from exporter.metrics import (
     ComputeFigures,
     Fidelity,
     LayerContainer,
+    LayerFormat,
     Metrics,
     Quality,
     Size,
@@ -53,7 +55,12 @@ def metrics_of(
         versions=installed_versions(),
         layers=tuple(LayerContainer.of(layer) for layer in source.plan.layers),
         scales=summarize(evaluation.scales),
+        formats=tuple(LayerFormat(one.layer, one.chosen, one.snr_db, one.refused) for one in source.formats),
     )
+
+
+def _among_them(transforms: str) -> str:
+    return f" ({transforms})" if transforms else ""
 
 
 def _reached(amax: Amax | None) -> str:
@@ -79,7 +86,8 @@ def write_results(
     report = Report(
         title=job.output.name,
         summary=f"{Path(job.recipe.name).stem} for {job.target.name} ({job.choice.reason}): "
-        f"{len(source.plan.layers)} quantized layers{' as plugins' * (job.target.kernels == 'plugin')}, "
+        f"{len(source.plan.layers)} quantized layers{' as plugins' * (job.target.kernels == 'plugin')}"
+        f"{_among_them(transforms_text(source.plan.layers))}, "
         f"{job.recipe.compute} outside them{_reached(amax)}",
         metrics=metrics,
         gate=None if fidelity is None else fidelity[0],

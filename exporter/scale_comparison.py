@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor, nn
 
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.container_choice import choose_container
 from exporter.cores import on_every_core
 from exporter.errors import InputError
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
+from exporter.layer_bytes import stored_bytes
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.quantize import planned_linear
@@ -102,7 +103,7 @@ def _measure(
     return ScaleKind(
         kind=layer.scales,
         snr_db=bounded_db(snr_db((measured @ weight.T).numpy(force=True), (measured @ rounded.T).numpy(force=True))),
-        stored_bytes=layer.stored_bytes(target),
+        stored_bytes=stored_bytes(layer, target),
         container=layer.container if runs else "",
         exact=runs and layer.product is not None and layer.product.exact,
     )

@@ -20,6 +20,11 @@ _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)
 
 
+def _backend() -> str:
+    """What tensors in main memory are exchanged by, and those on GPUs where PyTorch has support for them."""
+    return "cpu:gloo,cuda:nccl" if torch.distributed.is_nccl_available() else "gloo"
+
+
 @dataclass(frozen=True)
 class Shard:
     """Process `rank` of `world`, the `local_rank`-th on its machine."""
@@ -67,7 +72,9 @@ class Shard:
             return
         try:
             with self._together():
-                torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=_PATIENCE)
+                torch.distributed.init_process_group(
+                    _backend(), rank=self.rank, world_size=self.world, timeout=_PATIENCE
+                )
         except ValueError as error:
             raise InputError(
                 f"WORLD_SIZE is {self.world}, but {error}: start all processes with torchrun, or unset RANK and "
@@ -90,9 +97,8 @@ class Shard:
 
     def wait(self) -> None:
         """Go on when all processes are here."""
-        if self.world > 1:
-            with self._together():
-                torch.distributed.barrier()
+        # Not a barrier, for which PyTorch would take the GPUs where it has support for them.
+        self.add_up(torch.zeros(1))
 
     def agree(self, value: bool) -> bool:
         """What the first process says."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.calibration.format_choice import LayerFormats
+from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
@@ -37,7 +41,8 @@ _WITHOUT_TOKENS = 2
 class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read.
 
-    `store` is where calibration keeps activations.
+    `store` is where calibration keeps activations, `placement` where it computes; `formats` say how those of open
+    layers were chosen.
     """
 
     model: nn.Module
@@ -48,6 +53,8 @@ class Source:
     latent_shape: tuple[int, int, int]
     identity: dict[str, str]
     store: ActivationStore = field(default_factory=ActivationStore)
+    placement: Placement = field(default_factory=Placement)
+    formats: tuple[LayerFormats, ...] = ()
 
     @property
     def denoiser(self) -> Callable[[TransformerInputs], Tensor]:
@@ -62,10 +69,12 @@ class Source:
         return self.adapter.with_conditions(self.model, inputs)
 
     def layer_facts(self) -> list[dict[str, object]]:
-        """What codes and scales depend on, per layer: everything but the containers' names."""
-        names = ("container", "asked_container")
+        """What codes and scales depend on, per layer: everything but the containers' names. Of an open layer also what
+        it may become."""
+        candidates = {layer.name: [one.weight_format for one in layer.candidates] for layer in self.plan.open}
         return [
-            {**{key: value for key, value in asdict(layer).items() if key not in names}, "m": layer.multipliers}
+            {**{key: value for key, value in asdict(layer).items() if _decides(key, value)}, "m": layer.multipliers}
+            | ({"candidates": candidates[layer.name]} if layer.name in candidates else {})
             for layer in self.plan.layers
         ]
 
@@ -73,6 +82,7 @@ class Source:
 def load_source(job: Job) -> Source:
     """Load and check all that the recipe names, before anything takes long. Raises `InputError`."""
     recipe = job.recipe
+    placement = choose_placement(recipe.calibration.device, recipe.calibration.device_memory, job.shard)
     files = locate_model(recipe)
     adapter = recipe_adapter(recipe.model)
     model = load_transformer(files.transformer, adapter, recipe.model.variant)
@@ -94,12 +104,27 @@ def load_source(job: Job) -> Source:
         plan=plan,
         files=files,
         latent_shape=latent_shape,
-        identity={name: sha256_of(file) for name, file in read.items()},
+        identity=_checksums(read),
         store=store,
+        placement=placement,
     )
+    if placement.on_gpu:
+        memory = f"{placement.memory / 1e9:.1f} GB"
+        job.progress.note(f"calibrating on {placement.device}, in at most {memory} of its memory")
     if isinstance(adapter, GenericAdapter):
         adapter.check(model, source.example_inputs(batch=2))
     return source
+
+
+def _checksums(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 by name, of as many files at once as there are cores."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(files, pool.map(sha256_of, files.values()), strict=True))
+
+
+def _decides(key: str, value: object) -> bool:
+    """Whether codes and scales depend on a layer's entry; a transform that is not made says nothing."""
+    return bool(value) if key in ("low_rank", "hadamard") else key not in ("container", "asked_container")
 
 
 def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
@@ -128,7 +153,7 @@ def _activation_store(
     per_input = activation_bytes(
         adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
     )
-    calls = settings.steps * (1 if settings.guidance == 1.0 else 2)
+    calls = settings.inputs // settings.samples
     memory = int(given * 1e9) if given is not None else usable_memory() // 2
     store = choose_store(settings.samples, calls * per_input, memory, job.work.path)
     if store.folder is not None:

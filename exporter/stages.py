@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 from torch import nn
 
-from exporter.calibration.balance import Balance, find_balance
-from exporter.calibration.calibrate import calibrate
+from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
-from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration_stages import sample_weights
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.kernels import obtain_kernels
-from exporter.onnx_files import data_path, read_model, save_onnx, total_bytes
+from exporter.model_stages import changes_of_model
+from exporter.onnx_files import checksum_of, data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.emulate import EMULATED, emulation_passes
@@ -31,19 +31,20 @@ from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for
+from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for, verb
 
 CAPTURED = "calibration.safetensors"
-_BALANCE = "balance.safetensors"
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
 
-    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost.
+    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost, and where
+    the inputs could not be shared out among the processes that calibrate.
     """
-    _unit_files(job, source).refuse_others()
     settings = job.recipe.calibration
+    check_batches(job.recipe.method, settings.inputs, job.shard)
+    _unit_files(job, source).refuse_others()
     return capture(job, source, CAPTURED, trajectories=settings.samples, seed=settings.seed)
 
 
@@ -52,63 +53,42 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
     settings = job.recipe.calibration
 
     def make(path: Path) -> None:
-        capture_trajectories(
-            source.model,
-            source.adapter,
-            source.prompts,
-            settings,
-            job.progress,
-            trajectories=trajectories,
-            seed=seed,
-            latent_shape=source.latent_shape,
-            scheduler_config=source.files.scheduler,
-        ).save(path)
+        with source.placement.computing():
+            capture_trajectories(
+                source.model,
+                source.adapter,
+                source.prompts,
+                settings,
+                job.progress,
+                trajectories=trajectories,
+                seed=seed,
+                latent_shape=source.latent_shape,
+                scheduler_config=source.files.scheduler,
+                placement=source.placement,
+            ).save(path)
 
     key = key_of(
         stage="capture",
         model=source.identity,
         shape=source.latent_shape,
         settings=settings.sampler,
+        device=source.placement.device.type,
         trajectories=trajectories,
         seed=seed,
     )
     path, reused = job.work.obtain(name, key, make)
     captured = CalibrationSet.load(path)
-    job.progress.note(f"{_verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
+    job.progress.note(f"{verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
     return captured
-
-
-def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
-    """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
-
-    What was found is sealed in the work folder, where processes other than the first read it.
-    """
-    if not job.recipe.method.balance:
-        return source
-    folds = source.adapter.channel_folds(source.model)
-    if not job.shard.is_first:
-        return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
-
-    def make(path: Path) -> None:
-        run = CalibrationRun(source.adapter, captured, source.prompts)
-        find_balance(run, source.model, folds).save(path)
-
-    key = key_of(stage="balance", model=source.identity, shape=source.latent_shape, calibration=_calibration(job))
-    path, reused = job.work.obtain(_BALANCE, key, make)
-    job.progress.note(f"{_verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
-    return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
-
-
-def _calibration(job: Job) -> dict[str, Any]:
-    """What the captured inputs depend on, beside the model and its prompts."""
-    return job.recipe.calibration.model_dump(exclude={"prompts", "memory"})
 
 
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
     """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
-    units = _unit_files(job, source)
+    units = _unit_files(job, source, _made_of(job, source))
 
     def make(path: Path) -> None:
+        # Again: formats that the plan left open have been chosen since the inputs were captured.
+        units.refuse_others()
         units.begin()
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)
@@ -120,7 +100,7 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     units.remove()
     earlier = f", {units.found} units of an earlier run" if units.found else ""
     job.progress.note(
-        f"{_verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
+        f"{verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
     )
     return load_quantized(path, source.plan)
 
@@ -128,36 +108,48 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
     """What processes other than the first do while it runs `calibrated_weights`, unless these are finished."""
     if job.shard.agree(False):
-        _calibrated(job, source, captured, _unit_files(job, source))
+        _calibrated(job, source, captured, _unit_files(job, source, _made_of(job, source)))
 
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
-    result = calibrate(
-        source.model,
-        source.adapter,
-        source.plan,
-        captured,
-        source.prompts,
-        job.recipe.method,
-        job.recipe.calibration.seed,
-        job.progress,
-        units,
-        source.store,
-        job.shard,
-    )
+    with source.placement.computing():
+        result = calibrate(
+            source.model,
+            source.adapter,
+            source.plan,
+            captured,
+            source.prompts,
+            job.recipe.method,
+            job.recipe.calibration.seed,
+            job.progress,
+            units,
+            source.store,
+            job.shard,
+            source.placement,
+            sample_weights(job, source, captured),
+        )
     # The first process removes the units' files next, which the others may still be reading.
     job.shard.wait()
     return result
 
 
-def _unit_files(job: Job, source: Source) -> UnitFiles:
+def _made_of(job: Job, source: Source) -> list[str]:
+    """Checksums of what units are made of: where a stage before them gives something else, they do not fit."""
+    return [checksum_of(job.work.file(name)) for name in (CAPTURED, *changes_of_model(job, source))]
+
+
+def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
     folder = name_for(UNFINISHED, "", source.layer_facts())
-    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source), job.shard)
+    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source), job.shard, made_of)
 
 
 def calibration_key(job: Job, source: Source) -> str:
-    """The key of the calibrated weights, on which all later stages depend."""
-    return key_of(stage="calibrate", **calibration_settings(job, source))
+    """The key of the calibrated weights, on which all later stages depend.
+
+    Weights fit the changed model that they were made for, to the last bit: other machines may change it otherwise.
+    """
+    model = [checksum_of(job.work.file(name)) for name in changes_of_model(job, source)]
+    return key_of(stage="calibrate", changed_model=model, **calibration_settings(job, source))
 
 
 def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
@@ -165,14 +157,11 @@ def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
     return {
         "model": source.identity,
         "latent_shape": source.latent_shape,
-        "calibration": _calibration(job),
+        "calibration": job.recipe.calibration.captured,
+        "device": source.placement.device.type,
         "method": job.recipe.method.model_dump(),
         "layers": source.layer_facts(),
     }
-
-
-def _verb(reused: bool, verb: str) -> str:
-    return f"{verb} earlier:" if reused else verb
 
 
 def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> nn.Module:
@@ -180,17 +169,24 @@ def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> 
     return quantize_model(source.model, source.plan, calibrated.weights)
 
 
+def traced_key(job: Job, source: Source) -> str:
+    """The key of the traced graph, which depends on the calibrated weights and on nothing of the target."""
+    return key_of(stage="trace", calibrated=calibration_key(job, source), containers=_asked_containers(source))
+
+
+def _asked_containers(source: Source) -> list[str]:
+    return [layer.asked_container for layer in source.plan.layers]
+
+
 def exported_graph(job: Job, source: Source, quantized: nn.Module) -> Path:
     """The waist: traced by torch, then fused, folded and packed, still without a target's operators."""
     example = source.example_inputs(batch=2)
-    containers = [layer.asked_container for layer in source.plan.layers]
-    key = key_of(stage="trace", calibrated=calibration_key(job, source), containers=containers)
-    final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), containers]))
+    final = job.work.file(name_for("traced", ".onnx", [source.layer_facts(), _asked_containers(source)]))
 
     def make(path: Path) -> None:
         to_onnx(quantized, source.adapter, example, path, final, job.progress)
 
-    traced, _ = job.work.obtain(final.name, key, make)
+    traced, _ = job.work.obtain(final.name, traced_key(job, source), make)
     path = _rewritten(job, traced, WAIST_PASSES, f"exported.{job.target.name}")
     _check_containers(source, path)
     return path
@@ -276,7 +272,7 @@ def compiled_kernels(job: Job, lowered: Path) -> None:
     """The kernels of the lowered graph's plugins, compiled ahead of time into lowered.TARGET.kernels/ beside it."""
     folder, reused = obtain_kernels(lowered, job.target, job.work, job.progress)
     count = len(list(folder.glob("*.ptx")))
-    job.progress.note(f"{_verb(reused, 'compiled')} {count} kernels ({folder})")
+    job.progress.note(f"{verb(reused, 'compiled')} {count} kernels ({folder})")
 
 
 def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.comparison import compare_graph, compare_graphs
 from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
-from exporter.gate.runs import save_feeds, save_reference
+from exporter.gate.runs import quiet, save_feeds, save_reference
 from exporter.gate.table import GateResult, summary_table
 from exporter.gate.whole import model_feeds
 from exporter.memory import release_mapped_weights
@@ -78,11 +79,12 @@ def validate_graphs(
     """
     folder.mkdir(exist_ok=True)
     reference = record_reference(original, quantized, adapter, batches, progress, compute, product_type(target))
-    reference.save(folder)
     release_mapped_weights()
-    _save_model_files(reference.for_stage("lowered"), folder)
-    # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
-    found = compare_graphs(exported, lowered, reference, folder, target, progress)
+    with quiet(), ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(_save, reference, folder)
+        # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
+        found = compare_graphs(exported, lowered, reference, folder, target, progress)
+        saved.result()
     result = replace(found, notes=_notes(lowered, target, reference))
     return conclude(result, folder, progress), reference
 
@@ -178,7 +180,10 @@ def _target_of(path: Path) -> Target:
     return get_target(names[TARGET_KEY])
 
 
-def _save_model_files(reference: Reference, folder: Path) -> None:
-    """Inputs and outputs of the cut between blocks and of the whole model, which reads and gives some of them."""
-    save_feeds(model_feeds(reference), folder / "model.inputs.json")
-    save_reference([dict(model.boundaries) for model in reference.models], folder / "model.reference.json")
+def _save(reference: Reference, folder: Path) -> None:
+    """The reference, and the inputs and outputs of the cut between blocks and of the whole model, which reads and gives
+    some of them."""
+    reference.save(folder)
+    lowered = reference.for_stage("lowered")
+    save_feeds(model_feeds(lowered), folder / "model.inputs.json")
+    save_reference([dict(model.boundaries) for model in lowered.models], folder / "model.reference.json")

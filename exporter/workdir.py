@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from exporter.errors import InputError
+from exporter.errors import EnvironmentLacksError, InputError
 from exporter.files import remove_leftovers, write_text_atomically
 from exporter.onnx_files import checksum_of, rename_data
 from exporter.tensor_files import atomic_tensor_path
@@ -43,6 +42,11 @@ def name_for(stem: str, suffix: str, parts: object) -> str:
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"
+
+
+def verb(reused: bool, done: str) -> str:
+    """What a note says was done, now or by an earlier run."""
+    return f"{done} earlier:" if reused else done
 
 
 @cache
@@ -77,8 +81,16 @@ class WorkDir:
         """Have the folder to oneself. What a killed run was still writing is removed.
 
         The lock ends with the process, however that ends. Raises `InputError` where another process has it, or where
-        the file system has no locks.
+        the file system has no locks, and `EnvironmentLacksError` where the system has none.
         """
+        try:
+            import fcntl
+        except ModuleNotFoundError as error:
+            system = platform.system()
+            raise EnvironmentLacksError(
+                f"{self.path}: cannot be locked: {system} has no file locks that end with their process; "
+                "export on Linux or macOS"
+            ) from error
         with self.file(_LOCK).open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

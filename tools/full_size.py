@@ -30,6 +30,12 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 _SECONDS_BETWEEN_SAMPLES = 0.1
 _GB = 1e9
 _MOST_OF_FP32 = 0.17
+_BUILDER = (
+    "An rtx target's build is TensorRT-RTX's own builder, in a process of its own beside the waiting exporter: that "
+    "time, and most of that memory, is no stage's of ours."
+)
+# The stage that writes the output; what comes behind it evaluates it for the report.
+_WRITES = "build"
 # Stages that are named where a budget is missed.
 _NAMED = 3
 
@@ -45,10 +51,12 @@ class StageUse:
 
 @dataclass(frozen=True)
 class ExportUse:
-    """One export from scratch. `seconds` and `peak_bytes` are those of the whole process, its start included."""
+    """One export from scratch. `seconds` and `peak_bytes` are those of the whole process, its start included;
+    `written_seconds` those until the output stood, validated, and only the report's evaluation was left."""
 
     target: str
     seconds: float
+    written_seconds: float
     peak_bytes: int
     output_bytes: int
     stages: tuple[StageUse, ...]
@@ -89,7 +97,8 @@ def measured_export(folder: Path, target: str) -> ExportUse:
         for name, begin, end in spans
     )
     size = total_bytes(output) if output.suffix == ".onnx" else output.stat().st_size
-    return ExportUse(target, seconds, max(size for _, size in samples), size, stages)
+    written = next(end for name, _, end in spans if name == _WRITES) - start
+    return ExportUse(target, seconds, written, max(size for _, size in samples), size, stages)
 
 
 def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, int]]:
@@ -135,20 +144,28 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
     lines.append("| **all** | " + " | ".join(total) + " |")
     lines += ["", "| aim | measured | |", "|---|---|---|"]
     for use in exports:
-        seconds, size = use.seconds, use.output_bytes / weights
+        peak, size = use.peak_bytes / _GB, use.output_bytes / weights
         lines += [
-            f"| {use.target}: at most {model.most_seconds} s | {seconds:.0f} s "
-            f"| {_verdict(seconds <= model.most_seconds, _longest(use))} |",
-            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {use.peak_bytes / _GB:.1f} GB "
-            f"| {_verdict(use.peak_bytes <= model.most_bytes, _fullest(use))} |",
-            f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
-            f"| {_verdict(size <= _MOST_OF_FP32, _why_large(use.target))} |",
+            f"| {use.target}: {what} in at most {model.most_seconds} s | {seconds:.0f} s "
+            f"| {_verdict(seconds, model.most_seconds, '.0f', ' s', _longest(use))} |"
+            for what, seconds in (
+                ("output written and validated", use.written_seconds),
+                ("output, evaluation and report", use.seconds),
+            )
         ]
+        lines += [
+            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {peak:.1f} GB "
+            f"| {_verdict(peak, model.most_bytes / _GB, '.1f', ' GB', _fullest(use))} |",
+            f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
+            f"| {_verdict(size, _MOST_OF_FP32, '.3f', '', _why_large(use.target))} |",
+        ]
+    if any(get_target(use.target).engine == "tensorrt-rtx" for use in exports):
+        lines += ["", _BUILDER]
     return "\n".join(lines)
 
 
-def _verdict(met: bool, why_not: str) -> str:
-    return "met" if met else f"**missed**: {why_not}"
+def _verdict(found: float, most: float, digits: str, unit: str, why_not: str) -> str:
+    return "met" if found <= most else f"**missed** by {found - most:{digits}}{unit}: {why_not}"
 
 
 def _longest(use: ExportUse) -> str:

@@ -22,8 +22,10 @@ from exporter.bisect.device_run import DeviceRun
 from exporter.bisect.engine_findings import EngineFindings, LayerTrials
 from exporter.bisect.free_run import FreeRow, judged
 from exporter.bisect.look import blocks_and_end, run_between_boundaries
+from exporter.bisect.recording import check_recording, checksums_path
 from exporter.bisect.suspect import Suspect, open_suspect
 from exporter.bisect.trial import Effect, Trial
+from exporter.device.acceptance import MOST_ASKED_DB
 from exporter.errors import EnvironmentLacksError, FidelityError, InputError
 from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import Arrays, compare_snr, load_recorded
@@ -34,12 +36,9 @@ from exporter.onnx_files import checksum_of, read_model
 from exporter.origin import Origin
 from exporter.progress import NullProgress, Progress
 from exporter.targets import SUFFIXES
-from plugins.kernels.library import kernels_folder
 
 Array: TypeAlias = npt.NDArray[np.generic]
 
-# A GPU's FP32 products may round their operands to TF32, 11 significant bits: about 60 dB, whatever the limit here is.
-_MOST_ASKED_DB = 50.0
 _HOW = "one run with all boundaries as outputs"
 # The device's: boundaries, then layers.
 _ROUNDS = 2
@@ -68,9 +67,10 @@ class EngineSuspect:
             here.append("--engine")
         for outputs in (*against, run.outputs):
             here += ["--against", str(outputs)]
+        left = f"{run.outputs.name} and {checksums_path(run.outputs).name}"
         return (
             f"copy {self.folder} to a machine with the GPU of {self.graph.target.name} and run there: "
-            f"{shlex.join(['sh', str(run.script)])}; copy {run.outputs.name} back and run here: {shlex.join(here)}"
+            f"{shlex.join(['sh', str(run.script)])}; copy {left} back and run here: {shlex.join(here)}"
         )
 
 
@@ -133,14 +133,14 @@ def _open(path: Path) -> EngineSuspect:
 def _boundaries(suspect: EngineSuspect, against: Sequence[Path], progress: Progress) -> Reference:
     """The reference with the engine's own boundaries in place of PyTorch's, and limits that a GPU can be held to."""
     reference = suspect.graph.reference
-    limits = {name: min(limit, _MOST_ASKED_DB) for name, limit in reference.thresholds.items()}
-    end_limit = min(reference.end_to_end_threshold, _MOST_ASKED_DB)
+    limits = {name: min(limit, MOST_ASKED_DB) for name, limit in reference.thresholds.items()}
+    end_limit = min(reference.end_to_end_threshold, MOST_ASKED_DB)
     names = list(block_thresholds(suspect.graph.model, reference))
     run = suspect.device_run("boundaries")
     if not against:
         model = with_boundaries(read_model(suspect.lowered), names)
         feeds = [dict(model.inputs) for model in reference.models]
-        run.prepare(model, feeds, kernels_folder(suspect.lowered), progress)
+        run.prepare(model, feeds, suspect.lowered, progress)
         if not run.runs_here:
             raise EnvironmentLacksError(
                 f"{suspect.path}: runs on its own GPU only; {suspect.next_step(run, ())}; its graph alone can be "
@@ -148,7 +148,7 @@ def _boundaries(suspect: EngineSuspect, against: Sequence[Path], progress: Progr
             )
         run.run()
     example = {name: np.asarray(reference.models[0].boundaries[name]) for name in names}
-    outputs = _recorded(against[0] if against else run.outputs, example, len(reference.models))
+    outputs = _recorded(suspect, run, against[:1], example, len(reference.models))
     models = tuple(
         replace(model, boundaries={**model.boundaries, **found})
         for model, found in zip(reference.models, outputs, strict=True)
@@ -156,8 +156,15 @@ def _boundaries(suspect: EngineSuspect, against: Sequence[Path], progress: Progr
     return replace(reference, models=models, thresholds=limits, end_to_end_threshold=end_limit)
 
 
-def _recorded(path: Path, example: Mapping[str, Array], count: int) -> list[Arrays]:
-    """The device's outputs, named and typed as `example`. Raises `InputError` for those of another graph."""
+def _recorded(
+    suspect: EngineSuspect, run: DeviceRun, against: Sequence[Path], example: Mapping[str, Array], count: int
+) -> list[Arrays]:
+    """The device's outputs, `against` or those of a run here, which go; named and typed as `example`.
+
+    Raises `InputError` for those of another graph.
+    """
+    path = against[0] if against else run.outputs
+    check_recording(path, checksum_of(suspect.lowered))
     outputs = [{boundary_of(name): array for name, array in output.items()} for output in load_recorded(path)]
     if len(outputs) != count:
         raise InputError(f"{path}: has outputs of {len(outputs)} inputs, and {count} were saved; record them again")
@@ -166,6 +173,8 @@ def _recorded(path: Path, example: Mapping[str, Array], count: int) -> list[Arra
             found = list(output[name].shape) if name in output else "missing"
             if found != list(like.shape):
                 raise InputError(f"{path}: {name} is {found}, not {list(like.shape)}; it is of another engine")
+    if not against:
+        run.forget()
     return [{name: output[name].astype(like.dtype) for name, like in example.items()} for output in outputs]
 
 
@@ -194,7 +203,7 @@ def _layers(
     try:
         model = block_variants(suspect.graph, read_model(suspect.lowered), block.name, feeds[0])
         if len(against) < _ROUNDS:
-            run.prepare(model, feeds, kernels_folder(suspect.lowered), progress)
+            run.prepare(model, feeds, suspect.lowered, progress)
             if not run.runs_here:
                 return None, (f"to try the layers of {block.name} in FP32, {suspect.next_step(run, against)}",)
             run.run()
@@ -204,8 +213,7 @@ def _layers(
     given = replace(suspect.graph, reference=recorded)
     expected = [found[wanted] for found in run_between_boundaries(given, given.model, [wanted], folder / "block.onnx")]
     outputs = [value.name for value in model.graph.output]
-    file = against[1] if len(against) == _ROUNDS else run.outputs
-    found = _recorded(file, dict.fromkeys(outputs, expected[0]), len(feeds))
+    found = _recorded(suspect, run, against[1:], dict.fromkeys(outputs, expected[0]), len(feeds))
     snr = {name: _snr(expected, [output[name] for output in found]) for name in outputs}
     return _trials(suspect.graph, block, snr), ()
 

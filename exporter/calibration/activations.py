@@ -19,8 +19,8 @@ from exporter.errors import EnvironmentLacksError
 _TOKENS_AT_ONCE = 2048
 _UNLIMITED = 1 << 62
 
-# What PyTorch's allocator of main memory says in its RuntimeError; that of a GPU has an error of its own.
-_NO_MEMORY = "can't allocate memory"
+# What PyTorch's allocator of main memory and cuBLAS say in a RuntimeError; that of a GPU has an error of its own.
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class BatchLimit:
@@ -72,7 +72,8 @@ class BatchLimit:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in str(error)
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in _NO_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ goes into the weights, whose groups have scales of their own (SmoothQuant, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,8 @@ class _Moments:
         """Add tokens [..., K]."""
         flat = tokens.flatten(0, -2)
         self.count += len(flat)
-        self.total = self.total + flat.sum(dim=0, dtype=torch.float64)
-        self.squares = self.squares + flat.square().sum(dim=0, dtype=torch.float64)
+        self.total = self.total + flat.sum(dim=0, dtype=torch.float64).cpu()
+        self.squares = self.squares + flat.square().sum(dim=0, dtype=torch.float64).cpu()
 
     @property
     def mean(self) -> Tensor:
@@ -86,29 +86,30 @@ class _Moments:
         return spread / spread.log().mean().exp()
 
 
-def find_balance(run: CalibrationRun, model: nn.Module, folds: Sequence[ChannelFold]) -> Balance:
+def find_balance(
+    run: CalibrationRun, model: nn.Module, folds: Sequence[ChannelFold], *, powers_of_two: bool = False
+) -> Balance:
     """Look at the inputs that `folds` can change, in the original network over the calibration set.
 
-    Shifts are means where the fold and all readers (their biases) can take them, else 0.
+    Shifts are means where the fold and all readers (their biases) can take them, else 0. With `powers_of_two` divisors
+    are the nearest such numbers, all divided by the largest, which the tokens' scales take back: what is divided by
+    numbers up to 1 keeps its bits.
     """
     moments = {names[0]: _Moments() for fold in folds for names in fold.readers}
-    run.through(model, [_watch(model.get_submodule(name), seen.add) for name, seen in moments.items()])
+    run.through(model, {name: seen.add for name, seen in moments.items()})
     divisors, shifts = [], []
     for fold in folds:
         seen = [moments[names[0]] for names in fold.readers]
         centred = fold.shifts and all(_has_bias(model, name) for names in fold.readers for name in names)
         centres = [one.mean if centred else torch.zeros_like(one.mean) for one in seen]
         spreads = torch.stack([one.spread(centre) for one, centre in zip(seen, centres, strict=True)])
-        divisors.append(spreads.log().mean(dim=0).mul(_SHARE).exp())
+        divisor = spreads.log().mean(dim=0).mul(_SHARE).exp()
+        if powers_of_two:
+            exponents = divisor.log2().round()
+            divisor = (exponents - exponents.max()).exp2()
+        divisors.append(divisor)
         shifts.append(tuple(centres))
     return Balance(tuple(divisors), tuple(shifts))
-
-
-def _watch(layer: nn.Module, see: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(args[0])
-
-    return layer.register_forward_pre_hook(hook)
 
 
 def _has_bias(model: nn.Module, name: str) -> bool:

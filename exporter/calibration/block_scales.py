@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from exporter.calibration.scales import (
-    ELEMENTS_AT_ONCE,
     SMALLEST_SCALE,
     ZERO_GROUP_SCALE,
     RoundingError,
     ScaleSearch,
     better,
     round_significand,
+    rows_at_once,
 )
 from exporter.cores import one_thread
 from plugins.block_scales import BlockScaling, tensor_scale_of
@@ -47,7 +47,7 @@ def choose_block_scales(
     grid = torch.from_numpy(scaling.grid.copy()).mul_(whole)
     grid = grid[grid >= SMALLEST_SCALE].to(weight.device)
     with one_thread():
-        parts = torch.split(weight, max(1, ELEMENTS_AT_ONCE // count))
+        parts = torch.split(weight, rows_at_once(weight))
         return torch.cat([_choose_rows(part, scaling, grid, search, importance) for part in parts])
 
 

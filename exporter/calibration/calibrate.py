@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore
+from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import FinishedUnits, NothingKept
-from exporter.calibration.gptq import round_with_feedback
-from exporter.calibration.inputs import BlockInputs, CalibrationRun, InputStatistics
-from exporter.calibration.nearest import nearest_weight
-from exporter.calibration.output_error import LARGEST_GRAM
+from exporter.calibration.first_rounding import feeds_back, largest_gram, looks_at_inputs
+from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration.layerwise import LayerUnits
+from exporter.calibration.placement import Placement
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
-from exporter.cores import on_every_core
 from exporter.errors import InputError
-from exporter.memory import release_mapped_weights
 from exporter.method_section import MethodSection
 from exporter.models.adapter import Adapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
-from exporter.progress import Progress, Task
+from exporter.progress import Progress
 from exporter.quantize import (
     BlockStatistics,
     CalibrationResult,
@@ -32,9 +33,6 @@ from exporter.quantize import (
     share_copy,
 )
 from exporter.shards import Shard
-
-# So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
-_LAYERS_AT_ONCE = 48
 
 
 def calibrate(
@@ -49,6 +47,8 @@ def calibrate(
     finished: FinishedUnits | None = None,
     store: ActivationStore | None = None,
     shard: Shard | None = None,
+    placement: Placement | None = None,
+    sample_weights: Tensor | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
@@ -57,21 +57,33 @@ def calibrate(
     "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
     has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
-    same result on the same machine, however often it was interrupted and wherever activations are. Several processes,
-    which must share `finished`, call this together: each has its share of the samples, and all get the same result.
-    Raises `InputError` where batches cannot be shared out evenly.
+    same result on the same machine, however often it was interrupted and wherever activations are. `placement` says
+    what computes, without one the CPU, and `sample_weights` float32 [M] what errors on the samples count, without them
+    all alike. Several processes, which must share `finished`, call this together: each has its share of the samples,
+    and all get the same result. Raises `InputError` where batches cannot be shared out evenly.
     """
     finished = finished or NothingKept()
-    run = CalibrationRun(adapter, calibration_set, prompts, store or ActivationStore(), shard=shard or Shard())
-    _check_batches(method, len(calibration_set), run.shard)
+    placement, shard = placement or Placement(), shard or Shard()
+    run = CalibrationRun(
+        adapter,
+        calibration_set,
+        prompts,
+        store or ActivationStore(),
+        placement.limit(),
+        shard,
+        placement,
+        sample_weights,
+    )
+    check_batches(method, len(calibration_set), run.shard)
     inputs: Mapping[str, InputStatistics] = {}
-    if method.name != "rtn" or _looks_at_inputs(plan, method):
-        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], _largest_gram(plan, method))
-    weights = _nearest(model, plan, inputs, method, progress, finished, run.shard)
+    if method.name != "rtn" or looks_at_inputs(plan, method):
+        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
+    units = LayerUnits(model, plan, inputs, run.placement, progress, finished, run.shard)
+    weights = units.nearest(method.scale_search)
     if method.name == "rtn":
         return CalibrationResult(weights)
-    if _feeds_back(method):
-        fed_back = _with_feedback(model, plan, inputs, weights, progress, finished, run.shard)
+    if feeds_back(method):
+        fed_back = units.with_feedback(weights)
         if method.name == "gptq":
             return fed_back
         weights = fed_back.weights
@@ -80,7 +92,7 @@ def calibrate(
     return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
 
 
-def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
+def check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
     """Raise `InputError` unless every process gets samples, and the same number of them of every batch."""
     if samples < shard.world:
         raise InputError(f"calibration.samples: {shard.world} processes have only {samples} inputs to share")
@@ -93,99 +105,11 @@ def _check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
             f"nearest: {even}"
         )
     if samples < method.batch_size:
-        raise InputError(f"method.batch_size: {method.batch_size}, but only {samples} inputs were captured for it")
-
-
-def _looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
-    """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
-    static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
-    return static or method.scale_search != "absmax"
-
-
-def _feeds_back(method: MethodSection) -> bool:
-    """Whether weights are rounded with error feedback, at last or to begin with."""
-    return method.name == "gptq" or (method.name == "fp4dit" and method.start == "gptq")
-
-
-def _largest_gram(plan: Plan, method: MethodSection) -> int:
-    """The longest rows whose Gram matrix is needed: error feedback takes that of all, the search of short ones."""
-    if _feeds_back(method):
-        return max((layer.in_features for layer in plan.layers), default=0)
-    searched = method.scale_search == "output" and any(layer.scaling is None for layer in plan.layers)
-    return LARGEST_GRAM if searched else 0
-
-
-def _with_feedback(
-    model: nn.Module,
-    plan: Plan,
-    inputs: Mapping[str, InputStatistics],
-    weights: Mapping[str, QuantizedWeight],
-    progress: Progress,
-    finished: FinishedUnits,
-    shard: Shard,
-) -> CalibrationResult:
-    """Round again with error feedback; a layer that never ran, so that its inputs are not known, stays as it is."""
-
-    def fed_back(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
-        rounded, statistics = {layer.name: weights[layer.name] for layer in layers}, []
-        for layer in layers:
-            seen = inputs.get(layer.name)
-            if seen is not None and seen.gram is not None:
-                weight = planned_linear(model, layer).weight.detach()
-                rounded[layer.name], gained = round_with_feedback(layer, weight, weights[layer.name], seen.gram)
-                statistics.append(gained)
-            task.advance()
-        return CalibrationResult(rounded, tuple(statistics))
-
-    return _some_layers_at_once("error feedback", plan, fed_back, progress, finished, shard)
-
-
-def _nearest(
-    model: nn.Module,
-    plan: Plan,
-    inputs: Mapping[str, InputStatistics],
-    method: MethodSection,
-    progress: Progress,
-    finished: FinishedUnits,
-    shard: Shard,
-) -> Mapping[str, QuantizedWeight]:
-    def quantized(layer: LayerPlan) -> QuantizedWeight:
-        weight = planned_linear(model, layer).weight.detach()
-        return nearest_weight(weight, layer, inputs.get(layer.name), method.scale_search)
-
-    def nearest(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
-        weights = {}
-        for layer, weight in zip(layers, on_every_core(quantized, layers), strict=True):
-            weights[layer.name] = weight
-            task.advance()
-        release_mapped_weights()
-        return CalibrationResult(weights)
-
-    return _some_layers_at_once("scales", plan, nearest, progress, finished, shard).weights
-
-
-def _some_layers_at_once(
-    title: str,
-    plan: Plan,
-    work: Callable[[Sequence[LayerPlan], Task], CalibrationResult],
-    progress: Progress,
-    finished: FinishedUnits,
-    shard: Shard,
-) -> CalibrationResult:
-    """`work` on all planned layers, `_LAYERS_AT_ONCE` as a unit, by the first process."""
-    weights: dict[str, QuantizedWeight] = {}
-    statistics: list[BlockStatistics] = []
-    with progress.task(title, len(plan.layers)) as task:
-        for start in range(0, len(plan.layers), _LAYERS_AT_ONCE):
-            layers = plan.layers[start : start + _LAYERS_AT_ONCE]
-            unit = finished.find(title, layers)
-            if unit is None:
-                unit = finished.keep(title, layers, work(layers, task) if shard.is_first else CalibrationResult({}))
-            else:
-                task.advance(len(layers))
-            weights.update(unit.weights)
-            statistics.extend(unit.blocks)
-    return CalibrationResult(weights, tuple(statistics))
+        raise InputError(f"method.batch_size: {method.batch_size}, but there are only {samples} captured inputs for it")
+    if math.gcd(samples, method.batch_size) % shard.world:
+        raise InputError(
+            f"calibration.samples: {samples} captured inputs cannot be shared out evenly among {shard.world} processes"
+        )
 
 
 class _Walk:
@@ -229,10 +153,13 @@ class _Walk:
         found = self._restored(unit)
         if found is not None:
             return found
-        original = BlockInputs(self._run.layer_inputs(self._model, name), {}, {})
+        original = self._layer_inputs(self._model, name)
         targets = self._outputs(original, self._model.get_submodule(name))
-        quantized = BlockInputs(self._run.layer_inputs(self._quantized, name), {}, {})
-        return self._learn(unit, quantized, targets)
+        return self._learn(unit, self._layer_inputs(self._quantized, name), targets)
+
+    def _layer_inputs(self, model: nn.Module, name: str) -> BlockInputs:
+        inputs = self._run.layer_inputs(model, name)
+        return BlockInputs(inputs, {}, {}, device=self._run.placement.device, weights=self._run.own_weights)
 
     def _learn_blocks(self, blocks: list[tuple[str, nn.Module]], shares_inputs: bool) -> list[BlockStatistics]:
         """Learn the blocks, whose inputs are carried from one to the next instead of running the whole network.
@@ -265,7 +192,8 @@ class _Walk:
         return statistics
 
     def _outputs(self, inputs: BlockInputs, module: nn.Module) -> Tensor:
-        return inputs.outputs(module, self._run.store, self._execution.forward)
+        with self._run.placement.holds(module):
+            return inputs.outputs(module, self._run.store, self._execution.forward)
 
     def _restored(self, unit: Unit) -> BlockStatistics | None:
         """Let the unit be as an earlier run left it; None if none has finished it."""
@@ -278,10 +206,12 @@ class _Walk:
 
     def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> BlockStatistics:
         generator = torch.Generator().manual_seed(_unit_seed(self._seed, unit.name))
-        with self._progress.task(f"calibrate {unit.name}", self._method.iterations) as task:
+        begun = self._progress.task(f"calibrate {unit.name}", self._method.iterations)
+        with begun as task, self._run.placement.holds(unit.module):
             statistics = reconstruct(unit, inputs, targets, self._method, generator, self._execution, task)
         weights = {name: layer.quantized for name, layer in unit.layers.items()}
         learned = CalibrationResult(weights, (statistics,))
+        # By all processes, and in main memory, where what was learned on a GPU is not yet.
         unit.restore(self._finished.keep(unit.name, self._layers_of(unit), learned).weights)
         return statistics
 

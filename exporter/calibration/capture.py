@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from exporter.calibration.activations import BatchLimit
+from exporter.calibration.placement import Placement
 from exporter.errors import InputError
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
@@ -51,6 +53,10 @@ class CalibrationSet:
             self.hidden_states[indices], self.timesteps[indices], self.prompt_index[indices], prompts
         )
 
+    def at(self, indices: Tensor) -> CalibrationSet:
+        """The set of the inputs at `indices` int64 [B]."""
+        return CalibrationSet(**{field.name: getattr(self, field.name)[indices] for field in fields(self)})
+
     def save(self, path: Path) -> None:
         """Write the set as safetensors; the same set gives the same bytes."""
         with atomic_tensor_path(path) as temporary:
@@ -88,35 +94,48 @@ def capture_trajectories(
     seed: int,
     latent_shape: tuple[int, int, int],
     scheduler_config: Path | None,
+    placement: Placement | None = None,
 ) -> CalibrationSet:
     """Sample `trajectories` latents with `model` and keep every call's inputs: each step, conditional and not.
 
     Prompts are used in turn; `scheduler_config` is the checkpoint's, see `make_scheduler`. The inputs are in the order
-    of steps, in each the unconditional ones first, then of trajectories, however many are sampled at once. Raises
-    `InputError` when a latent is no longer finite.
+    of steps, in each the unconditional ones first, then of trajectories, however many are sampled at once: fewer where
+    they do not fit the memory. `placement` says what computes, without one the CPU. Raises `InputError` when a latent
+    is no longer finite.
     """
+    placement = placement or Placement()
     parts: list[CalibrationSet] = []
     places: list[Tensor] = []
 
     def keep(call: DenoiserCall) -> None:
         steps = torch.full_like(call.prompts, call.step)
-        parts.append(CalibrationSet(call.inputs.hidden_states, call.inputs.timestep, call.prompts, steps))
+        latents, timesteps = call.inputs.hidden_states.cpu(), call.inputs.timestep.cpu()
+        parts.append(CalibrationSet(latents, timesteps, call.prompts, steps))
         places.append((2 * steps + (call.prompts >= 0)) * trajectories + call.samples)
 
-    sample(
-        partial(adapter.predict_noise, model),
-        prompts,
-        torch.arange(trajectories) % prompts.count,
-        make_scheduler(settings.scheduler, scheduler_config, settings.steps, adapter.training_noise),
-        steps=settings.steps,
-        guidance=settings.guidance,
-        seed=seed,
-        latent_shape=latent_shape,
-        progress=progress,
-        batch_size=samples_at_once(adapter.tokens(model, latent_shape), settings.guidance),
-        record=keep,
-        finish=False,
-    )
+    def sampled(at_once: int) -> None:
+        parts.clear()
+        places.clear()
+        sample(
+            partial(adapter.predict_noise, model),
+            prompts.to(placement.device),
+            torch.arange(trajectories) % prompts.count,
+            make_scheduler(settings.scheduler, scheduler_config, settings.steps, adapter.training_noise),
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seed=seed,
+            latent_shape=latent_shape,
+            progress=progress,
+            batch_size=at_once,
+            record=keep,
+            finish=False,
+        )
+
+    tokens, limit = adapter.tokens(model, latent_shape), BatchLimit.unlimited()
+    at_once = samples_at_once(tokens, settings.guidance)
+    with placement.holds_model(model, adapter.blocks(model)):
+        while not limit.fits(at_once, tokens, partial(sampled, at_once)):
+            at_once = limit.samples(at_once, tokens)
     captured = _in_order(parts, torch.cat(places))
     _refuse_lost_latents(captured)
     return captured
@@ -126,7 +145,7 @@ def _in_order(parts: Sequence[CalibrationSet], places: Tensor) -> CalibrationSet
     """All parts as one set, its inputs sorted by their `places` int64 [M]."""
     order = places.argsort()
     whole = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}
-    return CalibrationSet(**{name: tensor[order] for name, tensor in whole.items()})
+    return CalibrationSet(**whole).at(order)
 
 
 def _refuse_lost_latents(captured: CalibrationSet) -> None:

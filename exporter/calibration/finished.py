@@ -51,18 +51,25 @@ class NothingKept:
 class UnitFiles:
     """Units as sealed files in `folder` of the work folder, of a calibration of `plan` with these `settings`.
 
-    `settings` are JSON values by name: all that the calibration depends on. A file counts if its checksum holds and the
-    units before it are still those that it was made after; else its unit is done again. Of several processes, which
+    `settings` are JSON values by name: all that the calibration depends on; `made_of` are the checksums of the files
+    that it reads. A file counts if its checksum holds, and those files and the units before it are still those that it
+    was made of; else its unit is done again. Of several processes, which
     share the folder, the first one writes, and all go through the units together.
     """
 
     def __init__(
-        self, work: WorkDir, folder: str, plan: Plan, settings: Mapping[str, Any], shard: Shard | None = None
+        self,
+        work: WorkDir,
+        folder: str,
+        plan: Plan,
+        settings: Mapping[str, Any],
+        shard: Shard | None = None,
+        made_of: Sequence[str] = (),
     ) -> None:
         self._work, self._plan, self._shard = work, plan, shard or Shard()
         self._folder = work.file(folder)
         self._settings = {_PROGRAM: program_identity(), **settings}
-        self._before: list[str] = []
+        self._made_of, self._before = list(made_of), list[str]()
         self.found = 0
 
     def refuse_others(self) -> None:
@@ -121,7 +128,14 @@ class UnitFiles:
 
     def _key(self, unit: str, layers: Sequence[LayerPlan]) -> str:
         names = [layer.name for layer in layers]
-        return key_of(stage="unit", settings=self._settings, unit=unit, layers=names, before=self._before)
+        return key_of(
+            stage="unit",
+            settings=self._settings,
+            made_of=self._made_of,
+            unit=unit,
+            layers=names,
+            before=self._before,
+        )
 
 
 def _difference(earlier: object, now: object) -> str | None:

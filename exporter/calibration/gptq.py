@@ -70,7 +70,7 @@ class ErrorFeedback:
 
 def _round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Round `columns` [N, C] one by one, changing those behind: (values [N, C], errors over the diagonal [N, C])."""
-    values, errors = torch.empty(columns.shape), torch.empty_like(columns)
+    values, errors = torch.empty(columns.shape, device=columns.device), torch.empty_like(columns)
     for index in range(columns.shape[1]):
         scale = scales[:, index]
         rounded = round_to_format((columns[:, index] / scale).float(), fmt).add_(0.0)
@@ -85,15 +85,15 @@ def round_with_feedback(
 ) -> tuple[QuantizedWeight, BlockStatistics]:
     """Round `weight` [N, K] again, with error feedback on the scales of `nearest`; and what that gained.
 
-    Errors are the layer's output error on the inputs that `gram` [K, K] was made of, relative to its output's power.
-    If it gained nothing, `nearest` stays.
+    It computes where `weight` and `gram` are. Errors are the layer's output error on the inputs that `gram` [K, K] was
+    made of, relative to its output's power. If it gained nothing, `nearest` stays.
     """
     begin = time.perf_counter()
     fmt = get_format(layer.weight_format)
-    values = ErrorFeedback.of(gram).round(weight, nearest.scales, fmt)
+    values = ErrorFeedback.of(gram).round(weight, nearest.scales.to(weight), fmt)
     rounded = QuantizedWeight.from_values(values, nearest.scales, fmt, nearest.input_scale)
     power = _output_power(weight, gram) or 1.0
-    before, after = (_output_power(one.dequantize(fmt) - weight, gram) / power for one in (nearest, rounded))
+    before, after = (_output_power(one.dequantize(fmt).to(weight) - weight, gram) / power for one in (nearest, rounded))
     # Written so that a NaN counts as worse.
     kept = rounded if after < before else nearest
     seconds = time.perf_counter() - begin

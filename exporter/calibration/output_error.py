@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.scales import SMALLEST_SCALE, ScaleSearch, channel_bits, choose_scales, round_significand
 from exporter.rounding import power_of_two_below, round_to_format
 from plugins.formats import Format

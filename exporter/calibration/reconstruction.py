@@ -5,6 +5,7 @@ Block reconstruction after BRECQ (arXiv 2102.05426), with FP4DiT's rounding (arX
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
-from exporter.calibration.inputs import BlockInputs
+from exporter.calibration.block_inputs import BlockInputs
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.progress import Task
@@ -28,13 +29,14 @@ class RoundingLinear(nn.Module):
     """A linear layer while its rounding is being decided: on its quantized weight, or on a soft one."""
 
     dequantized: Tensor
+    bias: Tensor | None
 
     def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
         super().__init__()
         self.format = get_format(plan.weight_format)
         self._input = input_quantizer(plan, quantized.input_scale) if activations else None
         self._original = linear.weight.detach()
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
         self.quantized = quantized
         self.register_buffer("dequantized", quantized.dequantize(self.format).to(self._original), persistent=False)
         self.rounding: LearnedRounding | None = None
@@ -42,11 +44,12 @@ class RoundingLinear(nn.Module):
 
     def start(self, method: MethodSection) -> LearnedRounding:
         """Make the rounding soft, on the scales that the weight already has, and with its values if so asked."""
-        scales = self.quantized.scales.to(self._original)
+        # The original weight is needed on a GPU only to begin with.
+        original = self._original.to(self.dequantized)
         values = None
         if method.start != "nearest":
-            values = torch.tensor(self.format.values).to(self._original)[self.quantized.codes.int()]
-        self.rounding = LearnedRounding(self._original, scales, self.format, values)
+            values = torch.tensor(self.format.values)[self.quantized.codes.int()].to(original)
+        self.rounding = LearnedRounding(original, self.quantized.scales.to(original), self.format, values)
         return self.rounding
 
     def decide(self, keep: bool) -> QuantizedWeight:
@@ -111,15 +114,15 @@ def reconstruct(
     """Learn all roundings of `unit` jointly.
 
     `targets` [M, ...] are the original block's outputs on its original inputs, `inputs` come from the network that
-    is quantized up to here. Several processes, each with its own samples of both, learn the same together. If what was
-    learned is worse than the first roundings, these stay.
+    is quantized up to here. The unit is on the inputs' device. Several processes, each with its own samples of both,
+    learn the same together. If what was learned is worse than the first roundings, these stay.
     """
     begin = time.perf_counter()
 
     def error_now() -> float:
         return execution.mean(inputs.squared_error(unit.module, targets, execution.forward), targets.numel())
 
-    power = execution.mean(_square_sum(targets), targets.numel()) or 1.0
+    power = execution.mean(inputs.square_sum(targets), targets.numel()) or 1.0
     error_start = error = error_now()
     if error_start > 0.0:
         _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
@@ -185,7 +188,7 @@ def _backward(
     def add(part: Tensor, *, with_penalty: bool) -> None:
         for layer in unit.layers.values():
             layer.penalty = penalty if with_penalty else None
-        loss = F.mse_loss(inputs.run(unit.module, part), targets[part]) * (factor * len(part) / len(indices))
+        loss = inputs.mean_squared_error(unit.module, targets, part) * (factor * len(part) / len(indices))
         loss.backward()  # type: ignore[no-untyped-call]
 
     def add_all() -> None:
@@ -200,16 +203,20 @@ def _backward(
 
 
 def draw_batch(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Numbers int64 [batch_size] of samples of a set of `count`: place j takes one of j, j + batch_size, and so on.
+    """Numbers int64 [batch_size] of samples of a set of `count`, every one as likely as every other.
 
-    So no sample comes twice, and of processes whose number divides `batch_size`, of which each has every n-th sample,
-    each has its share of every batch. A set that is smaller is taken as a whole, over and over.
+    The set is taken as a whole as often as it fits. For the rest it is dealt out into as many hands as divide both
+    numbers, sample after sample, and of every hand as many are drawn, none twice. So of processes whose number divides
+    both, of which each has every n-th sample, each has its share of every batch.
     """
-    places = torch.arange(batch_size) % count
-    choices = (count - places + batch_size - 1) // batch_size
-    return places + batch_size * (torch.rand(batch_size, generator=generator, dtype=torch.float64) * choices).long()
-
-
-def _square_sum(x: Tensor) -> float:
-    """Sample by sample, since there is no memory for another tensor of its size."""
-    return sum(float(sample.square().sum(dtype=torch.float64)) for sample in x)
+    whole, rest = divmod(batch_size, count)
+    every = torch.arange(count).repeat(whole)
+    if not rest:
+        return every
+    hands = math.gcd(count, rest)
+    cards, drawn = count // hands, rest // hands
+    if drawn == 1:
+        chosen = (torch.rand(hands, generator=generator, dtype=torch.float64) * cards).long().unsqueeze(1)
+    else:
+        chosen = torch.rand(hands, cards, generator=generator, dtype=torch.float64).argsort(dim=1)[:, :drawn]
+    return torch.cat([every, (torch.arange(hands).unsqueeze(1) + hands * chosen).flatten()])

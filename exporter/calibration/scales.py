@@ -31,8 +31,8 @@ _LOWEST, _HIGHEST = -1.0, 0.75
 _FAR_PER_OCTAVE = 4
 _FARTHEST = 4.5
 _REFINEMENTS = (0.97, 0.985, 1.015, 1.03)
-# Few enough to stay in the cache.
-ELEMENTS_AT_ONCE = 1 << 16
+# Few enough to stay in a CPU's cache, and many enough to keep a GPU busy.
+_ELEMENTS_IN_CACHE, _ELEMENTS_ON_GPU = 1 << 16, 1 << 22
 
 
 def round_significand(scales: Tensor, bits: int = SIGNIFICAND_BITS) -> Tensor:
@@ -72,9 +72,15 @@ def choose_scales(
     with one_thread():
         chosen = [
             _choose_rows(part, fmt, size, search, importance, tuple(multipliers))
-            for part in torch.split(weight, max(1, ELEMENTS_AT_ONCE // count))
+            for part in torch.split(weight, rows_at_once(weight))
         ]
     return torch.cat(chosen)
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """How many rows of `weight` [N, K] are searched at once, on its device."""
+    elements = _ELEMENTS_IN_CACHE if weight.device.type == "cpu" else _ELEMENTS_ON_GPU
+    return max(1, elements // weight.shape[1])
 
 
 def channel_bits(multipliers: Sequence[int]) -> int:

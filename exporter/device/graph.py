@@ -9,7 +9,7 @@ import onnx
 
 from exporter.errors import InputError
 from exporter.layer_entries import LayerEntry, read_layer_table, target_of
-from exporter.onnx_files import nodes_of, read_model
+from exporter.onnx_files import nodes_of, read_model, with_initializers
 from exporter.targets import TARGETS, Target
 from plugins.kernels.library import kernels_folder
 from plugins.op import UnknownOperatorError, is_ours, parse
@@ -17,7 +17,7 @@ from plugins.op import UnknownOperatorError, is_ours, parse
 
 @dataclass(frozen=True)
 class LoweredGraph:
-    """`model` is without the weights that are in files of their own; `plugins` are the op_types of plugin nodes."""
+    """`model` has no values of its constants; `plugins` are the op_types of plugin nodes."""
 
     path: Path
     model: onnx.ModelProto
@@ -37,7 +37,7 @@ def read_lowered(path: Path) -> LoweredGraph:
     Raises `InputError` for what is no ONNX file, for a graph of other origin, one that is not lowered yet and one that
     is for ONNX Runtime, each with what to do instead.
     """
-    model = read_model(path, external_data=False)
+    model = _without_values(read_model(path, external_data=False))
     target = TARGETS.get(target_of(model) or "")
     if target is None:
         raise InputError(
@@ -57,6 +57,14 @@ def read_lowered(path: Path) -> LoweredGraph:
             "--target and the name of the machine that the engine is for"
         )
     return LoweredGraph(path, model, target, read_layer_table(model), plugins)
+
+
+def _without_values(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its constants' names, types and shapes alone: the builder, which reads the file itself, needs the
+    memory."""
+    constants = model.graph.initializer
+    described = [onnx.TensorProto(name=one.name, data_type=one.data_type, dims=one.dims) for one in constants]
+    return with_initializers(model, described)
 
 
 def is_plugin(op_type: str) -> bool:

@@ -14,7 +14,7 @@ from exporter.evaluation.presets import Preset, get_preset
 from exporter.evaluation.prompts import Prompt, read_prompts, select
 from exporter.evaluation.results import Results
 from exporter.files import sha256_of
-from exporter.generation.conditions import Conditions, read_conditions
+from exporter.generation.conditions import Conditions
 from exporter.generation.generate import Settings, largest_batch
 from exporter.generation.source import DrawingSource
 from exporter.onnx_files import checksum_of
@@ -118,7 +118,7 @@ def _plan(
     )
     plan = DrawingPlan(
         source=source,
-        conditions=_conditions(options, source, transformer.text_tokens),
+        conditions=conditions_of(options, source, transformer.text_tokens),
         prompts=prompts,
         seeds=[preset.seed_of(prompt) for prompt in prompts],
         scheduler=_first(options.scheduler, preset.scheduler, defaults.scheduler),
@@ -133,15 +133,18 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _conditions(options: EvaluateOptions, source: DrawingSource, tokens: int | None) -> Conditions:
-    """Embeddings, of the prompt list's order, or the list's texts."""
+def conditions_of(options: EvaluateOptions, source: DrawingSource, tokens: int | None) -> Conditions:
+    """Embeddings or class labels, in the prompt list's order, or the list's texts.
+
+    Raises `InputError` for labels that the model has not, and where list and embeddings differ in number.
+    """
     every = read_prompts(options.prompts)
     file = options.embeddings
     if file is None and every[0].text is None:
         file = options.prompts
     if file is None:
         return source.texts([str(prompt.text) for prompt in every], "", tokens)
-    embedded = read_conditions(file)
+    embedded = source.conditions(file)
     if embedded.count != len(every):
         raise InputError(f"{file}: holds {embedded.count} embeddings, but {options.prompts} has {len(every)} prompts")
     return embedded

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 
 import onnx
+import torch
 
 from exporter.errors import FidelityError
 from exporter.gate.large import compare_segments
@@ -55,11 +56,13 @@ def compare_graphs(
 ) -> GateResult:
     """What `compare_graph` finds of both, the exported one's rows first; the commands are the lowered one's.
 
-    They are compared side by side, large ones on one core each. Raises `FidelityError` as `compare_graph` does.
+    Large graphs are compared side by side, on half of torch's threads each; a small one's sessions take all cores.
+    Raises `FidelityError` as `compare_graph` does.
     """
+    threads = max(1, torch.get_num_threads() // 2)
     both = [
-        _Compared.open(exported, "exported", reference, folder, target, threads=1),
-        _Compared.open(lowered, "lowered", reference, folder, target, threads=1),
+        _Compared.open(exported, "exported", reference, folder, target, threads=threads),
+        _Compared.open(lowered, "lowered", reference, folder, target, threads=threads),
     ]
     ended = Event()
     with progress.task("comparing the graphs", sum(graph.steps for graph in both)) as task, quiet():
@@ -69,13 +72,14 @@ def compare_graphs(
                 raise InterruptedError("the comparison of the other graph has failed, or all of it was interrupted")
             task.advance()
 
-        with ThreadPoolExecutor(len(both)) as pool:
+        with ThreadPoolExecutor(len(both) if all(graph.is_large for graph in both) else 1) as pool:
             running = [pool.submit(graph.result, advance) for graph in both]
             try:
                 first, second = (future.result() for future in running)
             finally:
                 # Else an interrupted export would wait for the end of both.
                 ended.set()
+                running[-1].cancel()
     return GateResult(first.rows + second.rows, second.commands)
 
 

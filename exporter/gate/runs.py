@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -178,17 +179,23 @@ class _RowFilter:
 
 def save_feeds(feeds: Sequence[Arrays], path: Path) -> None:
     """Write inputs as polygraphy's JSON, for `--load-inputs`."""
-    from polygraphy.json import save_json
-
-    with atomic_path(path) as temporary, quiet():
-        save_json([dict(feed) for feed in feeds], str(temporary), description="inputs")
+    _save_json([dict(feed) for feed in feeds], path)
 
 
 def save_reference(outputs: Sequence[Arrays], path: Path) -> None:
     """Write reference outputs as polygraphy's JSON, for `--load-outputs`."""
-    results = _run_results(outputs)
-    with atomic_path(path) as temporary, quiet():
-        results.save(str(temporary))
+    _save_json(_run_results(outputs), path)
+
+
+def _save_json(content: object, path: Path) -> None:
+    """What polygraphy's `save_json` writes, array by array: a large model's would be half a gigabyte of text."""
+    from polygraphy.json import Encoder, to_json
+
+    with quiet():
+        # Makes the arrays' types known to the encoder.
+        to_json([])
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, cls=Encoder)
 
 
 def load_feeds(path: Path) -> list[Arrays]:

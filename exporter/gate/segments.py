@@ -105,9 +105,9 @@ class DividedGraph:
             "part",
             [*inputs, *(value for name, value in self._inputs.items() if name in read)],
             [typed_output(self._types, name) for name in wanted],
-            [tensor for name, tensor in self._stored.items() if name in read],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        model.graph.initializer.extend(tensor for name, tensor in self._stored.items() if name in read)
         return Part(model, constants, self._threads)
 
     def computes(self, given: Collection[str], wanted: Sequence[str], names: Iterable[str]) -> frozenset[str]:
@@ -150,9 +150,9 @@ class DividedGraph:
                 open_names += self._nodes[index].input
         nodes = [self._nodes[index] for index in sorted(indices)]
         read = {name for node in nodes for name in node.input}
-        stored = [tensor for name, tensor in self._stored.items() if name in read]
-        graph = helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=name) for name in names], stored)
+        graph = helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=name) for name in names])
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        model.graph.initializer.extend(tensor for name, tensor in self._stored.items() if name in read)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # The other cores run the segment before.

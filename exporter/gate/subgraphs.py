@@ -76,11 +76,12 @@ def cut(model: onnx.ModelProto, given: Iterable[GivenTensor], wanted: Sequence[s
         f"{model.graph.name}.cut",
         inputs + [value for value in model.graph.input if value.name in read],
         [typed_output(types, name) for name in wanted],
-        [tensor for tensor in model.graph.initializer if tensor.name in read],
     )
     result = helper.make_model(
         graph, functions=model.functions, opset_imports=model.opset_import, ir_version=model.ir_version
     )
+    # Not through the graph, which would be copied into the model once more.
+    result.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
     result.metadata_props.extend(model.metadata_props)
     return result
 

@@ -16,6 +16,7 @@ from exporter.models.weight_files import read_tensors
 
 CLASS_LABELS = "class_labels"
 _PROMPT_EMBEDS = "prompt_embeds"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Conditions(Protocol):
@@ -40,6 +41,11 @@ class Embedded:
     def count(self) -> int:
         """How many prompts."""
         return len(self.tensors[CLASS_LABELS if CLASS_LABELS in self.tensors else _PROMPT_EMBEDS])
+
+    @property
+    def labels(self) -> list[int]:
+        """The labels, none where embeddings are drawn from."""
+        return self.tensors[CLASS_LABELS].tolist() if CLASS_LABELS in self.tensors else []
 
     def arguments(self, pipeline: Any, rows: Sequence[int]) -> dict[str, Any]:
         """The tensors that the pipeline takes, of these rows. Raises `InputError` when it takes none of them."""
@@ -107,4 +113,8 @@ def read_conditions(path: Path) -> Embedded:
     for name, tensor in tensors.items():
         if tensor.ndim == 0 or len(tensor) not in ((1, count) if name.startswith("negative_") else (count,)):
             raise InputError(f"{path}: {name} is {list(tensor.shape)}, but {first} has {count} rows")
+    labels = tensors.get(CLASS_LABELS)
+    if labels is not None and (labels.ndim != 1 or labels.dtype not in _INTEGERS):
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise InputError(f"{path}: {CLASS_LABELS} is {dtype} {list(labels.shape)}; expected integers [{count}]")
     return Embedded(path, tensors)

@@ -121,9 +121,15 @@ class DrawingSource:
     def conditions(self, prompts: Path | None) -> Embedded:
         """The embeddings or class labels in `prompts`, else what the recipe draws. Raises `InputError`."""
         file = prompts or self.defaults.prompts
-        if file is not None:
-            return read_conditions(file)
         classes = self._classes()
+        if file is not None:
+            found = read_conditions(file)
+            wrong = [label for label in found.labels if not 0 <= label < classes]
+            if classes and wrong:
+                raise InputError(
+                    f"{file}: class_labels: {wrong[0]} is none of the model's {classes} classes, 0 to {classes - 1}"
+                )
+            return found
         if not classes:
             raise InputError("nothing to draw: give --prompts FILE with embeddings, or --prompt TEXT")
         return class_labels(self.defaults.classes or spread_labels(classes, self.defaults.class_count))

@@ -37,6 +37,10 @@ class TransformerInputs:
         """Input name → tensor."""
         return {HIDDEN_STATES: self.hidden_states, TIMESTEP: self.timestep, **self.conditions}
 
+    def to(self, device: torch.device) -> TransformerInputs:
+        """The same on a device."""
+        return self.from_dict({name: tensor.to(device) for name, tensor in self.as_dict().items()})
+
     def as_numpy(self) -> dict[str, npt.NDArray[Any]]:
         """The same as contiguous arrays, as runtimes take them."""
         return {name: np.ascontiguousarray(tensor.numpy(force=True)) for name, tensor in self.as_dict().items()}

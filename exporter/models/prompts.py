@@ -45,6 +45,13 @@ class Prompts:
         """Where the tensors are."""
         return next(iter(self.positive.values())).device
 
+    def to(self, device: torch.device) -> Prompts:
+        """The same on a device; labels stay where they are."""
+        positive, negative = (
+            {name: tensor.to(device) for name, tensor in tensors.items()} for tensors in (self.positive, self.negative)
+        )
+        return Prompts(positive, negative, self.labels)
+
     def gather(self, indices: Tensor) -> dict[str, Tensor]:
         """Input name → rows at `indices` int64 [B]: of `positive`, and for an index below 0 row -1 - index of
         `negative`."""

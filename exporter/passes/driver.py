@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -30,6 +32,9 @@ from plugins.op import attach_functions, is_ours
 Pass: TypeAlias = Callable[[gs.Graph, Target], int]
 Keep: TypeAlias = Callable[[str, int, onnx.ModelProto], None]
 
+# Numbers in a graph from which on the collector, which takes a quarter of a second, is run.
+_COLLECTED = 50_000_000
+
 OPSETS = (21, 22, 23)
 """Versions of the standard operators that blocked DequantizeLinear, ONNX Runtime and TensorRT's parser share."""
 
@@ -47,7 +52,11 @@ def run_passes(
     """
     _check_opset(model)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
-        return _run(model, passes, target, keep)
+        changed, results = _run(model, passes, target, keep)
+    if sum(math.prod(tensor.dims) for tensor in changed.graph.initializer) > _COLLECTED:
+        # Nodes and tensors of graphsurgeon refer to each other, so their weights would wait for the collector.
+        gc.collect()
+    return changed, results
 
 
 def _run(

@@ -95,7 +95,8 @@ class Layer:
         """The weight in units of the format's step, times the groups' multipliers: [N, K], in integers no wider than
         the largest product needs."""
         largest = self.format.max_numerator * (1 if self.multipliers is None else int(self.multipliers.max()))
-        dtype = np.min_scalar_type(-largest)
+        # Of the negative number below it: what holds −128 need not hold 128.
+        dtype = np.min_scalar_type(-largest - 1)
         numerators = self.format.numerators.astype(dtype)[self.codes()]
         if self.multipliers is None:
             return numerators

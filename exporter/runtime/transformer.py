@@ -36,15 +36,16 @@ class EngineTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc] # diffus
 
         Raises `InputError` for a class of model that is not known.
         """
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         name = config.get(CLASS_NAME)
-        model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if not (inspect.isclass(model_class) and issubclass(model_class, ModelMixin)):
+        model_class: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+        is_model = inspect.isclass(model_class) and issubclass(model_class, ModelMixin)
+        if not is_model:
             raise InputError(f"{engine.name}: stands for {name!r}, which is no model of this diffusers")
         parameters = inspect.signature(model_class.__init__).parameters
         defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         self.engine = engine
-        self.register_to_config(**{**defaults, **config})  # type: ignore[no-untyped-call]
+        self.register_to_config(**{**defaults, **config})
         self._call = inspect.signature(model_class.forward)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,12 @@ from safetensors.torch import save_file
 
 from exporter.cli import main
 from exporter.gate.table import GateResult
-from tests.exporter.validated_export import Export, export_tiny_pixart
+from exporter.job import open_job
+from exporter.pipeline import prepare
+from exporter.progress import NullProgress
+from exporter.recipe import load_recipe
+from tests.exporter.made_once import made_once
+from tests.exporter.validated_export import Export, export_tiny_pixart, traced_pixart
 
 RECIPE = """
 model: {weights: model}
@@ -26,6 +32,8 @@ method: {name: fp4dit, iterations: 6, batch_size: 4}
 evaluation: {trajectories: 2, grid: 3}
 """
 TOKENS, CAPTION = 6, 20
+# The tiny model's rows are too short for the presets' groups, so that its recipe has a rule with shorter ones.
+NO_GROUPS_OF_128 = ("w8a8", "nvfp4", "mxfp8")
 INDEX = {
     "_class_name": "PixArtSigmaPipeline",
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
@@ -66,12 +74,50 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def preset_settings(preset: str) -> list[str]:
+    """What makes the tiny recipe that of a preset, rounded to nearest: --set words."""
+    changes = [f"preset={preset}", "method.name=rtn", *(["layers=[]"] if preset in NO_GROUPS_OF_128 else [])]
+    return [word for change in changes for word in ("--set", change)]
+
+
 @pytest.fixture(scope="session")
-def tiny_export(tiny_job: Path) -> Path:
+def tiny_export(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The .onnx that the command made, with its graphs kept."""
-    output = tiny_job / "tiny.onnx"
-    assert main([str(tiny_job / "tiny.yaml"), "-o", str(output), "--keep-graphs", "--quiet"]) == 0
-    return output
+
+    def make(folder: Path) -> None:
+        shutil.copytree(tiny_job, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("plugin*"))
+        command = [str(folder / "tiny.yaml"), "-o", str(folder / "tiny.onnx"), "--keep-graphs", "--quiet"]
+        assert main(command) == 0
+
+    shutil.copytree(made_once(tmp_path_factory, "tiny", make), tiny_job, dirs_exist_ok=True)
+    return tiny_job / "tiny.onnx"
+
+
+@pytest.fixture(scope="session")
+def begin(tiny_job: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fill a work folder with what the tiny job's stages up to the traced graph made, for a test of what comes later.
+
+    `begin(work)` is for the recipe as it is, `begin(work, preset, target)` for one with `preset_settings`; targets
+    whose containers allow the same group multipliers share their stages.
+    """
+
+    def fill(work: Path, preset: str | None = None, target: str = "cpu") -> Path:
+        def make(folder: Path) -> None:
+            recipe = load_recipe(tiny_job / "tiny.yaml", preset_settings(preset or "")[1::2], target)
+            output, progress = folder / ("x.onnx" if target == "cpu" else "x.plan"), NullProgress()
+            job = open_job(recipe, output, folder, fresh=False, keep_graphs=False, progress=progress)
+            prepare(job, validate=False)
+
+        made = tiny_export.with_name("tiny.work")
+        if preset is not None:
+            made = made_once(tmp_path_factory, f"{preset}.{target}", make)
+        work.mkdir()
+        for seal in made.glob("*.seal"):
+            shutil.copy(seal, work)
+            shutil.copy(seal.with_suffix(""), work)
+        return work
+
+    return fill
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +142,8 @@ def pipeline_folder(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """The tiny PixArt of `validated_export`, exported."""
-    return export_tiny_pixart(tmp_path_factory.mktemp("export"))
+    folder = made_once(tmp_path_factory, "pixart", traced_pixart)
+    return export_tiny_pixart(shutil.copytree(folder, tmp_path_factory.mktemp("export") / "pixart"))
 
 
 @pytest.fixture(scope="session")

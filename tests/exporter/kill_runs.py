@@ -1,6 +1,7 @@
-"""Calibrate the same recipe several times, kill each run (SIGKILL) at a random moment, and let the last one finish.
+"""Run the same recipe several times, kill each run (SIGKILL) at a random moment, and let the last one finish.
 
-`python -m tests.exporter.kill_runs RECIPE OUT RUNS` prints the moments and ends with the last run's exit code.
+`python -m tests.exporter.kill_runs RECIPE OUT RUNS calibrate|export` prints the moments and ends with the last run's
+exit code.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Imported once, lazily loaded classes too: runs are forks of this process, which computes nothing and has no threads.
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
+from exporter.cli import main
 from exporter.job import open_job
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
@@ -40,7 +43,15 @@ def calibrate(recipe: Path, output: Path, progress: Progress | None = None) -> N
         calibrated_weights(job, source, captured_inputs(job, source))
 
 
-def kill_runs(recipe: Path, output: Path, runs: int) -> None:
+def export(recipe: Path, output: Path) -> None:
+    """A whole export but for the gate."""
+    os._exit(main([str(recipe), "-o", str(output), "--no-validate", "--quiet"]))
+
+
+RUNS: dict[str, Callable[[Path, Path], None]] = {"calibrate": calibrate, "export": export}
+
+
+def kill_runs(recipe: Path, output: Path, runs: int, run: Callable[[Path, Path], None]) -> None:
     """Kill so many runs, each a little after it has finished something more than those before it.
 
     What a run finishes before it is killed is thrown away, so that there is something to kill.
@@ -48,7 +59,7 @@ def kill_runs(recipe: Path, output: Path, runs: int) -> None:
     work, killed = output.with_suffix(".work"), 0
     while killed < runs:
         before = _seals(work)
-        child = _fork(recipe, output)
+        child = _fork(run, recipe, output)
         while _seals(work) <= before and os.waitid(os.P_PID, child, _ENDED) is None:
             time.sleep(0.001)
         delay = random.uniform(0, 0.05)
@@ -68,15 +79,16 @@ def _seals(work: Path) -> int:
     return len(list(work.rglob("*.seal")))
 
 
-def _fork(recipe: Path, output: Path) -> int:
+def _fork(run: Callable[[Path, Path], None], recipe: Path, output: Path) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        calibrate(recipe, output)
+        run(recipe, output)
         os._exit(0)
     return child
 
 
 if __name__ == "__main__":
-    kill_runs(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(_fork(Path(sys.argv[1]), Path(sys.argv[2])), 0)[1]))
+    words = Path(sys.argv[1]), Path(sys.argv[2])
+    kill_runs(*words, int(sys.argv[3]), RUNS[sys.argv[4]])
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(_fork(RUNS[sys.argv[4]], *words), 0)[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, numpy_helper
-from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
 from exporter.device.rtx_file import check_rtx_engine
@@ -21,26 +20,25 @@ from exporter.gate.table import GateResult
 from exporter.metrics import read_metrics
 from exporter.progress import NullProgress
 from exporter.validate import RESULT, validate_output
+from exporter.workdir import WorkDir
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed (extra: rtx)"
 )
 LAYER = "transformer_blocks.1.ff.net.2"
-FAST = ["--set", "method.name=rtn", "--set", "evaluation.trajectories=1", "--quiet"]
+FAST = ["--set", "evaluation.trajectories=1", "--quiet"]
 BOTH = pytest.mark.parametrize("compute", ["fp16", "bf16"])
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def engines(tiny_job: Path, begin: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Compute type → engine for rtx-sm89, each with a work folder of its own."""
     folder = tmp_path_factory.mktemp("compute")
     made = {compute: folder / f"{compute}.plan" for compute in ("fp16", "bf16")}
     for compute, engine in made.items():
+        begin(_work(engine))
         command = [str(tiny_job / "tiny.yaml"), "-o", str(engine), "--target", "rtx-sm89", *FAST]
         assert main([*command, "--set", f"compute={compute}"]) == 0
-        if compute == "fp16":
-            # What does not depend on the compute type is reused.
-            shutil.copytree(_work(engine), _work(made["bf16"]))
     return made
 
 
@@ -135,17 +133,20 @@ def test_what_is_wrong_is_caught(
 
 @pytest.mark.slow
 def test_numbers_too_large_for_fp16_are_refused_with_their_place(
-    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = Path(shutil.copytree(tiny_job, tmp_path / "job", ignore=shutil.ignore_patterns("*.work", "tiny.*[!l]")))
-    (weights,) = (job / "model" / "transformer").glob("*.safetensors")
-    tensors = load_file(weights)
-    tensors["transformer_blocks.0.attn1.to_out.0.bias"] = torch.full((64,), 1e6)
-    save_file(tensors, weights, {"format": "pt"})
-    command = [str(job / "tiny.yaml"), "-o", str(job / "x.plan"), "--target", "rtx-sm89", *FAST]
+    """As if the model that was traced had had this bias."""
+    (traced,) = begin(tmp_path / "x.work").glob("traced.*.onnx")
+    model = onnx.load(traced)
+    (bias,) = (one for one in model.graph.initializer if one.name == "transformer_blocks.0.attn1.to_out.0.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(64, 1e6, np.float32), bias.name))
+    onnx.save(model, traced)
+    key = json.loads(traced.with_name(f"{traced.name}.seal").read_text())["key"]
+    WorkDir(traced.parent).seal(traced, key)
+    command = [str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.plan"), "--target", "rtx-sm89", *FAST]
     assert main([*command, "--set", "compute=fp16"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "compute: fp16: transformer_blocks.0.attn1.to_out.0.output reaches 1e+06" in error
     assert "use `compute: bf16`" in error
-    assert not (job / "x.plan").exists()
+    assert not (tmp_path / "x.plan").exists()

@@ -55,15 +55,60 @@ def described(recipe: str, weights: Path, output: Path, *overrides: str, **field
 
 @pytest.mark.parametrize("recipe", ["pixart_alpha_w4a6", "pixart_sigma_w4a6"])
 @pytest.mark.parametrize("target", ["cpu", "rtx-sm86", "rtx-sm89", "rtx-sm120", "orin", "h100", "b200"])
-def test_the_published_recipes_plan_on_every_kind_of_target(recipe: str, target: str, config_only: Path) -> None:
+def test_the_pixart_recipes_plan_on_every_kind_of_target(recipe: str, target: str, config_only: Path) -> None:
     output = config_only.parent / ("out.onnx" if target == "cpu" else "out.plan")
     description = described(recipe, config_only, output, target=target)
     layers = description.plan.layers
     assert len(layers) == 2 * LINEARS_PER_BLOCK
     assert {layer.container for layer in layers} == {"int8"}
-    assert {layer.weight_format for layer in layers if layer.name.endswith("ff.net.0.proj")} == {"e3m0"}
-    base = "e2m1" if "alpha" in recipe else "e1m2"
-    assert {layer.weight_format for layer in layers if not layer.name.endswith("ff.net.0.proj")} == {base}
+    assert {layer.weight_format for layer in layers} == {"e2m1" if "alpha" in recipe else "e1m2"}
+
+
+# What the file says it takes to run on engines with native kernels.
+NATIVE = ("layers.0.scales=channel", "layers.0.group=0", "layers.1.scales=foldable")
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "container"),
+    [("cpu", (), "fp32"), ("h100", ("kernels=plugin",), "int8"), ("orin", NATIVE, "int8")],
+)
+@pytest.mark.parametrize(
+    ("recipe", "base"),
+    [
+        ("pixart_alpha_w4a6_fp4dit", "e2m1"),
+        ("pixart_sigma_w4a6_fp4dit", "e1m2"),
+        ("hunyuan_dit_v1_2_w4a6_fp4dit", "e2m1"),
+    ],
+)
+def test_published_settings_plan_from_a_config_alone(
+    recipe: str, base: str, target: str, changes: tuple[str, ...], container: str, config_only: Path
+) -> None:
+    if "hunyuan" in recipe:
+        config = {"in_channels": 4, "num_attention_heads": 16, "patch_size": 2, **HUNYUAN}
+        (config_only / "transformer" / "config.json").write_text(json.dumps(config))
+    output = config_only.parent / ("out.onnx" if target == "cpu" else "out.plan")
+    layers = described(recipe, config_only, output, *changes, target=target).plan.layers
+    assert {layer.container for layer in layers} == {container}
+    assert {layer.activation_format for layer in layers} == {"e2m3"}
+    first = [layer for layer in layers if layer.name.endswith("ff.net.0.proj")]
+    assert {layer.weight_format for layer in first} == {"e3m0"}
+    assert {layer.weight_format for layer in layers if layer not in first} == {base}
+    if changes != NATIVE:
+        assert {(layer.scales, layer.group_size) for layer in layers} == {("group", 128)}
+
+
+def test_published_activations_of_eight_bits_run_on_the_cpu(config_only: Path) -> None:
+    changes = ("layers.0.activation=e3m4", "layers.1.activation=e3m4")
+    description = described("pixart_alpha_w4a6_fp4dit", config_only, config_only.parent / "x.onnx", *changes)
+    assert {layer.activation_format for layer in description.plan.layers} == {"e3m4"}
+
+
+def test_open_formats_are_printed_with_their_candidates(config_only: Path) -> None:
+    rules = "layers=[{match: '*.ff.*', weight: auto}]"
+    text = printed(described("pixart_alpha_w4a6", config_only, config_only.parent / "x.onnx", rules))
+    assert (
+        "weight: auto: 4 layers will be one of e2m1 (foldable scales), e1m2 (foldable scales), e3m0 (channel scales)"
+    ) in text
 
 
 HUNYUAN = {
@@ -116,7 +161,7 @@ def test_everything_is_printed_and_nothing_written(config_only: Path, tmp_path: 
         "e2m3",
         "int8",
         "25.0 of 31",
-        "int8: e3m0 weights, e2m3 activations: exact: sums of 1152 products stay within 4423680",
+        "int8: e2m1 weights, e2m3 activations: exact: sums of 4608 products stay within 33177600",
         "caption_projection.linear_1",
         "in FP32",
         "warning: ",
@@ -154,11 +199,16 @@ def test_a_config_that_is_not_pixart_is_refused(config_only: Path, tmp_path: Pat
 
 def test_block_scaling_states_no_exactness(config_only: Path) -> None:
     description = described(
-        "pixart_alpha_w4a6", config_only, config_only.parent / "out.plan", "preset=nvfp4", target="rtx-sm120"
+        "pixart_alpha_w4a6",
+        config_only,
+        config_only.parent / "out.plan",
+        "preset=nvfp4",
+        "layers=[{match: '*.ff.net.0.proj', weight: e3m0, scales: channel, activation: e2m3}]",
+        target="rtx-sm120",
     )
     row = next(line for line in printed(description).splitlines() if "transformer_blocks.0.attn1.to_q" in line)
     assert row.count("–") == 2
-    # The recipe's rule keeps one layer of each block in E3M0 with channel scales, of which exactness is stated.
+    # The rule keeps one layer of each block in E3M0 with channel scales, of which exactness is stated.
     assert [line.split(",")[0] for line in exactness(description.plan)] == ["int8: e3m0 weights"]
 
 

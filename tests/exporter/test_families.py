@@ -27,7 +27,9 @@ from tests.exporter.models.small_families import HUNYUAN_KEYS, dit, hunyuan, pro
 
 METHOD = """
 preset: w4a6
-layers: [{match: "*blocks.*", group: 32}]
+layers:
+  - {match: "*.ff.net.2", group: 32, low_rank: 4, hadamard: 16}
+  - {match: "*blocks.*", group: 32}
 method: {name: fp4dit, iterations: 2, batch_size: 4, balance: true}
 evaluation: {trajectories: 1, grid: 2}
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import main
-from tests.exporter.interrupted import InterruptedProgress
 from tests.exporter.kill_runs import SEARCH, calibrate
+from tests.exporter.progresses import InterruptedProgress
 
 ROOT = Path(__file__).parents[2]
 KILLED = 2
@@ -24,14 +25,38 @@ def _files(work: Path) -> dict[Path, bytes]:
 def test_killed_at_random_moments_the_same_run_ends_with_the_same_bytes(tiny_job: Path, tmp_path: Path) -> None:
     recipe, killed, whole = tiny_job / "tiny.yaml", tmp_path / "killed.onnx", tmp_path / "whole.onnx"
     calibrate(recipe, whole)
-    command = [sys.executable, "-m", "tests.exporter.kill_runs", str(recipe), str(killed), str(KILLED)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("killed") == KILLED
+    said = _killed(recipe, killed, KILLED, "calibrate")
     files, expected = (_files(output.with_suffix(".work")) for output in (killed, whole))
     lock = Path("lock")
     assert files.pop(lock) != expected.pop(lock)
-    assert files == expected, run.stdout
+    assert files == expected, said
+
+
+@pytest.mark.slow
+def test_killed_behind_the_calibration_an_export_ends_with_the_same_bytes(
+    tiny_job: Path, tiny_export: Path, tmp_path: Path
+) -> None:
+    """Of a finished run all but what was calibrated is taken away; a run that is killed on its way makes it again."""
+    output, work = tmp_path / tiny_export.name, tmp_path / "tiny.work"
+    finished = tiny_export.with_suffix(".work")
+    work.mkdir()
+    for path in [*finished.glob("calibration.*"), *finished.glob("quantized.*")]:
+        shutil.copy(path, work)
+    begun = set(_files(work))
+    said = _killed(tiny_job / "tiny.yaml", output, 1, "export")
+    made = {path: content for path, content in _files(work).items() if path.suffix != ".json" and path != Path("lock")}
+    assert made.keys() - begun >= {Path("held_out.safetensors"), Path("samples.safetensors"), Path("lowered.cpu.onnx")}
+    assert made == {path: (finished / path).read_bytes() for path in made}, said
+    assert output.read_bytes() == tiny_export.read_bytes(), said
+
+
+def _killed(recipe: Path, output: Path, runs: int, work: str) -> str:
+    """What is said by so many runs that are killed, and by the one that finishes their work."""
+    command = [sys.executable, "-m", "tests.exporter.kill_runs", str(recipe), str(output), str(runs), work]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("killed") == runs
+    return run.stdout
 
 
 def test_an_interrupted_calibration_is_not_lost_to_another_recipe(

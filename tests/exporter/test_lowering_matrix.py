@@ -14,9 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exporter.calibration.block_scales import choose_block_scales, static_scale
 from exporter.calibration.scales import choose_scales
@@ -39,7 +40,9 @@ from exporter.quantize import QuantizedWeight, planned_linear, quantize_model, r
 from exporter.recipe import Recipe
 from exporter.targets import TARGETS
 from exporter.to_onnx import to_onnx
+from exporter.tracing import batch_axis, trace
 from plugins.formats import get_format
+from plugins.op import attach_functions
 from tests.exporter.conftest import TOKENS
 
 DEVICES = [name for name, target in TARGETS.items() if target.engine != "onnxruntime"]
@@ -53,11 +56,26 @@ SCHEMES: Mapping[str, LayerScheme] = MappingProxyType(
         "e1m2 alone": LayerScheme("e1m2", 128, "group", "none"),
     }
 )
+WHOLE = "w4a6"
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra 'rtx'")
 
 
+class FeedForward(nn.Module):
+    """The first block's two linears with a GELU between them, called as in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.transformer_blocks = model.transformer_blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transformer_blocks[0].ff(x)
+
+
 class Matrix:
-    """The waist graphs of the tiny model, cut to its first block, each traced once."""
+    """The waist graphs of the tiny model, cut to its first block, each traced once.
+
+    Of all schemes but one it is cut to the block's feed-forward: what lies around the linears is the same in all.
+    """
 
     def __init__(self, job: Path, folder: Path) -> None:
         self.model = load_transformer(job / "model" / "transformer", PixArtAdapter())
@@ -83,7 +101,10 @@ class Matrix:
 
     def lowered(self, name: str, target: str) -> onnx.ModelProto:
         """The graph that the target's engine is made of."""
-        traced = self.traced(self.plan(name, target).layers)
+        layers = self.plan(name, target).layers
+        if name != WHOLE:
+            layers = tuple(layer for layer in layers if ".ff." in layer.name)
+        traced = self.traced(layers)
         chosen = TARGETS[target]
         # What the target computes its products in is the least that the recipe must ask for.
         waist, _ = run_passes(traced, WAIST_PASSES, chosen)
@@ -93,6 +114,11 @@ class Matrix:
         plan = Plan(layers=layers, high_precision=(), fp32_bytes=0, expected_bytes=0)
         weights = {layer.name: _rounded(self.model, layer) for layer in layers}
         quantized = quantize_model(self.model, plan, weights)
+        if all(".ff." in layer.name for layer in layers):
+            x, shapes = torch.zeros(2, TOKENS, 64), ({0: batch_axis()},)
+            graph = ir.serde.serialize_model(trace(FeedForward(quantized), [x], shapes, ["x"], "sample"))
+            attach_functions(graph)
+            return graph
         example = self.adapter.example_inputs(quantized, batch=2, tokens=TOKENS, resolution=4)
         path = self.folder / "traced.onnx"
         to_onnx(quantized, self.adapter, example, path)

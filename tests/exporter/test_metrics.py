@@ -15,6 +15,7 @@ from exporter.gate.table import GateResult, GateRow
 from exporter.metrics import (
     Fidelity,
     LayerContainer,
+    LayerFormat,
     Metrics,
     Quality,
     Size,
@@ -51,6 +52,7 @@ def metrics() -> Metrics:
             LayerContainer.of(replace(LAYER, activation_format="none", container="fp32")),
             LayerContainer.of(replace(LAYER, activation_format="e2m1", group_size=16, scales="nvfp4", container="fp4")),
         ),
+        formats=(LayerFormat("a", "e1m2", {"e2m1": 30.0, "e1m2": 31.0}, {"e3m0": "fp32 instead of int8"}),),
     )
 
 
@@ -74,6 +76,14 @@ def test_written_and_read(metrics: Metrics, tmp_path: Path) -> None:
     assert document["seconds"] == {"load": 0.123, "calibrate": 100.0}
     assert {"python", "torch", "onnx", "onnxruntime"} <= document["versions"].keys()
     assert metrics.size.ratio == 0.2
+    assert document["formats"] == [
+        {
+            "layer": "a",
+            "chosen": "e1m2",
+            "snr_db": {"e2m1": 30.0, "e1m2": 31.0},
+            "refused": {"e3m0": "fp32 instead of int8"},
+        }
+    ]
     integers, floats, blocks = document["layers"]
     assert blocks == {
         "layer": "blocks.0.to_q",

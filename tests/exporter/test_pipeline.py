@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
+from exporter.job import open_job
 from exporter.metrics import read_metrics
+from exporter.model_stages import balanced
 from exporter.passes.surgery import CONTRIB_DOMAIN
+from exporter.recipe import load_recipe
+from exporter.source import load_source
+from exporter.stages import calibrated_weights, captured_inputs, traced_key
+from tests.exporter.progresses import Notes
 
 TOKENS, CAPTION = 6, 20
 
@@ -50,8 +57,8 @@ def test_metrics_report_and_resolved_recipe_stand_beside_the_output(tiny_export:
     assert metrics["fidelity"]["passed"]
     assert metrics["fidelity"]["linear_min_snr_db"] >= 100
     assert metrics["quality"]["class_accuracy_fp"] is None
-    stages = {"load", "capture", "balance", "calibrate", "quantize", "export", "lower", "validate", "build", "evaluate"}
-    assert metrics["seconds"].keys() == stages
+    before = {"load", "capture", "balance", "transform", "formats", "calibrate", "quantize", "export"}
+    assert metrics["seconds"].keys() == before | {"lower", "validate", "build", "evaluate"}
     page = tiny_export.with_name("tiny.report.html").read_text()
     assert "transformer_blocks.1.ff.net.0.proj" in page
     assert main([str(tiny_export.with_name("tiny.recipe.yaml")), "-o", str(tiny_export), "--dry-run"]) == 0
@@ -84,20 +91,22 @@ def test_finished_stages_are_reused_and_the_bytes_are_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("after", "by"),
+    ("after", "by", "begun"),
     [
-        ("stopped.work", signal.SIGINT),
-        ("stopped.work/calibration.safetensors.seal", signal.SIGTERM),
-        ("stopped.work/quantized.*.safetensors.seal", signal.SIGINT),
-        ("stopped.work/traced.*.onnx.seal", signal.SIGINT),
-        ("stopped.work/gate.cpu", signal.SIGTERM),
-        ("stopped.onnx", signal.SIGINT),
+        ("stopped.work", signal.SIGINT, False),
+        ("stopped.work/calibration.safetensors.seal", signal.SIGTERM, False),
+        ("stopped.work/quantized.*.safetensors.seal", signal.SIGINT, False),
+        ("stopped.work/exported.cpu.onnx", signal.SIGINT, True),
+        ("stopped.work/gate.cpu", signal.SIGTERM, True),
+        ("stopped.onnx", signal.SIGINT, True),
     ],
 )
 def test_a_run_interrupted_at_any_stage_ends_with_130_one_line_and_no_half_written_file(
-    tiny_job: Path, tmp_path: Path, after: str, by: signal.Signals
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, after: str, by: signal.Signals, begun: bool
 ) -> None:
     output = tmp_path / "stopped.onnx"
+    if begun:
+        begin(tmp_path / "stopped.work")
     command = [sys.executable, "-m", "exporter", str(tiny_job / "tiny.yaml"), "-o", str(output)]
     command += ["--set", "evaluation.samples=1000", "--set", "evaluation.trajectories=200"]
     if after.endswith("calibration.safetensors.seal"):
@@ -119,11 +128,11 @@ def test_a_run_interrupted_at_any_stage_ends_with_130_one_line_and_no_half_writt
 
 
 @pytest.mark.slow
-def test_the_python_interface_of_the_readme(tiny_job: Path, tmp_path: Path) -> None:
+def test_the_python_interface_of_the_readme(tiny_job: Path, begin: Callable[..., Path], tmp_path: Path) -> None:
     from exporter import export, load_recipe
 
-    recipe = load_recipe(tiny_job / "tiny.yaml", ["method.name=rtn"])
-    result = export(recipe, tmp_path / "python.onnx")
+    begin(tmp_path / "python.work")
+    result = export(load_recipe(tiny_job / "tiny.yaml"), tmp_path / "python.onnx")
     assert result.fidelity is not None
     assert result.fidelity.passed
     assert json.loads(result.metrics.read_text())["quality"]["eps_snr_db_mean"] == result.evaluation.noise.mean_db
@@ -151,12 +160,14 @@ def test_output_problems_are_found_before_any_work(
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["nothing", "scheduler", "prompts", "seed", "resolution"])
 def test_a_changed_input_makes_its_stages_run_again(
-    tiny_export: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, change: str
 ) -> None:
-    assert any(tiny_export.with_name("tiny.work").glob("quantized.*.safetensors.seal"))
-    job = Path(shutil.copytree(tiny_export.parent, tmp_path / "job"))
-    command = [str(job / "tiny.yaml"), "-o", str(job / "tiny.onnx"), "--no-validate"]
-    command += ["--set", "model.weights=model/transformer"]
+    job = tmp_path / "job"
+    shutil.copytree(tiny_job / "model", job / "model")
+    for file in ("tiny.yaml", "prompts.safetensors"):
+        shutil.copy(tiny_job / file, job)
+    begin(job / "tiny.work")
+    settings = ["model.weights=model/transformer"]
     if change == "scheduler":
         (job / "model" / "scheduler").mkdir()
         (job / "model" / "scheduler" / "scheduler_config.json").write_text('{"beta_end": 0.01}')
@@ -165,24 +176,32 @@ def test_a_changed_input_makes_its_stages_run_again(
         tensors["prompt_embeds"] = tensors["prompt_embeds"] + 1
         save_file(tensors, job / "prompts.safetensors")
     elif change == "seed":
-        command += ["--seed", "7"]
+        settings.append("calibration.seed=7")
     elif change == "resolution":
-        command += ["--set", "model.resolution=5"]
-    assert main(command) == 0
-    notes = capsys.readouterr().err
+        settings.append("model.resolution=5")
+    recipe, progress = load_recipe(job / "tiny.yaml", settings), Notes()
+    opened = open_job(recipe, job / "tiny.onnx", None, fresh=False, keep_graphs=False, progress=progress)
+    original = load_source(opened)
+    captured = captured_inputs(opened, original)
+    source = balanced(opened, original, captured)
+    calibrated_weights(opened, source, captured)
     reused = change == "nothing"
-    assert ("captured earlier: 12 inputs" in notes) == reused
-    assert ("calibrated earlier" in notes) == reused
+    assert any(line.startswith("captured earlier: 12 inputs") for line in progress.lines) == reused
+    assert any(line.startswith("calibrated earlier") for line in progress.lines) == reused
+    # All later stages, the traced graph first, are sealed under what this one is sealed under.
+    (traced,) = opened.work.path.glob("traced.*.onnx")
+    assert opened.work.is_current(traced, traced_key(opened, source)) == reused
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small_is_one_line_that_names_the_file(
-    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    begin(tmp_path / "x.work")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        code = main([str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.onnx"), "--set", "method.name=rtn"])
+        code = main([str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.onnx")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err.splitlines()[-1]

@@ -50,6 +50,34 @@ def test_the_preset_covers_every_linear_layer_that_the_family_quantizes() -> Non
     }
 
 
+def test_formats_are_left_open_among_floats_of_the_presets_width() -> None:
+    plan = planned(preset="w4a6", layers=[{"match": "*.attn.*", "weight": "auto"}])
+    assert [layer.name for layer in plan.open] == ["blocks.0.attn.to_q", "blocks.1.attn.to_q"]
+    for layer in plan.open:
+        kinds = [(one.weight_format, one.scales, one.group_size) for one in layer.candidates]
+        assert kinds == [("e2m1", "foldable", 128), ("e1m2", "foldable", 128), ("e3m0", "channel", 0)]
+        assert plan.layer(layer.name) == layer.candidates[0]
+        assert not layer.refused
+    decided = plan.decided({"blocks.0.attn.to_q": "e3m0", "blocks.1.attn.to_q": "e1m2"})
+    assert not decided.open
+    changed = {layer.name: layer for layer in decided.layers if layer not in plan.layers}
+    assert changed == {plan.open[0].name: plan.open[0].candidates[2], plan.open[1].name: plan.open[1].candidates[1]}
+    eight = planned(preset="w8a8", layers=[{"match": "*.attn.*", "weight": "auto"}]).open[0]
+    assert [one.weight_format for one in eight.candidates] == ["e4m3", "e5m2", "e3m4"]
+
+
+def test_formats_that_the_target_does_not_hold_are_no_candidates() -> None:
+    auto = [{"match": "*.attn.*", "weight": "auto"}]
+    with pytest.raises(InputError, match=r"`weight: auto` has nothing to choose from: e5m2: .*e5m2 .*; e3m4: .*name a"):
+        planned(preset="w8a8", target="rtx-sm89", layers=auto)
+    # In the container of the preset's own format.
+    mixed = [{"match": "*.attn.*", "weight": "auto", "scales": "channel", "activation": "int8"}]
+    shapes = ModelShapes({"blocks.0.attn.to_q": LinearShape(8, 300_000, False)}, {})
+    (layer,) = planned(shapes, preset="w4a6", layers=mixed).open
+    assert {one.weight_format: one.container for one in layer.candidates} == {"e2m1": "int8", "e1m2": "int8"}
+    assert layer.refused == {"e3m0": "fp32 instead of int8"}
+
+
 def test_the_first_matching_rule_wins_and_inherits_from_the_preset() -> None:
     plan = planned(
         preset="w4a6",
@@ -102,12 +130,48 @@ def test_without_a_preset_only_rules_quantize() -> None:
             "e3m0 leaves no room for folding group scales; use `scales: channel`",
         ),
         ([{"match": "*.to_q", "weight": "int8"}], "int8 leaves no room"),
+        (
+            [{"match": "*.ff.*", "low_rank": 256}],
+            r"blocks\.0\.ff\.net\.0\.proj: low_rank 256 is too much for a weight of 1024 x 256; at most 255",
+        ),
+        (
+            [{"match": "*.to_q", "weight": "auto", "group": 100}],
+            r"blocks\.0\.attn\.to_q: group 100 does not divide its 256 input features; nearest that does: 128",
+        ),
     ],
 )
 def test_rules_that_cannot_work(layers: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         planned(preset="w4a6", layers=layers)
     assert str(caught.value).startswith("recipe: ")
+
+
+@pytest.mark.parametrize(("features", "advice"), [(96, "nearest that does: 16"), (1002, "no size does: leave it out")])
+def test_a_rotation_that_does_not_fit_a_row_shows_one_that_does(features: int, advice: str) -> None:
+    shapes = ModelShapes({"blocks.0.to_q": LinearShape(96, features, True)}, {})
+    with pytest.raises(InputError, match=rf"hadamard 64 does not divide its {features} input features; {advice}"):
+        planned(shapes, preset="w4a6", layers=[{"match": "*", "group": 0, "hadamard": 64}])
+
+
+def test_transformed_layers_are_planned_inside_of_what_takes_their_place() -> None:
+    rules = [{"match": "*.to_q", "low_rank": 8, "hadamard": 64}, {"match": "*.ff.net.0.proj", "hadamard": 64}]
+    plan, plain = planned(preset="w4a6", layers=rules), planned(preset="w4a6")
+    assert [layer.name for layer in plan.layers] == [f"{layer.name}.linear" for layer in plain.layers]
+    assert [layer.original_name for layer in plan.layers] == [layer.name for layer in plain.layers]
+    assert [(layer.low_rank, layer.hadamard) for layer in plan.layers] == [(8, 64), (0, 64)] * 2
+    added = {name: count for name, count in plan.high_precision if name not in dict(plain.high_precision)}
+    assert added == {f"blocks.{block}.attn.to_q.low_rank": 8 * 512 for block in (0, 1)}
+    assert plan.expected_bytes - plain.expected_bytes == 4 * (2 * 8 * 512 + 64 * 64)
+
+
+def test_a_rule_may_call_a_transformed_layer_by_its_quantized_part() -> None:
+    """As reports do, and the rules that `bisect` prints; but no pattern matches by the name's end."""
+    rules = [{"match": "blocks.0.attn.to_q.linear", "weight": "none"}, {"match": "*.to_q", "low_rank": 8}]
+    plan = planned(preset="w4a6", layers=rules)
+    assert "blocks.0.attn.to_q" in dict(plan.high_precision)
+    assert "blocks.1.attn.to_q.linear" in {layer.name for layer in plan.layers}
+    only = planned(layers=[{"match": "*.linear", "group": 64}])
+    assert [layer.name for layer in only.layers] == ["embed.linear"]
 
 
 def test_a_preset_s_group_that_does_not_divide_shows_the_rule_that_helps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +18,11 @@ from exporter.files import sha256_of
 from exporter.metrics import read_metrics
 from exporter.progress import NullProgress
 from exporter.validate import validate_output
+from tests.exporter.conftest import preset_settings
 from tests.exporter.tampering import flip_a_bit_of_one_code, swap_two_codes
 
 LAYER = "transformer_blocks.1.attn2.to_v"
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra 'rtx'")
-
-# The tiny model's rows are too short for the presets' groups, so that its recipe has a rule with shorter ones.
-NO_GROUPS_OF_128 = ("w8a8", "nvfp4", "mxfp8")
 
 Arrays = dict[str, np.ndarray]
 
@@ -66,29 +65,32 @@ def test_a_tampered_output_fails_by_the_layer_s_name(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w4a8", "w8a8", "w4a16", "nvfp4", "mxfp8"])
-def test_every_preset_passes_the_gate_on_the_cpu(tiny_job: Path, tmp_path: Path, preset: str) -> None:
+def test_every_preset_passes_the_gate_on_the_cpu(
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, preset: str
+) -> None:
     output = tmp_path / f"{preset}.onnx"
-    recipe = [str(tiny_job / "tiny.yaml"), "--set", f"preset={preset}", "--set", "method.name=rtn"]
-    if preset in NO_GROUPS_OF_128:
-        recipe += ["--set", "layers=[]"]
-    assert main([*recipe, "-o", str(output), "--quiet"]) == 0
+    begin(tmp_path / f"{preset}.work", preset)
+    assert main([str(tiny_job / "tiny.yaml"), *preset_settings(preset), "-o", str(output), "--quiet"]) == 0
     assert read_metrics(tmp_path / f"{preset}.metrics.json")["fidelity"]["passed"]
 
 
 @pytest.mark.slow
 @needs_rtx
 def test_outputs_of_one_work_folder_are_validated_each_with_its_own_reference(
-    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = [str(tiny_job / "tiny.yaml"), "--set", "method.name=rtn", "--quiet"]
+    recipe = [str(tiny_job / "tiny.yaml"), "--quiet"]
+    work = begin(tmp_path / "x.work")
+    for preset in ("w4a16", "w4a8"):
+        shutil.copytree(begin(tmp_path / preset, preset), work, dirs_exist_ok=True)
     assert main([*recipe, "-o", str(tmp_path / "x.onnx")]) == 0
-    weights_only = ["--set", "preset=w4a16", "--target", "rtx-sm86"]
+    weights_only = [*preset_settings("w4a16"), "--target", "rtx-sm86"]
     assert main([*recipe, *weights_only, "-o", str(tmp_path / "x.plan")]) == 0
     for output in ("x.onnx", "x.plan"):
         assert main(["validate", str(tmp_path / output), "--quiet"]) == 0
     (tmp_path / "x.plan").write_bytes(b"another engine")
     assert main(["validate", str(tmp_path / "x.plan"), "--quiet"]) == 4
-    assert main([*recipe, "--set", "preset=w4a8", "-o", str(tmp_path / "x.onnx"), "--no-validate"]) == 0
+    assert main([*recipe, *preset_settings("w4a8"), "-o", str(tmp_path / "x.onnx"), "--no-validate"]) == 0
     capsys.readouterr()
     assert main(["validate", str(tmp_path / "x.onnx"), "--quiet"]) == 2
     assert "--no-validate" in capsys.readouterr().err
@@ -107,11 +109,18 @@ def test_outputs_of_one_work_folder_are_validated_each_with_its_own_reference(
     ],
 )
 def test_presets_on_gpus_are_built_or_refused_by_name(
-    tiny_job: Path, tmp_path: Path, preset: str, target: str, code: int, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path,
+    begin: Callable[..., Path],
+    tmp_path: Path,
+    preset: str,
+    target: str,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [str(tiny_job / "tiny.yaml"), "--set", f"preset={preset}", "--set", "method.name=rtn", "--quiet"]
-    if preset in NO_GROUPS_OF_128:
-        arguments += ["--set", "layers=[]"]
+    if code == 0:
+        # Of these presets only w4a8 has other group multipliers on a GPU.
+        begin(tmp_path / "x.work", preset, target if preset == "w4a8" else "cpu")
+    arguments = [str(tiny_job / "tiny.yaml"), *preset_settings(preset), "--quiet"]
     assert main([*arguments, "--target", target, "-o", str(tmp_path / "x.plan")]) == code
     if code:
         error = capsys.readouterr().err
@@ -122,11 +131,11 @@ def test_presets_on_gpus_are_built_or_refused_by_name(
 @pytest.mark.slow
 @needs_rtx
 def test_an_nvfp4_engine_is_validated_by_its_numbers_in_other_types(
-    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, stand_in = tmp_path / "x.plan", tmp_path / "x.work" / "emulated.rtx-sm120.onnx"
-    few = ["--set", "method.iterations=3", "--set", "layers=[]", "--set", "method.quantize_activations=true"]
-    recipe = [str(tiny_job / "tiny.yaml"), "--set", "preset=nvfp4", *few, "--target", "rtx-sm120"]
+    begin(tmp_path / "x.work", "nvfp4")
+    recipe = [str(tiny_job / "tiny.yaml"), *preset_settings("nvfp4"), "--target", "rtx-sm120"]
     assert main([*recipe, "-o", str(plan), "--quiet"]) == 0
     assert main(["validate", str(plan)]) == 0
     assert "emulated.rtx-sm120.onnx, which has the engine's numbers in types" in " ".join(

@@ -43,7 +43,9 @@ def test_the_largest_come_first_and_the_sentence_names_them() -> None:
     assert "overflows in 1 of 3 tensors, most at place of b" in scan.verdict
     assert "1 of 2 tensors leave" in RangeScan.of("r", 4, [found[0], found[2]]).verdict
     assert "FP16 holds all 1" in RangeScan.of("r", 4, found[:1]).verdict
-    assert RangeScan.of("r", 4, [*found, Amax("d", "d", math.nan)]).ranges[0].tensor == "d"
+    broken = RangeScan.of("r", 4, [*found, Amax("d", "place of d", math.nan)])
+    assert broken.ranges[0].tensor == "d"
+    assert "FP32 itself overflows in 1 of 4 tensors, most at place of d" in broken.verdict
 
 
 def test_bars_grow_with_the_logarithm() -> None:

@@ -52,6 +52,9 @@ def test_paths_start_from_the_recipe(smallest: Path, monkeypatch: pytest.MonkeyP
         "hunyuan_dit_v1_2_w4a6",
         "dit_xl_2_256_w4a6",
         "dit_xl_2_512_w4a6",
+        "pixart_alpha_w4a6_fp4dit",
+        "pixart_sigma_w4a6_fp4dit",
+        "hunyuan_dit_v1_2_w4a6_fp4dit",
     ],
 )
 def test_shipped_recipes_load_by_name_from_any_folder(
@@ -121,6 +124,13 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
         ("layers=[{match: a, container: fp4}]", r"layers\[0\]\.container: unknown container 'fp4'; did you mean 'fp8'"),
         ("container=int9", r"container: unknown container 'int9'; did you mean 'int8'"),
         ("layers=[{match: a, weight: none, activation: e2m3}]", "keeps the layer in high precision"),
+        (
+            "layers=[{match: a, weight: none, low_rank: 8}]",
+            "keeps the layer in high precision: drop low_rank and hadamard",
+        ),
+        ("layers=[{match: a, hadamard: 32}]", r"layers\[0\]\.hadamard: unknown hadamard 32; valid: 0, 4, 16, 64, 256"),
+        ("method.balance=2", r"method\.balance: unknown balance 2; valid: false, true, exact"),
+        ("layers=[{match: a, low_rank: -1}]", r"layers\[0\]\.low_rank: must be at least 0, got -1"),
         ("layers=e2m1", "layers: expected a list, got 'e2m1'"),
         ("target=rtx-sm88", "unknown target 'rtx-sm88'; did you mean 'rtx-sm89'"),
         ("preset=w4a5", "unknown preset 'w4a5'; did you mean 'w4a6'"),

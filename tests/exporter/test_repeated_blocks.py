@@ -20,7 +20,6 @@ from exporter.models.pixart import PixArtAdapter
 from exporter.passes import WAIST_PASSES, run_passes
 from exporter.passes.history import PassResult
 from exporter.plan import LayerPlan, Plan
-from exporter.progress import NullProgress
 from exporter.quantize import quantize_model, round_to_nearest
 from exporter.repeated_blocks import with_placeholders
 from exporter.runtime import OnnxSession
@@ -28,6 +27,7 @@ from exporter.targets import get_target
 from exporter.to_onnx import to_onnx
 from plugins.formats import get_format
 from tests.exporter.models.small_families import T5_TOKENS, dit, hunyuan, pixart, strengthen
+from tests.exporter.progresses import Notes
 
 FAMILIES: dict[str, Adapter] = {"pixart": PixArtAdapter(), "hunyuan": HunyuanAdapter(), "dit": DiTAdapter()}
 
@@ -55,14 +55,6 @@ def quantized(model: nn.Module, adapter: Adapter, odd: str = "") -> nn.Module:
             scales = module.weight.detach().reshape(n, -1, 16).abs().amax(2) / 6
             weights[name] = round_to_nearest(module.weight.detach(), scales, get_format(fmt))
     return quantize_model(model, Plan(tuple(layers), (), 0, 0), weights)
-
-
-class Notes(NullProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def exported(

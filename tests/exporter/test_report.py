@@ -12,7 +12,7 @@ import torch
 
 from exporter.gate.table import GateResult, GateRow
 from exporter.images import sample_grids
-from exporter.metrics import Fidelity, Metrics, Quality, Size
+from exporter.metrics import Fidelity, LayerFormat, Metrics, Quality, Size
 from exporter.plan import LayerPlan
 from exporter.quality import LayerQuality, NoiseSnr, StepSnr
 from exporter.range_scan import largest_first
@@ -72,6 +72,14 @@ def test_what_fp16_stores_is_shown_largest_first_and_only_where_it_was_measured(
     assert places == sorted(places, reverse=True)
     assert "The 16 largest of 16 tensors" in page.text
     assert page.text.index("3.277e+04") > places[15]
+
+
+def test_chosen_formats_are_shown_with_every_candidate(report: Report) -> None:
+    assert "Weight formats chosen" not in render_report(report)
+    chosen = LayerFormat("blocks.0.to_q", "e1m2", {"e2m1": 30.124, "e1m2": 31.456}, {"e3m0": "does <not> fit"})
+    text = Page(render_report(replace(report, metrics=replace(report.metrics, formats=(chosen,))))).text
+    assert "e2m1 30.12, e1m2 31.46" in text
+    assert "e3m0: does <not> fit" in text
 
 
 class Page(HTMLParser):

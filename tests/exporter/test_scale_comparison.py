@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exporter.layer_bytes import stored_bytes
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.recipe import Scales
@@ -48,7 +49,7 @@ def test_foldable_scales_come_close_to_free_ones_at_the_container_of_channel_sca
     assert channel.snr_db + 1 < foldable.snr_db < group.snr_db + 0.5
     assert [kind.runs_in for kind in found.kinds] == ["int8, exact", "fp32", "int8, exact"]
     assert channel.stored_bytes < foldable.stored_bytes < group.stored_bytes
-    assert foldable.stored_bytes == layer().stored_bytes(TARGETS["cpu"])
+    assert foldable.stored_bytes == stored_bytes(layer(), TARGETS["cpu"])
 
 
 def test_the_same_kind_measures_the_same_whatever_the_recipe_chose(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -20,6 +22,7 @@ from exporter.presets import PRESETS
 from exporter.targets import TARGETS
 from exporter.this_cpu import product_of, refuse_saturating_cpu
 from plugins.containers import INT8
+from tests.exporter.conftest import preset_settings
 from tests.exporter.device.lowered_graphs import write_lowered
 from tests.exporter.onnx_input.models import matmul_and_add, save
 
@@ -45,21 +48,22 @@ def test_a_graph_s_layers_are_judged_by_its_table(tmp_path: Path, activation_for
 
 @pytest.mark.slow
 def test_int8_activations_pass_the_gate_or_are_refused_before_any_work(
-    tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "x.onnx"
-    command = [str(tiny_job / "tiny.yaml"), "-o", str(output), "--quiet"]
-    command += ["--set", "preset=w4a8_int", "--set", "method.name=rtn"]
-    code = main(command)
-    error = capsys.readouterr().err
+    output, work = tmp_path / "x.onnx", tmp_path / "x.work"
+    command = [str(tiny_job / "tiny.yaml"), "-o", str(output), "--quiet", *preset_settings("w4a8_int")]
     if not saturates_int8_products():
-        assert code == 0
+        begin(work, "w4a8_int")
+        assert main(command) == 0
         assert read_metrics(tmp_path / "x.metrics.json")["fidelity"]["passed"]
         return
-    assert code == 3
+    assert main(command) == 3
+    error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "VNNI" in error
-    assert [path.name for path in (tmp_path / "x.work").iterdir()] == ["lock"]
+    assert [path.name for path in work.iterdir()] == ["lock"]
+    shutil.rmtree(work)
+    begin(work, "w4a8_int")
     assert main([*command, "--no-validate"]) == 0
     assert main(["validate", str(output)]) == 2
 

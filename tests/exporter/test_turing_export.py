@@ -18,6 +18,7 @@ from exporter.errors import FidelityError
 from exporter.gate.table import GateResult
 from exporter.progress import NullProgress
 from exporter.validate import RESULT, validate_output
+from tests.exporter.conftest import preset_settings
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,18 +29,19 @@ pytestmark = [
 LAYER = "transformer_blocks.1.ff.net.2"
 STAGES = ("exported", "lowered")
 PRESETS = ("w4a6", "w4a8_int", "w4a16")
-FAST = ["--set", "method.name=rtn", "--set", "evaluation.trajectories=1", "--set", "compute=fp16", "--quiet"]
+FAST = ["--set", "evaluation.trajectories=1", "--set", "compute=fp16", "--quiet"]
 
 
 @pytest.fixture(scope="module")
-def work(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a work folder of each preset: what does not depend on it is made once."""
+def work(tiny_job: Path, begin: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a work folder of each preset."""
     folder = tmp_path_factory.mktemp("turing")
-    for index, preset in enumerate(PRESETS):
-        if index:
-            shutil.copytree(folder / f"{PRESETS[0]}.work", folder / f"{preset}.work")
+    for preset in PRESETS:
+        # The tiny recipe's own preset is the first.
+        settings = [] if preset == PRESETS[0] else preset_settings(preset)
+        begin(folder / f"{preset}.work", *([preset] if settings else []))
         command = [str(tiny_job / "tiny.yaml"), "-o", str(folder / f"{preset}.plan"), "--target", "rtx-sm75", *FAST]
-        assert main([*command, "--set", f"preset={preset}"]) == 0
+        assert main([*command, *settings]) == 0
     return folder
 
 

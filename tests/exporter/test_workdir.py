@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from exporter.errors import InputError
+from exporter.errors import EnvironmentLacksError, InputError
 from exporter.workdir import WorkDir, key_of
 
 
@@ -70,6 +71,13 @@ def test_a_folder_that_is_being_worked_in_is_refused_and_free_again_afterwards(t
             pass
         assert "\n" not in str(caught.value)
     with second.locked():
+        pass
+
+
+def test_a_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    work = WorkDir.open(tmp_path / "w")
+    with pytest.raises(EnvironmentLacksError, match=r"has no file locks .*export on Linux or macOS"), work.locked():
         pass
 
 

@@ -115,11 +115,16 @@ def two_prompts() -> Prompts:
     )
 
 
+def traced_pixart(folder: Path) -> None:
+    """Trace it."""
+    quantized = w4a6(tiny_pixart())
+    to_onnx(quantized, ADAPTER, ADAPTER.example_inputs(quantized, 2, TOKENS), folder / "traced.onnx")
+
+
 def export_tiny_pixart(folder: Path) -> Export:
-    """Trace it once and lower it for both."""
+    """Lower for both what was traced in `folder`."""
     original = tiny_pixart()
     quantized = w4a6(original)
-    to_onnx(quantized, ADAPTER, ADAPTER.example_inputs(quantized, 2, TOKENS), folder / "traced.onnx")
     for name in ("cpu", "rtx-sm86"):
         target = get_target(name)
         exported, _ = run_passes(onnx.load(folder / "traced.onnx"), WAIST_PASSES, target)

@@ -21,15 +21,17 @@ from torch import nn
 
 from exporter import load_recipe
 from exporter.calibration.calibrate import calibrate
+from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.evaluate import prompt_order
 from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
+from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
-from exporter.stages import balanced, capture, captured_inputs
+from exporter.stages import capture, captured_inputs
 from exporter.workdir import name_for
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
 from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
@@ -123,14 +125,15 @@ class Laboratory:
         job = self.job((*row.changes(bits), f"calibration.seed={seed}"), f"seed{seed}")
         source = load_source(job)
         captured = captured_inputs(job, source)
-        source = balanced(job, source, captured)
+        source = transformed(job, balanced(job, source, captured))
+        begin = time.process_time()
+        source = formats_chosen(job, source, captured)
         # Rounding does not see how activations are quantized, so that columns share it.
         layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
         parts = [source.identity, layers, job.recipe.method.model_dump()]
         file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
         seconds = file.with_suffix(".seconds")
         if not seconds.is_file():
-            begin = time.process_time()
             result: CalibrationResult = calibrate(
                 source.model,
                 source.adapter,
@@ -140,6 +143,7 @@ class Laboratory:
                 job.recipe.method,
                 seed,
                 NullProgress(),
+                sample_weights=sample_weights(job, source, captured),
             )
             file.parent.mkdir(exist_ok=True)
             save_quantized(file, result, source.plan)

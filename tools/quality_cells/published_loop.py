@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.block_inputs import BlockInputs
+from exporter.calibration.inputs import CalibrationRun
 from exporter.quantize import share_copy
 
 GROUP = 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 SEEDS = (0, 1000, 2000)
 """Calibration seeds: far enough apart that no trajectory is captured twice."""
@@ -30,41 +31,55 @@ BITS = (W4A8, W4A6, W4A4, W3A6)
 _PUBLISHED_A8 = "e3m4"
 _PUBLISHED_FIRST_FEED_FORWARD = "e3m0"
 
+_ALL = "transformer_blocks.*"
+
 _NEAREST = ("method.name=rtn",)
 _GPTQ = ("method.name=gptq",)
 # 250 iterations of 32 samples for every row that learns.
 _LEARNED = ("method.name=fp4dit", "method.iterations=250")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
+_ROTATED = (("*.ff.net.2", "hadamard: 64"),)
+_WEIGHTED = "method.step_weights=trajectory"
+# At three bits there is one float only.
+_CHOSEN = ("e2m1",)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method: `formats` are integers, floats, or floats as FP4DiT publishes them."""
+    """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
+    ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by pattern."""
 
     key: str
     title: str
     formats: str
     method: tuple[str, ...]
-    balance: bool = False
+    balance: Literal[False, True, "exact"] = False
+    transforms: tuple[tuple[str, str], ...] = ()
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
-        weight, activation = bits.integers if self.formats == "integers" else bits.floats
-        rules = [f"{{match: 'transformer_blocks.*', weight: {weight}, activation: {activation}, {self._grouping}}}"]
+        weight = (bits.integers if self.formats == "integers" else bits.floats)[0]
+        activation = (bits.integers if self.formats in ("integers", "mixed") else bits.floats)[1]
+        if self.formats == "auto" and weight in _CHOSEN:
+            weight = "auto"
+        formats = f"weight: {weight}, activation: {activation}, {self._grouping}"
+        rules = [f"{{match: '{match}', {formats}, {transform}}}" for match, transform in self.transforms]
+        if all(match != _ALL for match, _ in self.transforms):
+            rules.append(f"{{match: '{_ALL}', {formats}}}")
         if self.formats == "published":
             activation = _PUBLISHED_A8 if activation == "e4m3" else activation
             first = _PUBLISHED_FIRST_FEED_FORWARD if weight == "e2m1" else weight
             rules = [
                 f"{{match: '*.ff.net.0.proj', weight: {first}, activation: {activation}, {self._grouping}}}",
-                f"{{match: 'transformer_blocks.*', weight: {weight}, activation: {activation}, {self._grouping}}}",
+                f"{{match: '{_ALL}', weight: {weight}, activation: {activation}, {self._grouping}}}",
             ]
         return (f"layers=[{', '.join(rules)}]", f"method.balance={str(self.balance).lower()}", *self.method)
 
     @property
     def _grouping(self) -> str:
         # Foldable scales are what ships; the others are a little freer.
-        return f"group: 128, scales: {'foldable' if self.formats == 'floats' else 'group'}"
+        return f"group: 128, scales: {'group' if self.formats in ('integers', 'published') else 'foldable'}"
 
 
 ROWS = (
@@ -78,4 +93,11 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+    Row("mixed", "float weights, integer activations, balanced, GPTQ, then AdaRound", "mixed", _FROM_GPTQ, balance=True),
+    Row("fp_exact", "floats, balanced by powers of two, GPTQ", "floats", _GPTQ, balance="exact"),
+    Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
+    Row("fp_auto", "floats, balanced, GPTQ, formats chosen", "auto", _GPTQ, balance=True),
+    Row("fp_hadamard", "floats, `fast`, `hadamard: 64` in `*.ff.net.2`", "floats", _GPTQ, True, _ROTATED),
+    Row("fp_low_rank_4", "floats, `fast`, `low_rank: 4`", "floats", _GPTQ, True, ((_ALL, "low_rank: 4"),)),
+    Row("fp_low_rank_16", "floats, `fast`, `low_rank: 16`", "floats", _GPTQ, True, ((_ALL, "low_rank: 16"),)),
 )

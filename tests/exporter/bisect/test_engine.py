@@ -25,11 +25,13 @@ from exporter.bisect import device_run
 from exporter.bisect.boundary_graph import boundary_of, with_boundaries
 from exporter.bisect.device_run import DeviceRun
 from exporter.bisect.engine import bisect_engine
+from exporter.bisect.recording import check_recording, checksums_path
 from exporter.cli import main
 from exporter.device.rtx_file import check_rtx_engine
 from exporter.errors import InputError
 from exporter.gate.runs import Arrays, load_feeds
 from exporter.gpu import Gpu
+from exporter.onnx_files import checksum_of
 from exporter.progress import NullProgress
 from exporter.runtime import OnnxSession
 from exporter.targets import get_target
@@ -95,13 +97,15 @@ def record(run: DeviceRun, sabotage: Sabotage, output: Path) -> Path:
     model = onnx.load(run.file(".onnx"))
     sabotage(model)
     session = OnnxSession(model)
-    return save([session.run(feed) for feed in load_feeds(run.file(".inputs.json"))], output)
+    return save(run, [session.run(feed) for feed in load_feeds(run.file(".inputs.json"))], output)
 
 
-def save(outputs: Sequence[Arrays], path: Path) -> Path:
-    results = RunResults()
-    results.add([dict(output) for output in outputs], runner_name="trt-runner-N0")
+def save(run: DeviceRun, outputs: Sequence[Arrays], path: Path) -> Path:
+    """With the checksums that the script's last line writes."""
+    (results := RunResults()).add([dict(output) for output in outputs], runner_name="trt-runner-N0")
     results.save(str(path))
+    last = run.script.read_text().splitlines()[-1].replace(run.outputs.stem, path.stem)
+    subprocess.run(["sh", "-c", last], check=True, cwd=path.parent)
     return path
 
 
@@ -182,16 +186,26 @@ def test_a_block_is_judged_on_what_the_engine_gave_it(plan: Path, boundaries: De
 @pytest.mark.slow
 def test_recordings_of_something_else_are_refused(plan: Path, boundaries: DeviceRun, tmp_path: Path) -> None:
     right = OnnxSession(boundaries.file(".onnx")).run(load_feeds(boundaries.file(".inputs.json"))[0])
-    one = save([right], tmp_path / "one.json")
+    one = save(boundaries, [right], tmp_path / "one.json")
     with pytest.raises(InputError, match="has outputs of 1 inputs, and 3 were saved"):
         bisect_engine(plan, [one])
-    missing = save([{"sample": right["sample"]}] * 3, tmp_path / "missing.json")
+    missing = save(boundaries, [{"sample": right["sample"]}] * 3, tmp_path / "missing.json")
     with pytest.raises(InputError, match=r"transformer_blocks\.0\.input is missing, not \["):
         bisect_engine(plan, [missing])
     (tmp_path / "damaged.json").write_text("{")
     for file in (tmp_path / "damaged.json", tmp_path / "absent.json", boundaries.file(".inputs.json")):
         with pytest.raises(InputError, match=file.name):
             bisect_engine(plan, [file])
+    checksums = checksums_path(one)
+    checksums.write_text(checksums.read_text().replace("graph ", "graph 0"))
+    with pytest.raises(InputError, match=r"one\.json: was recorded of another export"):
+        bisect_engine(plan, [one])
+    one.write_text(one.read_text() + " ")
+    with pytest.raises(InputError, match=r"one\.json: is not what the device recorded"):
+        bisect_engine(plan, [one])
+    checksums.write_text("graph\n")
+    with pytest.raises(InputError, match=r"one\.sha256: not the checksums"):
+        bisect_engine(plan, [one])
     with pytest.raises(InputError, match=r"absent\.plan: no such file"):
         bisect_engine(tmp_path / "absent.plan")
     with pytest.raises(InputError, match="one of 3 recordings"):
@@ -202,37 +216,53 @@ def test_recordings_of_something_else_are_refused(plan: Path, boundaries: Device
 
 @needs_rtx
 @pytest.mark.slow
+def test_what_a_device_left_is_not_lost(plan: Path, boundaries: DeviceRun) -> None:
+    boundaries.outputs.write_text("copied back")
+    engine = boundaries.file(".plan").read_bytes()
+    with pytest.raises(InputError, match=r"boundaries\.outputs\.json: is there already; go on with it \(add "):
+        bisect_engine(plan)
+    assert boundaries.outputs.read_text() == "copied back"
+    assert boundaries.file(".plan").read_bytes() == engine
+    boundaries.outputs.unlink()
+
+
+@needs_rtx
+@pytest.mark.slow
 def test_where_the_gpu_is_one_command_does_it(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """polygraphy, which the script calls, is a stand-in that runs the graph that the engine was built of."""
     lines = (
         f"#!{sys.executable}",
         "import sys",
-        "from pathlib import Path",
-        "from tests.exporter.bisect.test_engine import nothing, record",
-        "from exporter.bisect.device_run import DeviceRun",
-        "from exporter.targets import get_target",
+        "from onnxruntime import InferenceSession",
+        "from polygraphy.comparator import RunResults",
+        "from polygraphy.json import load_json",
         "assert sys.argv[1:3] == ['run', 'boundaries.plan']",
-        f"record(DeviceRun(Path(), 'boundaries', get_target({TARGET!r})), nothing, Path(sys.argv[-1]))",
+        "session, results = InferenceSession('boundaries.onnx'), RunResults()",
+        "names = [value.name for value in session.get_outputs()]",
+        "outputs = [dict(zip(names, session.run(names, feed))) for feed in load_json('boundaries.inputs.json')]",
+        "results.add(outputs, runner_name='trt-runner-N0')",
+        "results.save(sys.argv[-1])",
     )
     stand_in = tmp_path / "polygraphy"
     stand_in.write_text("\n".join(lines))
     stand_in.chmod(0o755)
     monkeypatch.setattr(device_run, "local_gpu", lambda: Gpu("a stand-in", (8, 9)))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     monkeypatch.setattr(device_run, "sys", SimpleNamespace(executable=str(tmp_path / "python")))
     found = bisect_engine(plan)
     assert found.clean
+    assert not list(plan.with_suffix(".bisect").glob("boundaries.outputs.*")), "the next run makes them again"
 
 
 def test_the_script_builds_on_the_device_what_is_not_built_here(tmp_path: Path) -> None:
     run = DeviceRun(tmp_path / "a b", "layers", get_target("b200"))
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
-    kernels = tmp_path / "lowered.kernels"
+    lowered, kernels = tmp_path / "lowered.onnx", tmp_path / "lowered.kernels"
+    lowered.write_bytes(b"")
     kernels.mkdir()
     (kernels / "index.json").write_text("{}")
     feed: Arrays = {"x": np.ones(1, np.float32), "other": np.ones(1, np.float32)}
-    run.prepare(helper.make_model(graph), [feed], kernels, NullProgress())
+    run.prepare(helper.make_model(graph), [feed], lowered, NullProgress())
     assert not run.runs_here
     assert (run.folder / "layers.kernels" / "index.json").is_file()
     assert [sorted(one) for one in load_feeds(run.file(".inputs.json"))] == [["x"]]
@@ -241,10 +271,12 @@ def test_the_script_builds_on_the_device_what_is_not_built_here(tmp_path: Path) 
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {said}\n')
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with (tmp_path / "polygraphy").open("a") as stand_in:
+        stand_in.write("set -C; echo '{}' > layers.outputs.json\n")
     for left_by_another_run in (run.file(".plan"), run.outputs):
         left_by_another_run.write_text("of another graph")
     subprocess.run(["sh", str(run.script)], check=True, env=environment, cwd="/")
-    assert not run.outputs.exists()
+    check_recording(run.outputs, checksum_of(lowered))
     build, infer = said.read_text().splitlines()
     assert build == "fp4export build layers.onnx -o layers.plan --target b200 --no-acceptance"
     assert infer.startswith("polygraphy run layers.plan --trt --model-type engine --load-inputs layers.inputs.json ")

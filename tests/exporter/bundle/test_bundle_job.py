@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -18,12 +19,12 @@ from exporter.bundle.manifest import MANIFEST
 from exporter.bundle.read import open_bundle
 from exporter.bundle.write import listed_files
 from exporter.cli import main
-from exporter.device.acceptance import find_acceptance
+from exporter.device.acceptance import MOST_ASKED_DB, find_acceptance
 from exporter.errors import InputError
 from plugins.kernels.library import KernelLibrary
 from plugins.tensorrt_plugins.registration import plugin_op_types
 
-WORDS = ["--set", "method.name=rtn", "--target", "orin,cpu", "--quiet"]
+WORDS = ["--target", "orin,cpu", "--quiet"]
 
 PLUGINS = """
 model: {weights: model}
@@ -38,14 +39,14 @@ method: {name: rtn}
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tiny_job: Path, begin: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for two targets, in whose work folder an export with plugins left its kernels."""
     folder = tmp_path_factory.mktemp("bundle")
     job = shutil.copytree(tiny_job, folder / "job", ignore=shutil.ignore_patterns("tiny.*work", "*.onnx"))
     (job / "model" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     output = folder / "tiny.bundle"
-    left = folder / "tiny.work" / "lowered.orin.kernels"
-    left.mkdir(parents=True)
+    left = begin(folder / "tiny.work") / "lowered.orin.kernels"
+    left.mkdir()
     (left / "kernels.json").write_text("{}\n")
     assert main([str(job / "tiny.yaml"), "-o", str(output), *WORDS]) == 0
     return output
@@ -62,7 +63,7 @@ def test_it_holds_all_that_a_device_needs(bundle: Path) -> None:
         found = find_acceptance(files.lowered.parent / f"gate.{files.entry.name}")
         assert found is not None
         assert (found.inputs, found.outputs) == (files.acceptance.inputs, files.acceptance.reference)
-        assert 0 <= found.least_db - files.acceptance.snr_db <= 0.1
+        assert 0 <= found.least_db - min(files.acceptance.snr_db, MOST_ASKED_DB) <= 0.1
         assert onnx.load(files.exported).graph.node
         assert onnx.load(files.lowered).graph.node
     assert opened.manifest.weights.licence == "cc-by-4.0"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, BatchLimit, choose_store
+from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import BlockInputs, CalibrationRun
+from exporter.calibration.inputs import CalibrationRun
 from exporter.errors import EnvironmentLacksError
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
@@ -77,6 +78,35 @@ def test_learning_on_smaller_batches_learns_the_same(
     assert parts.blocks[0].error_calibrated == pytest.approx(whole.blocks[0].error_calibrated, rel=1e-3)
     codes = [torch.cat([weight.codes.flatten() for weight in result.weights.values()]) for result in (whole, parts)]
     assert float((codes[0] != codes[1]).float().mean()) < 1e-3
+
+
+class _GreedyOnce(nn.Module):
+    """In the middle of a model: asks for more memory than there is when it gets more than `most` samples."""
+
+    def __init__(self, inner: nn.Module, most: int) -> None:
+        super().__init__()
+        self.inner, self.most = inner, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            torch.empty(1 << 56, dtype=torch.uint8)
+        return self.inner(x)
+
+
+def test_statistics_count_every_sample_once_where_batches_shrink(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts
+) -> None:
+    names = [f"transformer_blocks.{block}.ff.net.{layer}" for block in (0, 1) for layer in ("0.proj", "2")]
+    greedy = copy.deepcopy(model)
+    greedy.set_submodule("transformer_blocks.1.norm2", _GreedyOnce(greedy.transformer_blocks[1].norm2, most=5))
+    few, many = (
+        CalibrationRun(adapter, captured, prompts, limit=BatchLimit(14 * TOKENS)).input_statistics(network, names, 1000)
+        for network in (greedy, model)
+    )
+    for name in names:
+        assert few[name].amax == pytest.approx(many[name].amax, rel=1e-5)
+        assert torch.allclose(few[name].mean_square, many[name].mean_square, rtol=1e-4)
+        assert torch.allclose(few[name].gram, many[name].gram, rtol=1e-3, atol=1e-3 * float(many[name].gram.max()))
 
 
 def test_a_single_sample_that_does_not_fit_is_said_so() -> None:

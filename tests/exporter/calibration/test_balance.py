@@ -96,3 +96,22 @@ def test_it_is_read_back_as_it_was_written(
     assert all(torch.equal(one, other) for one, other in zip(balance.divisors, again.divisors, strict=True))
     pairs = zip(balance.shifts, again.shifts, strict=True)
     assert all(torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+
+
+def test_powers_of_two_leave_the_weights_in_front_their_bits(run: CalibrationRun, uneven: nn.Module) -> None:
+    folds = run.adapter.channel_folds(uneven)
+    stored = copy.deepcopy(uneven).half().float()
+    free, exact = (find_balance(run, stored, folds, powers_of_two=powers) for powers in (False, True))
+    for divisor, nearby in zip(exact.divisors, free.divisors, strict=True):
+        assert torch.equal(divisor, divisor.log2().round().exp2())
+        assert float(divisor.max()) == 1
+        factor = (nearby / divisor).log2()
+        assert float(factor.max() - factor.min()) <= 1 + 1e-6
+    name = "adaln_single.linear.weight"
+    kept = {
+        powers: balance.applied(stored, folds).get_parameter(name) for powers, balance in ((False, free), (True, exact))
+    }
+    assert not torch.equal(kept[False], kept[False].half().float())
+    assert torch.equal(kept[True], kept[True].half().float())
+    assert not torch.equal(kept[True], stored.get_parameter(name))
+    assert _relative_error(run, exact.applied(stored, folds)) < 0.4 * _relative_error(run, stored)

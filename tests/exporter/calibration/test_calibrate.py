@@ -243,10 +243,14 @@ def test_statistics_of_inputs_are_those_of_all_samples(
 def test_batches_that_cannot_be_shared_out_are_refused(
     model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
 ) -> None:
-    for batch_size, words in {5: "5 samples cannot be shared out among 2 processes; nearest: 6", 30: "only 24"}.items():
+    for (batch_size, world), words in {
+        (5, 2): "5 samples cannot be shared out among 2 processes; nearest: 6",
+        (30, 2): "only 24",
+        (10, 5): "24 captured inputs cannot be shared out evenly among 5 processes",
+    }.items():
         method = LEARNED.model_copy(update={"batch_size": batch_size})
         with pytest.raises(InputError, match=words):
-            calibrate(model, adapter, plan_for(), captured, prompts, method, 0, NullProgress(), shard=Shard(0, 2))
+            calibrate(model, adapter, plan_for(), captured, prompts, method, 0, NullProgress(), shard=Shard(0, world))
 
 
 def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(

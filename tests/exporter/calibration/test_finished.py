@@ -22,7 +22,7 @@ from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, save_quantized
 from exporter.workdir import WorkDir
-from tests.exporter.interrupted import InterruptedProgress
+from tests.exporter.progresses import InterruptedProgress
 
 METHODS = {
     "fp4dit": MethodSection(scale_search="absmax", iterations=4, batch_size=4),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.calibration.inputs import InputStatistics
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.output_error import refine_scales, search_scales
 from exporter.calibration.scales import ZERO_GROUP_SCALE, choose_scales
 from exporter.quantize import round_to_nearest

@@ -25,14 +25,21 @@ def _row(stage: str, kind: str, threshold: float) -> dict[str, object]:
 
 
 def test_the_engine_is_held_to_the_lowered_graph_s_limit(tmp_path: Path) -> None:
-    facts = [("exported", "end_to_end", 60.0), ("lowered", "linear", 100.0), ("lowered", "end_to_end", 51.27)]
+    facts = [("exported", "end_to_end", 60.0), ("lowered", "linear", 100.0), ("lowered", "end_to_end", 41.27)]
     rows = [_row(*fact) for fact in facts]
     found = find_acceptance(_folder(tmp_path, {"passed": True, "rows": rows}))
-    assert found == Acceptance(tmp_path / "model.inputs.json", tmp_path / "model.reference.json", 51.27)
+    assert found == Acceptance(tmp_path / "model.inputs.json", tmp_path / "model.reference.json", 41.27)
     command = found.command(Path("a b.plan"), rtx=False)
     assert command.startswith("polygraphy run 'a b.plan' --trt --model-type engine --load-inputs ")
-    assert command.endswith(" --compare snr --snr-threshold 51.2")
+    assert command.endswith(" --compare snr --snr-threshold 41.2")
     assert found.command(Path("a.plan"), rtx=True).startswith("POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run a.plan ")
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(100.0, 50.0), (50.1, 50.0), (49.9, 49.9)])
+def test_a_gpu_may_round_to_tf32(tmp_path: Path, limit: float, asked: float) -> None:
+    found = find_acceptance(_folder(tmp_path, {"passed": True, "rows": [_row("lowered", "end_to_end", limit)]}))
+    assert found is not None
+    assert found.least_db == asked
 
 
 def test_nothing_saved_is_no_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,32 +39,50 @@ print(used("VmHWM") - before)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's peak is read from Linux's /proc")
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blocks of one product each, whose 4-bit weights are expanded as the lowering for a CPU expands them."""
-    generator = np.random.default_rng(0)
+Block = Callable[[str, str], tuple[onnx.TensorProto, list[onnx.NodeProto]]]
+
+
+def expanded(block: str, hidden: str) -> tuple[onnx.TensorProto, list[onnx.NodeProto]]:
+    """A product whose 4-bit weights are expanded as the lowering for a CPU expands them."""
+    packed = np.random.default_rng(0).integers(0, 256, WIDTH * WIDTH // 2, dtype=np.uint8).tobytes()
+    return helper.make_tensor(f"{block}.u4", TensorProto.UINT4, (WIDTH, WIDTH), packed, raw=True), [
+        helper.make_node("Cast", [f"{block}.u4"], [f"{block}.codes"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["table", f"{block}.codes"], [f"{block}.weight"], axis=0),
+        helper.make_node("Cast", [hidden], [f"{block}.input"], to=TensorProto.UINT8),
+        helper.make_node("MatMulInteger", [f"{block}.input", f"{block}.weight"], [f"{block}.sums"]),
+        helper.make_node("Cast", [f"{block}.sums"], [f"{block}.output"], to=TensorProto.FLOAT),
+    ]
+
+
+def decoded(block: str, hidden: str) -> tuple[onnx.TensorProto, list[onnx.NodeProto]]:
+    """A product whose weights stay in their container until it runs, as the lowering for a GPU leaves them."""
+    weight = np.random.default_rng(0).integers(-128, 128, (WIDTH, WIDTH), dtype=np.int8)
+    return numpy_helper.from_array(weight, f"{block}.int8"), [
+        helper.make_node("DequantizeLinear", [f"{block}.int8", "scale"], [f"{block}.weight"]),
+        helper.make_node("MatMul", [hidden, f"{block}.weight"], [f"{block}.output"]),
+    ]
+
+
+def chain(path: Path, block: Block) -> Path:
+    """The file of BLOCKS such products, one behind the other."""
     tensors = [numpy_helper.from_array(np.arange(-8, 8, dtype=np.int8), "table")]
+    tensors.append(numpy_helper.from_array(np.float32(0.01), "scale"))
     nodes, hidden = [], "x"
     for index in range(BLOCKS):
-        name = f"blocks_{index}"
-        packed = generator.integers(0, 256, WIDTH * WIDTH // 2, dtype=np.uint8).tobytes()
-        tensors.append(helper.make_tensor(f"{name}.u4", TensorProto.UINT4, (WIDTH, WIDTH), packed, raw=True))
-        output = f"{name}.output"
-        nodes += [
-            helper.make_node("Cast", [f"{name}.u4"], [f"{name}.codes"], to=TensorProto.INT32),
-            helper.make_node("Gather", ["table", f"{name}.codes"], [f"{name}.weight"], axis=0),
-            helper.make_node("Cast", [hidden], [f"{name}.input"], to=TensorProto.UINT8),
-            helper.make_node("MatMulInteger", [f"{name}.input", f"{name}.weight"], [f"{name}.sums"]),
-            helper.make_node("Cast", [f"{name}.sums"], [output], to=TensorProto.FLOAT),
-        ]
-        hidden = output
+        tensor, inside = block(f"blocks_{index}", hidden)
+        tensors.append(tensor)
+        nodes += inside
+        hidden = inside[-1].output[0]
     nodes.append(helper.make_node("Neg", [hidden], ["sample"]))
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", WIDTH]) for name in ("x", "sample")]
     body = helper.make_graph(nodes, "chain", value[:1], value[1:], tensors)
-    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    path = tmp_path_factory.mktemp("chain") / "chain.onnx"
-    onnx.save(model, path)
+    onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chain(tmp_path_factory.mktemp("chain") / "chain.onnx", expanded)
 
 
 def _peak(graph: Path, kind: str) -> int:
@@ -77,3 +96,7 @@ def test_whole_it_needs_several_times_its_weights(graph: Path) -> None:
 
 def test_constants_of_one_segment_at_a_time_are_expanded(graph: Path) -> None:
     assert _peak(graph, "segments") < MOST
+
+
+def test_no_segment_keeps_what_it_decoded(tmp_path: Path) -> None:
+    assert _peak(chain(tmp_path / "chain.onnx", decoded), "segments") < MOST

@@ -9,9 +9,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtAlphaPipeline
+from safetensors.torch import save_file
 from torch import nn
 
 from exporter.errors import InputError
+from exporter.evaluation.job import EvaluateOptions, conditions_of
 from exporter.gate.snr import snr_db
 from exporter.generation.conditions import Embedded, Texts
 from exporter.generation.generate import Image, Settings, generate
@@ -48,7 +50,7 @@ def _dit() -> nn.Module:
 
 @pytest.mark.parametrize("family", ["hunyuan", "dit"])
 def test_pipeline_of_the_family(family: str, pipeline_folder: Path, tmp_path: Path) -> None:
-    model = _dit() if family == "dit" else hunyuan()
+    model = _dit() if family == "dit" else hunyuan(blocks=2)
     for parameter in model.parameters():
         # Zero-initialised modulations would hide what they are given.
         torch.nn.init.normal_(parameter, std=0.1)
@@ -94,6 +96,20 @@ def test_dit_draws_classes_by_their_numbers(tmp_path: Path) -> None:
     for text in ("a cat", "1000", "-1"):
         with pytest.raises(InputError, match="family dit draws class labels, from 0 to 999"):
             source.texts([text], "", None)
+
+
+@pytest.mark.parametrize("label", [1000, -1])
+def test_labels_of_no_class_are_found_when_the_file_is_read(tmp_path: Path, label: int) -> None:
+    _dit().save_pretrained(tmp_path / "transformer")
+    files = find_model(tmp_path)
+    source = DrawingSource(files, PipelineFolder.of(files), DiTAdapter(), DrawingDefaults())
+    save_file({"class_labels": torch.tensor([0, 999])}, tmp_path / "right.safetensors")
+    save_file({"class_labels": torch.tensor([3, label])}, tmp_path / "wrong.safetensors")
+    assert source.conditions(tmp_path / "right.safetensors").labels == [0, 999]
+    with pytest.raises(InputError, match=rf"wrong\.safetensors: class_labels: {label} is none of .* 1000 classes"):
+        source.conditions(tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError, match=rf"class_labels: {label} is none of"):
+        conditions_of(EvaluateOptions(tmp_path / "wrong.safetensors"), source, None)
 
 
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerDiscreteScheduler"])

@@ -124,6 +124,8 @@ def test_prompts_that_do_not_fit(
             name: torch.cat([tensor, tensor[:, :1]], dim=1) for name, tensor in good.items()
         },
         "holds neither prompt_embeds nor class_labels": {"labels": torch.zeros(2)},
+        "class_labels is float32 [2]; expected integers [2]": {"class_labels": torch.tensor([1.0, 2.5])},
+        "class_labels is int64 [2, 3]; expected integers [2]": {"class_labels": torch.ones(2, 3).long()},
         "prompt_attention_mask is [3, 6], but prompt_embeds has 2 rows": {
             **good,
             "prompt_attention_mask": torch.ones(3, 6),

@@ -12,7 +12,7 @@ SIDE = 8
 
 
 def hunyuan(*, sizes: bool = True, blocks: int = 4) -> HunyuanDiT2DModel:
-    """Of four blocks the last takes a skip, of six the last two; `sizes`: version 1.1 with its conditions."""
+    """Of two blocks none takes a skip, of four the last, of six the last two; `sizes`: version 1.1's conditions."""
     torch.manual_seed(1)
     return HunyuanDiT2DModel(
         num_attention_heads=2,

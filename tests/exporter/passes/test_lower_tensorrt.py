@@ -88,6 +88,19 @@ def test_multipliers_of_another_container_are_refused() -> None:
         _lower(one_linear(weight), "rtx-sm89")
 
 
+@pytest.mark.parametrize(("weight_format", "multiplier"), [("e3m0", 2), ("e2m0", 32)])
+def test_a_largest_product_of_128_keeps_its_sign(weight_format: str, multiplier: int) -> None:
+    """It is what one byte holds of negative numbers alone."""
+    fmt = get_format(weight_format)
+    assert fmt.max_numerator * multiplier == 128
+    weight = make_weight("fc", weight_format, container="fp8")
+    weight.codes[:, ::5] = fmt.encode(np.float32(fmt.max))
+    weight.scales[:] = weight.scales[:, :1] * np.float32([1, multiplier, multiplier, 1])
+    lowered, (entry,) = _lower(one_linear(replace(weight, container="fp8"), "e4m3"), "rtx-sm89")
+    assert entry.container == "fp8"
+    assert snr_db(reference(tokens(), weight, "e4m3")[1], run(lowered, tokens())[0]) > 110
+
+
 def test_weights_are_constants_of_the_container() -> None:
     for target, weight_format, kind, activation_format, container in CASES:
         holds = "fp8" if container == "fp8" else "int8"

@@ -1,4 +1,4 @@
-"""A run that is interrupted at a chosen step."""
+"""Progress for tests: what was noted, and a run that is interrupted at a chosen step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from exporter.progress import NullProgress, Task
+
+
+class Notes(NullProgress):
+    """Keeps the `lines` that were noted."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
 
 
 class InterruptedProgress(NullProgress):

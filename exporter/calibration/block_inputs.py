@@ -1,0 +1,109 @@
+"""A block's inputs for all samples, and what the block makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.calibration.activations import ActivationStore, BatchLimit
+from exporter.calibration.placement import CPU
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Inputs of a block for all M samples.
+
+    `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, `constants` the
+    keyword arguments that are not tensors, and `skips` the outputs [M, ...] of earlier blocks that this one takes.
+    Those of all samples are in main memory or in files; the block computes on `device`. `weights` float32 [M] are what
+    the samples' squared errors count, None for all alike.
+    """
+
+    hidden: Tensor
+    shared: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
+    skips: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device = CPU
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample."""
+        return self.hidden[0].numel() // self.hidden.shape[-1]
+
+    def run(self, block: nn.Module, indices: Tensor | slice) -> Tensor:
+        """Run `block`, which is on the device, on the samples at `indices`."""
+        given = {**self.shared, **self.skips}
+        tensors = {name: tensor[indices].to(self.device) for name, tensor in given.items()}
+        output: Tensor = block(self.hidden[indices].to(self.device), **tensors, **self.constants)
+        return output
+
+    @torch.no_grad()
+    def outputs(self, block: nn.Module, store: ActivationStore, limit: BatchLimit) -> Tensor:
+        """Run `block` on all samples: [M, ...]."""
+        gathered = Gathered(len(self), store)
+        limit.each(len(self), self.tokens, lambda part: gathered.put(part, self.run(block, part)))
+        return gathered.tensor
+
+    @torch.no_grad()
+    def squared_error(self, block: nn.Module, targets: Tensor, limit: BatchLimit) -> float:
+        """Weighted sum of the squared differences of the block's outputs from `targets` [M, ...]."""
+        errors = torch.zeros(len(self), dtype=torch.float64)
+
+        def add(part: slice) -> None:
+            difference = self.run(block, part).sub_(targets[part].to(self.device))
+            errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
+
+        limit.each(len(self), self.tokens, add)
+        return float((errors if self.weights is None else errors * self.weights).sum())
+
+    def mean_squared_error(self, block: nn.Module, targets: Tensor, indices: Tensor) -> Tensor:
+        """Weighted mean of the squared differences of the outputs at `indices` from theirs of `targets` [M, ...]."""
+        outputs, wanted = self.run(block, indices), targets[indices].to(self.device)
+        if self.weights is None:
+            return F.mse_loss(outputs, wanted)
+        errors = F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(dim=1)
+        return (errors * self.weights[indices].to(self.device)).mean()
+
+    def square_sum(self, outputs: Tensor) -> float:
+        """Weighted sum of the squares of `outputs` [M, ...], sample by sample: there is no memory for another one."""
+        weights: list[float] = [1.0] * len(self) if self.weights is None else self.weights.tolist()
+        squares = (float(sample.square().sum(dtype=torch.float64)) for sample in outputs)
+        return sum(weight * square for weight, square in zip(weights, squares, strict=True))
+
+    def advanced(self, hidden: Tensor) -> BlockInputs:
+        """Return the next block's inputs, without skips: `hidden` is the output of this one."""
+        return replace(self, hidden=hidden, skips={})
+
+    def with_skips(self, skips: Mapping[str, Tensor]) -> BlockInputs:
+        """Return the same inputs with outputs of earlier blocks, by keyword argument."""
+        return replace(self, skips=skips)
+
+
+class Gathered:
+    """A tensor [M, ...] that comes in parts."""
+
+    def __init__(self, samples: int, store: ActivationStore) -> None:
+        self._samples, self._store = samples, store
+        self._tensor: Tensor | None = None
+
+    def put(self, part: slice, values: Tensor) -> None:
+        """Take the samples of one part."""
+        if self._tensor is None:
+            self._tensor = self._store.empty((self._samples, *values.shape[1:]), values.dtype)
+        self._tensor[part] = values
+
+    @property
+    def tensor(self) -> Tensor:
+        """All of them, once every part was put."""
+        if self._tensor is None:
+            raise ValueError("there are no samples")
+        return self._tensor

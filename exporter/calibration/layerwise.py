@@ -1,0 +1,95 @@
+"""Units of a calibration whose layers are each quantized on their own: scales and nearest values, error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from exporter.calibration.finished import FinishedUnits
+from exporter.calibration.gptq import round_with_feedback
+from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.nearest import nearest_weight
+from exporter.calibration.output_error import WeightSearch
+from exporter.calibration.placement import Placement
+from exporter.memory import release_mapped_weights
+from exporter.plan import LayerPlan, Plan
+from exporter.progress import Progress, Task
+from exporter.quantize import BlockStatistics, CalibrationResult, QuantizedWeight, planned_linear
+from exporter.shards import Shard
+
+# So many layers' scales are a unit; after it their original weights, which are not looked at again, leave the memory.
+_LAYERS_AT_ONCE = 48
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """The planned layers of `model`, and what is known of their `inputs`, by layer."""
+
+    model: nn.Module
+    plan: Plan
+    inputs: Mapping[str, InputStatistics]
+    placement: Placement
+    progress: Progress
+    finished: FinishedUnits
+    shard: Shard
+
+    def nearest(self, search: WeightSearch) -> Mapping[str, QuantizedWeight]:
+        """Choose scales and round to nearest."""
+
+        def quantized(layer: LayerPlan) -> QuantizedWeight:
+            return nearest_weight(self._weight(layer), layer, self._seen(layer), search)
+
+        def nearest(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
+            weights = {}
+            for layer, weight in zip(layers, self.placement.each(quantized, layers), strict=True):
+                weights[layer.name] = weight
+                task.advance()
+            release_mapped_weights()
+            return CalibrationResult(weights)
+
+        return self._some_at_once("scales", nearest).weights
+
+    def with_feedback(self, weights: Mapping[str, QuantizedWeight]) -> CalibrationResult:
+        """Round again with error feedback; a layer that never ran, so that its inputs are not known, stays as it is."""
+
+        def fed_back(layers: Sequence[LayerPlan], task: Task) -> CalibrationResult:
+            rounded, statistics = {layer.name: weights[layer.name] for layer in layers}, []
+            for layer in layers:
+                seen = self._seen(layer)
+                if seen is not None and seen.gram is not None:
+                    nearest = weights[layer.name]
+                    rounded[layer.name], gained = round_with_feedback(layer, self._weight(layer), nearest, seen.gram)
+                    statistics.append(gained)
+                task.advance()
+            return CalibrationResult(rounded, tuple(statistics))
+
+        return self._some_at_once("error feedback", fed_back)
+
+    def _weight(self, layer: LayerPlan) -> Tensor:
+        return planned_linear(self.model, layer).weight.detach().to(self.placement.device)
+
+    def _seen(self, layer: LayerPlan) -> InputStatistics | None:
+        seen = self.inputs.get(layer.name)
+        return None if seen is None else seen.to(self.placement.device)
+
+    def _some_at_once(
+        self, title: str, work: Callable[[Sequence[LayerPlan], Task], CalibrationResult]
+    ) -> CalibrationResult:
+        """`work` on all layers, `_LAYERS_AT_ONCE` as a unit, by the first process."""
+        weights: dict[str, QuantizedWeight] = {}
+        statistics: list[BlockStatistics] = []
+        planned = self.plan.layers
+        with self.progress.task(title, len(planned)) as task:
+            for start in range(0, len(planned), _LAYERS_AT_ONCE):
+                layers = planned[start : start + _LAYERS_AT_ONCE]
+                unit = self.finished.find(title, layers)
+                if unit is None:
+                    done = work(layers, task) if self.shard.is_first else CalibrationResult({})
+                    unit = self.finished.keep(title, layers, done)
+                else:
+                    task.advance(len(layers))
+                weights.update(unit.weights)
+                statistics.extend(unit.blocks)
+        return CalibrationResult(weights, tuple(statistics))
