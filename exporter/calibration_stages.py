@@ -10,7 +10,6 @@ from torch import Tensor
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.format_choice import choose_formats, load_formats, save_formats
-from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.step_weights import trajectory_weights
 from exporter.job import Job
 from exporter.sampling import make_scheduler
@@ -31,11 +30,8 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
         return _decided(source, job.work.file(name))
 
     def make(path: Path) -> None:
-        place, weights = source.placement, sample_weights(job, source, captured)
-        run = CalibrationRun(
-            source.adapter, captured, source.prompts, limit=place.limit(), placement=place, weights=weights
-        )
-        with place.computing():
+        run = source.calibration_run(captured, sample_weights(job, source, captured))
+        with source.placement.computing():
             save_formats(path, choose_formats(source.model, plan, run, job.recipe.method, job.progress))
 
     key = key_of(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import CalibrationRun
 from exporter.describe import transforms_text
 from exporter.job import Job
 from exporter.source import Source
@@ -32,9 +31,8 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
         return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
-        place = source.placement
-        run = CalibrationRun(source.adapter, captured, source.prompts, limit=place.limit(), placement=place)
-        with place.computing():
+        run = source.calibration_run(captured)
+        with source.placement.computing():
             find_balance(run, source.model, folds, powers_of_two=job.recipe.method.balance == "exact").save(path)
 
     key = key_of(

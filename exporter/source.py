@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.activations import ActivationStore, choose_store
+from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.format_choice import LayerFormats
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
@@ -67,6 +69,13 @@ class Source:
         timesteps = torch.linspace(999.0, 1.0, batch).round()
         inputs = transformer_inputs(latents, timesteps, torch.arange(batch) % self.prompts.count, self.prompts)
         return self.adapter.with_conditions(self.model, inputs)
+
+    def calibration_run(self, captured: CalibrationSet, weights: Tensor | None = None) -> CalibrationRun:
+        """The captured inputs through the model, where calibration computes; `weights` are what samples count."""
+        place = self.placement
+        return CalibrationRun(
+            self.adapter, captured, self.prompts, limit=place.limit(), placement=place, weights=weights
+        )
 
     def layer_facts(self) -> list[dict[str, object]]:
         """What codes and scales depend on, per layer: everything but the containers' names. Of an open layer also what
