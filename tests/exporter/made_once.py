@@ -17,13 +17,13 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     folder = root / "made_once" / name
+    finished = folder.with_name(f"{name}.finished")
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
-        if not folder.is_dir():
+        if not finished.is_file():
+            # What a process left that failed or was killed meanwhile.
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            try:
-                make(folder)
-            except BaseException:
-                shutil.rmtree(folder)
-                raise
+            make(folder)
+            finished.touch()
     return folder
