@@ -28,7 +28,7 @@ from exporter.job import Job, open_job
 from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
-from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
+from exporter.quantize import load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
 from exporter.stages import capture, captured_inputs
@@ -134,17 +134,8 @@ class Laboratory:
         file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
         seconds = file.with_suffix(".seconds")
         if not seconds.is_file():
-            result: CalibrationResult = calibrate(
-                source.model,
-                source.adapter,
-                source.plan,
-                captured,
-                source.prompts,
-                job.recipe.method,
-                seed,
-                NullProgress(),
-                sample_weights=sample_weights(job, source, captured),
-            )
+            run = source.calibration_run(captured, sample_weights(job, source, captured))
+            result = calibrate(source.model, source.plan, run, job.recipe.method, seed, NullProgress())
             file.parent.mkdir(exist_ok=True)
             save_quantized(file, result, source.plan)
             write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")

@@ -37,7 +37,7 @@ Calibrator = Callable[..., CalibrationResult]
 @pytest.fixture
 def run(model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts) -> Calibrator:
     def calibrated(plan: Plan, method: MethodSection, seed: int = 0) -> CalibrationResult:
-        return calibrate(model, adapter, plan, captured, prompts, method, seed, NullProgress())
+        return calibrate(model, plan, CalibrationRun(adapter, captured, prompts), method, seed, NullProgress())
 
     return calibrated
 
@@ -142,8 +142,9 @@ def test_a_layer_in_another_unit_gets_the_same_codes(
     with torch.no_grad():
         scaled.proj_out.weight.mul_(factor)
         scaled.proj_out.bias.mul_(factor)
+    run = CalibrationRun(adapter, captured, prompts)
     codes = [
-        calibrate(network, adapter, plan, captured, prompts, LEARNED, 0, NullProgress()).weights["proj_out"].codes
+        calibrate(network, plan, run, LEARNED, 0, NullProgress()).weights["proj_out"].codes
         for network in (model, scaled)
     ]
     # With a factor that is no power of two some scales, and so some codes, round differently.
@@ -206,7 +207,7 @@ def test_a_block_that_rounds_without_error_is_left_alone(
             weight.copy_(values[codes] / 16)
     method = LEARNED.model_copy(update={"scale_search": "absmax"})
     plan = replace(plan, layers=tuple(replace(layer, scales="channel") for layer in plan.layers))
-    result = calibrate(exact, adapter, plan, captured, prompts, method, 0, NullProgress())
+    result = calibrate(exact, plan, CalibrationRun(adapter, captured, prompts), method, 0, NullProgress())
     assert result.blocks[0].error_start == result.blocks[0].error_calibrated == 0.0
 
 
@@ -249,8 +250,9 @@ def test_batches_that_cannot_be_shared_out_are_refused(
         (10, 5): "24 captured inputs cannot be shared out evenly among 5 processes",
     }.items():
         method = LEARNED.model_copy(update={"batch_size": batch_size})
+        run = CalibrationRun(adapter, captured, prompts, shard=Shard(0, world))
         with pytest.raises(InputError, match=words):
-            calibrate(model, adapter, plan_for(), captured, prompts, method, 0, NullProgress(), shard=Shard(0, world))
+            calibrate(model, plan_for(), run, method, 0, NullProgress())
 
 
 def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
@@ -288,4 +290,6 @@ def test_more_processes_than_inputs_are_refused_by_each(
 ) -> None:
     for shard in (Shard(0, 1000), Shard(999, 1000)):
         with pytest.raises(InputError, match=r"calibration\.samples: 1000 processes have only "):
-            calibrate(model, adapter, plan_for(), captured, prompts, RTN, 0, NullProgress(), shard=shard)
+            calibrate(
+                model, plan_for(), CalibrationRun(adapter, captured, prompts, shard=shard), RTN, 0, NullProgress()
+            )
