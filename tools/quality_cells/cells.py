@@ -34,7 +34,7 @@ from exporter.source import Source, load_source
 from exporter.stages import capture, captured_inputs
 from exporter.workdir import name_for
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
-from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
+from tools.quality_cells.rows import HELD_OUT_SEED, SEEDS, Bits, Row
 
 _HELD_OUT_TRAJECTORIES = 16
 _DRIFT_SAMPLES = 64
@@ -96,6 +96,10 @@ class Laboratory:
         for name in ("recognised", "frechet"):
             found[name] = None if found[name] is None else Interval(**found[name])
         return Figures(**found)
+
+    def all_kept(self, row: Row, bits: Bits) -> list[Figures]:
+        """`kept` of the seeds that have been measured."""
+        return [figures for seed in SEEDS if (figures := self.kept(row, bits, seed)) is not None]
 
     def _keep(self, row: Row, bits: Bits, seed: int, figures: Figures) -> None:
         file = self._file(row, bits, seed)
