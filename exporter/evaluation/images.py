@@ -99,6 +99,6 @@ def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) 
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for model in models:
         (folder / model).mkdir(exist_ok=True)

@@ -89,7 +89,8 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
     facts = {"output": str(output), "scheduler": draw.scheduler, **asdict(settings), "batch": batch}
     if destination.suffix not in (PICTURE, LATENTS):
         file = destination / "samples.json"
-        write_text_atomically(file, json.dumps({**facts, "images": _rows(images, decibels)}, indent=1) + "\n")
+        text = json.dumps({**facts, "images": _rows(images, decibels)}, indent=1, allow_nan=False)
+        write_text_atomically(file, f"{text}\n")
         written.append(file)
     return SampleResult(tuple(written), kind.measure, decibels)
 

@@ -121,6 +121,7 @@ def test_folder_of_other_images_is_refused(
         (["--preset", "deepcompressor"], "holds 5 prompts, but preset deepcompressor draws from MJHQ-30K's"),
         (["--metrics", "psnr,fit"], "unknown metric 'fit'; did you mean 'fid'"),
         (["--reference-images", "nowhere"], "nowhere: no such folder"),
+        (["--guidance", "nan"], "--guidance': 'nan' is no finite number"),
         (["--python", "hpsv2"], "expected METRIC=PATH"),
         (["--python", "fid=python"], "'fid' runs in no process of its own"),
     ],

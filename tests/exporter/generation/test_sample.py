@@ -99,6 +99,9 @@ def test_lone_file_needs_only_a_pipeline_and_prompts(
         (["-o", "x.png", "--prompt", "a cat", "--prompts", "p.safetensors"], "not both"),
         (["-o", "x.png", "--negative-prompt", "fog"], "goes with --prompt"),
         (["-o", "x.png", "--steps", "0"], "0 is not in the range"),
+        (["-o", "x.png", "--guidance", "nan"], "--guidance': 'nan' is no finite number"),
+        (["-o", "x.png", "--guidance", "inf"], "--guidance': 'inf' is no finite number"),
+        (["-o", "x.png", "--guidance", "-1"], "-1.0 is not in the range"),
         (["-o", "x.png", "--steps", "1"], "take at least 2 steps"),
     ],
 )
