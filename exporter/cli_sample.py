@@ -40,7 +40,9 @@ turn. With --compare the original is drawn, too (its weights are needed): a pict
 @click.option("--scheduler", metavar="NAME", help="A diffusers scheduler, such as DDIMScheduler.")
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.")
 @GUIDANCE
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the first image (default: 0).")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", help="Seed of the first image (default: 0)."
+)
 @click.option("--batch", type=click.IntRange(1), default=4, metavar="N", help="Images drawn at once (default: 4).")
 @click.option("--compare", is_flag=True, help="Draw with the original, too, and show the pairs with their PSNR.")
 @click.option("--pipeline", metavar="DIR", help="The original's folder in diffusers' layout, instead of the recipe's.")

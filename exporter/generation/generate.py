@@ -58,7 +58,7 @@ def generate(
         # It takes a scheduler's second result then, which only distilled models' schedulers have.
         raise InputError("PixArtAlphaPipeline draws in one step with distilled models only; take at least 2 steps")
     wanted = {
-        **conditions.arguments(pipeline, [image.row for image in images]),
+        **conditions.arguments(pipeline, [image.row for image in images], guided=settings.guided),
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
         "generator": [torch.Generator().manual_seed(image.seed) for image in images],

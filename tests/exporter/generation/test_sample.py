@@ -99,6 +99,7 @@ def test_lone_file_needs_only_a_pipeline_and_prompts(
         (["-o", "x.png", "--prompt", "a cat", "--prompts", "p.safetensors"], "not both"),
         (["-o", "x.png", "--negative-prompt", "fog"], "goes with --prompt"),
         (["-o", "x.png", "--steps", "0"], "0 is not in the range"),
+        (["-o", "x.png", "--seed", str(2**64 - 1)], "18446744073709551615 is not in the range"),
         (["-o", "x.png", "--guidance", "nan"], "--guidance': 'nan' is no finite number"),
         (["-o", "x.png", "--guidance", "inf"], "--guidance': 'inf' is no finite number"),
         (["-o", "x.png", "--guidance", "-1"], "-1.0 is not in the range"),
@@ -133,12 +134,23 @@ def test_prompts_that_do_not_fit(
             **good,
             "prompt_attention_mask": torch.ones(3, 6),
         },
+        "p.safetensors: negative_prompt_embeds is missing": {
+            name: tensor for name, tensor in good.items() if not name.startswith("negative")
+        },
         "holds nothing that PixArtAlphaPipeline draws from": {"class_labels": torch.arange(2)},
     }
     for message, tensors in bad.items():
         save_file(tensors, tmp_path / "p.safetensors")
         words = [str(tiny_export), "-o", str(tmp_path / "x.png"), "--prompts", str(tmp_path / "p.safetensors")]
         assert message in _error(capsys, *words, "--quiet"), message
+
+
+def test_without_guidance_no_negative_prompt_is_needed(tiny_job: Path, tiny_export: Path, tmp_path: Path) -> None:
+    good = load_file(tiny_job / "prompts.safetensors")
+    positive = {name: tensor for name, tensor in good.items() if not name.startswith("negative")}
+    save_file(positive, tmp_path / "p.safetensors")
+    words = ["sample", str(tiny_export), "-o", str(tmp_path / "x.png"), "--prompts", str(tmp_path / "p.safetensors")]
+    assert main([*words, "--guidance", "1", "--steps", "2", "--quiet"]) == 0
 
 
 def test_a_file_of_another_model_is_not_drawn_with(
