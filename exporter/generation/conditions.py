@@ -108,7 +108,8 @@ def class_labels(labels: Sequence[int]) -> Embedded:
 def read_conditions(path: Path) -> Embedded:
     """The embeddings in a safetensors file as `fp4export embed` or the pipeline's `encode_prompt` give them.
 
-    Raises `InputError` for a file that is missing or holds no prompts, or whose tensors do not belong together.
+    Raises `InputError` for a file that is missing or holds no prompts, or whose tensors do not belong together or are
+    not finite.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file with {_PROMPT_EMBEDS} [prompts, …]")
@@ -122,6 +123,8 @@ def read_conditions(path: Path) -> Embedded:
     for name, tensor in tensors.items():
         if tensor.ndim == 0 or len(tensor) not in ((1, count) if name.startswith("negative_") else (count,)):
             raise InputError(f"{path}: {name} is {list(tensor.shape)}, but {first} has {count} rows")
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} holds NaN or infinite numbers; make the file again with fp4export embed")
     labels = tensors.get(CLASS_LABELS)
     if labels is not None and (labels.ndim != 1 or labels.dtype not in _INTEGERS):
         dtype = str(labels.dtype).removeprefix("torch.")

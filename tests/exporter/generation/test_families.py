@@ -15,7 +15,7 @@ from torch import nn
 from exporter.errors import InputError
 from exporter.evaluation.job import EvaluateOptions, conditions_of
 from exporter.gate.snr import snr_db
-from exporter.generation.conditions import Embedded, Texts
+from exporter.generation.conditions import Embedded, Texts, read_conditions
 from exporter.generation.generate import Image, Settings, generate
 from exporter.generation.pipelines import PIPELINES, PipelineFolder, open_pipeline
 from exporter.generation.source import DrawingDefaults, DrawingSource
@@ -83,6 +83,28 @@ def test_parts_that_are_stored_in_fp16_draw_with_the_original_in_fp32(tmp_path: 
     drawn = generate(pipeline, Texts(("a red fox",)), [Image(0, 1)], Settings(2, 4.0, (8, 8)))
     assert drawn.shape == (1, 3, 8, 8)
     assert bool(drawn.isfinite().all())
+
+
+def test_no_picture_is_made_of_numbers_that_are_not_finite(pipeline_folder: Path, tiny_job: Path) -> None:
+    """A model that loses its numbers in the second step, then an autoencoder that has none."""
+    model = load_transformer(pipeline_folder / "transformer", PixArtAdapter(), None)
+    folder = PipelineFolder(pipeline_folder, None)
+    conditions = read_conditions(tiny_job / "prompts.safetensors")
+    images, settings = [Image(1, 5), Image(0, 6)], Settings(3, 4.5, (4, 4))
+    pipeline = open_pipeline(folder, model, "DDIMScheduler", 3, LINEAR_NOISE)
+    assert bool(generate(pipeline, conditions, images, settings).isfinite().all())
+
+    def lose(_module: nn.Module, _args: object, kwargs: dict[str, torch.Tensor], output: tuple[torch.Tensor]) -> None:
+        # Rows: both without their prompts, then both with them.
+        output[0][3, 0] += torch.where(kwargs["timestep"][0] < 500, torch.inf, 0.0)
+
+    hook = model.register_forward_hook(lose, with_kwargs=True)
+    with pytest.raises(InputError, match=r"^the original: prompt 0, seed 6: the noise prediction .* in step 2 of 3; "):
+        generate(pipeline, conditions, images, settings)
+    hook.remove()
+    torch.nn.init.constant_(pipeline.vae.decoder.conv_out.bias, torch.nan)
+    with pytest.raises(InputError, match=r"^prompt 1, seed 5: the noise predictions are finite.*autoencoder \(vae/\)"):
+        generate(pipeline, conditions, images, settings)
 
 
 def test_dit_draws_classes_by_their_numbers(tmp_path: Path) -> None:

@@ -134,6 +134,15 @@ def test_prompts_that_do_not_fit(
             **good,
             "prompt_attention_mask": torch.ones(3, 6),
         },
+        "p.safetensors: prompt_embeds holds NaN or infinite numbers": {
+            **good,
+            "prompt_embeds": good["prompt_embeds"] / torch.tensor([1.0, 0.0])[:, None, None],
+        },
+        # Finite, but not in the model; the second image alone.
+        "tiny.onnx: prompt 1, seed 1: the noise prediction is NaN or infinite in step 1 of 3; fp4export bisect": {
+            **good,
+            "prompt_embeds": good["prompt_embeds"] * torch.tensor([1.0, 1e38])[:, None, None],
+        },
         "p.safetensors: negative_prompt_embeds is missing": {
             name: tensor for name, tensor in good.items() if not name.startswith("negative")
         },
@@ -143,6 +152,7 @@ def test_prompts_that_do_not_fit(
         save_file(tensors, tmp_path / "p.safetensors")
         words = [str(tiny_export), "-o", str(tmp_path / "x.png"), "--prompts", str(tmp_path / "p.safetensors")]
         assert message in _error(capsys, *words, "--quiet"), message
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_without_guidance_no_negative_prompt_is_needed(tiny_job: Path, tiny_export: Path, tmp_path: Path) -> None:
