@@ -197,6 +197,7 @@ def test_every_end_has_its_code_and_one_line(
         (["digitz", "-o", "out.onnx"], "digitz: no such recipe; did you mean 'digits'?"),
         (["r.yaml", "-o", "out.trt"], "out.trt: unknown suffix '.trt'; an output ends in .onnx"),
         (["r.yaml", "-o", "out"], "no suffix"),
+        (["ranges", "r.yaml", "-o", "out.bundle"], "out.bundle: ranges are measured for one target: -o NAME.onnx"),
         (["r.yaml", "-o", "out.onnx", "--target", "rtx-sm89"], "target rtx-sm89 is written as .plan or .engine"),
         (["r.yaml", "-o", "out.plan", "--target", "cpu"], "target cpu is written as .onnx"),
         (["r.yaml", "-o", "out.plan", "--target", "rtx"], "unknown target 'rtx'"),
