@@ -92,7 +92,7 @@ def evaluate(
         steps=steps,
         guidance=guidance,
         batch=batch,
-        metrics=tuple(metrics.split(",")) if metrics else None,
+        metrics=tuple(name.strip() for name in metrics.split(",")) if metrics else None,
         references=Path(references) if references else None,
         pipeline=Path(pipeline) if pipeline else None,
         device=device,

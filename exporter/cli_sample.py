@@ -19,8 +19,9 @@ Examples:
   fp4export sample pixart.onnx -o cat.png --prompt "a cat" --pipeline PixArt-XL-2-512x512
   fp4export sample pixart.plan -o latents.safetensors --prompts embeddings.safetensors
 
-A folder gets one PNG for every image and samples.json with its seed; image i has the seed --seed + i and prompt i, in
-turn. With --compare the original is drawn, too (its weights are needed): a picture of all pairs, with the PSNR of each.
+A folder gets one PNG for every image, as soon as its batch is drawn, and samples.json with its seed; image i has the
+seed --seed + i and prompt i, in turn. With --compare the original is drawn, too (its weights are needed): a picture of
+all pairs, with the PSNR of each.
 """
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exporter.errors import InputError
 from exporter.generation.conditions import Conditions
+from exporter.runtime.engine import Engine
 from exporter.runtime.transformer import EngineTransformer
 
 
@@ -25,8 +26,13 @@ class Settings:
 
     @property
     def guided(self) -> bool:
-        """Whether every image costs two rows of a batch."""
+        """Whether there is guidance."""
         return self.guidance > 1.0
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a batch an image takes: guided, one without its prompt and one with it."""
+        return 2 if self.guided else 1
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,19 @@ def generate(
 ) -> Tensor:
     """Draw `images` as one batch: float32 [n, 3, H, W] from 0 to 1 with an autoencoder, else latents [n, C, h, w].
 
-    Every image draws all its noise from a CPU generator of its own. `on_step` is called after each of the
-    transformer's calls. Raises `InputError` for prompts that do not fit the model, and where numbers stop being finite.
+    Every image draws all its noise from a CPU generator of its own. Where an engine takes no batch as small, the last
+    image is drawn several times, and kept once. `on_step` is called after each of the transformer's calls. Raises
+    `InputError` for prompts that do not fit the model, and where numbers stop being finite.
     """
     decodes = getattr(pipeline, "vae", None) is not None
-    arguments = _arguments(pipeline, conditions, images, settings, decodes=decodes)
+    transformer, least = pipeline.transformer, 1
+    if isinstance(transformer, EngineTransformer):
+        least = _images_for(transformer.engine.smallest_batch, settings)
+    batch = [*images, *[images[-1]] * (least - len(images))]
+    arguments = _arguments(pipeline, conditions, batch, settings, decodes=decodes)
     hooks = [
-        pipeline.transformer.register_forward_pre_hook(_in_its_type, with_kwargs=True),
-        pipeline.transformer.register_forward_hook(_Predictions(images, settings.steps, on_step), with_kwargs=True),
+        transformer.register_forward_pre_hook(_in_its_type, with_kwargs=True),
+        transformer.register_forward_hook(_Predictions(batch, settings.steps, on_step), with_kwargs=True),
     ]
     try:
         result: Tensor = pipeline(**arguments)[0]
@@ -66,7 +77,7 @@ def generate(
     finally:
         for hook in hooks:
             hook.remove()
-    drawn = result.float().cpu()
+    drawn = result.float().cpu()[: len(images)]
     lost = _first_not_finite(drawn)
     if lost is not None:
         raise InputError(
@@ -161,14 +172,21 @@ def batches(images: Sequence[Image], size: int) -> list[Sequence[Image]]:
     return [images[start : start + size] for start in range(0, len(images), size)]
 
 
-def largest_batch(wanted: int, engine_limit: int | None, settings: Settings) -> int:
-    """How many images to draw at once: `wanted`, as far as the engine takes them.
+def fitting_batch(wanted: int, engine: Engine, settings: Settings) -> int:
+    """How many images to draw at once: `wanted`, or the nearest number of which the engine takes the batch.
 
-    Raises `InputError` for an engine that takes not even one guided image.
+    Raises `InputError` for an engine that takes no whole number of guided images.
     """
-    if engine_limit is None:
-        return wanted
-    fitting = engine_limit // 2 if settings.guided else engine_limit
-    if fitting < 1:
-        raise InputError("the engine takes a batch of 1, and a guided image needs 2; build it for larger batches")
-    return min(wanted, fitting)
+    least = _images_for(engine.smallest_batch, settings)
+    if engine.largest_batch is None:
+        return max(wanted, least)
+    most = engine.largest_batch // settings.rows
+    if most < least:
+        takes = f"{engine.smallest_batch} to {engine.largest_batch}"
+        raise InputError(f"{engine.name}: takes batches of {takes}, and a guided image is 2; build it for larger ones")
+    return min(max(wanted, least), most)
+
+
+def _images_for(batch: int, settings: Settings) -> int:
+    """The fewest images that make a batch of at least so many rows."""
+    return -(-batch // settings.rows)

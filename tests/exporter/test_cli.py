@@ -184,6 +184,13 @@ def test_every_end_has_its_code_and_one_line(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_only_commands_that_go_on_say_so(folder: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out.onnx").write_bytes(b"")
+    pipeline.end = raising(KeyboardInterrupt())
+    assert main(["validate", "out.onnx"]) == 130
+    assert capsys.readouterr().err.strip() == "error: interrupted"
+
+
 @pytest.mark.usefixtures("folder", "pipeline")
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -16,7 +17,7 @@ from exporter.errors import InputError
 from exporter.evaluation.job import EvaluateOptions, conditions_of
 from exporter.gate.snr import snr_db
 from exporter.generation.conditions import Embedded, Texts, read_conditions
-from exporter.generation.generate import Image, Settings, generate
+from exporter.generation.generate import Image, Settings, fitting_batch, generate
 from exporter.generation.pipelines import PIPELINES, PipelineFolder, open_pipeline
 from exporter.generation.source import DrawingDefaults, DrawingSource
 from exporter.models.adapter import LINEAR_NOISE
@@ -26,8 +27,18 @@ from exporter.models.loading import load_transformer
 from exporter.models.location import find_model
 from exporter.models.pixart import PixArtAdapter
 from exporter.runtime import EngineTransformer
+from exporter.runtime.engine import Buffers, Engine, Shapes
+from exporter.runtime.signature import TensorSpec
 from exporter.to_onnx import to_onnx
-from tests.exporter.models.small_families import HUNYUAN_KEYS, SIDE, T5_TOKENS, hunyuan, prompt_tensors
+from tests.exporter.models.small_families import (
+    HUNYUAN_KEYS,
+    PIXART_KEYS,
+    SIDE,
+    T5_TOKENS,
+    hunyuan,
+    pixart,
+    prompt_tensors,
+)
 from tests.exporter.test_embed import pixart as pixart_with_encoder
 
 CLASSES = 1000
@@ -105,6 +116,47 @@ def test_no_picture_is_made_of_numbers_that_are_not_finite(pipeline_folder: Path
     torch.nn.init.constant_(pipeline.vae.decoder.conv_out.bias, torch.nan)
     with pytest.raises(InputError, match=r"^prompt 1, seed 5: the noise predictions are finite.*autoencoder \(vae/\)"):
         generate(pipeline, conditions, images, settings)
+
+
+class _Narrow(Engine):
+    """The torch model, with 4 to 7 rows as the only batches, as an engine's profile may have it."""
+
+    smallest_batch, largest_batch = 4, 7
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        names = PixArtAdapter().input_names(model)
+        inputs = tuple(TensorSpec(name, None, ("batch",)) for name in names)
+        super().__init__("narrow.plan", inputs, TensorSpec("sample", None, ("batch",)), torch.device("cpu"))
+
+    def _bind(self, inputs: Shapes, output: tuple[int, ...]) -> Buffers:
+        raise NotImplementedError
+
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        assert self.smallest_batch <= len(tensors["hidden_states"]) <= self.largest_batch
+        predicted: torch.Tensor = self._model(**tensors, return_dict=False)[0]
+        return predicted
+
+
+def test_a_batch_too_small_for_the_engine_is_filled_up(tmp_path: Path) -> None:
+    model = pixart()
+    engine = _Narrow(model)
+    conditions = Embedded(Path("test"), prompt_tensors(PIXART_KEYS))
+    folder, images = PipelineFolder(tmp_path, None), [Image(0, 1), Image(1, 2), Image(0, 3)]
+    drawn = []
+    for guidance, fitting in ((4.0, (2, 3)), (1.0, (4, 7))):
+        settings = Settings(2, guidance, (SIDE, SIDE))
+        assert tuple(fitting_batch(wanted, engine, settings) for wanted in (1, 9)) == fitting
+        for transformer in (EngineTransformer(engine, {**model.config, "_class_name": type(model).__name__}), model):
+            pipeline = open_pipeline(folder, transformer, "DDIMScheduler", 2, LINEAR_NOISE)
+            drawn.append(
+                torch.cat([generate(pipeline, conditions, part, settings) for part in (images[:2], images[2:])])
+            )
+            assert len(drawn[-1]) == len(images)
+        torch.testing.assert_close(drawn[-2], drawn[-1], atol=1e-3, rtol=1e-3)
+    engine.smallest_batch = engine.largest_batch = 3
+    with pytest.raises(InputError, match=r"narrow\.plan: takes batches of 3 to 3, and a guided image is 2"):
+        fitting_batch(1, engine, Settings(2, 4.0, (SIDE, SIDE)))
 
 
 def test_dit_draws_classes_by_their_numbers(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
+from exporter.generation.sample import SampleOptions, sample_output
 from tests.exporter.models.small_families import hunyuan
+from tests.exporter.progresses import InterruptedProgress
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -42,6 +44,17 @@ def test_folder_gets_one_image_a_prompt_from_its_own_seed(tiny_export: Path, tmp
     assert main([*common, "-o", str(tmp_path / "b"), "--count", "1", "--seed", "6"]) == 0
     assert (tmp_path / "b" / "00000.png").read_bytes() == (tmp_path / "a" / "00002.png").read_bytes()
     assert not np.array_equal(_pixels(tmp_path / "a" / "00000.png"), _pixels(tmp_path / "a" / "00002.png"))
+
+
+def test_what_was_drawn_before_an_interruption_is_kept(tiny_export: Path, tmp_path: Path) -> None:
+    """Without samples.json, which says what all images of the folder are."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "samples.json").write_text("of an earlier run")
+    options = SampleOptions(count=3, batch=1, steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        sample_output(tiny_export, folder, options, InterruptedProgress(steps=5))
+    assert sorted(file.name for file in folder.iterdir()) == ["00000.png", "00001.png"]
 
 
 def test_comparison_shows_both_and_says_how_far_apart(
@@ -93,6 +106,7 @@ def test_lone_file_needs_only_a_pipeline_and_prompts(
     [
         (["-o", "x.jpg"], "expected a folder, NAME.png or NAME.safetensors"),
         (["-o", "nowhere/x.png"], "mkdir -p nowhere"),
+        (["-o", "../folder.png"], "../folder.png: is a folder; give another NAME.png"),
         (["-o", "x.png", "--scheduler", "DDIMSchedular"], "did you mean 'DDIMScheduler'"),
         (["-o", "x.png", "--prompts", "none.safetensors"], "no such file"),
         (["-o", "x.png", "--prompt", "a cat"], "holds no text encoder"),
@@ -114,9 +128,11 @@ def test_bad_words(
     words: list[str],
     message: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert message in _error(capsys, str(tiny_export), *words)
-    assert list(tmp_path.iterdir()) == []
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_prompts_that_do_not_fit(
