@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from exporter import recipe
+from exporter.layer_section import LayerRule
 from exporter.presets import PRESETS, LayerScheme, preset_scheme, resolve_rule
-from exporter.recipe import LayerRule
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, FORMATS, WEIGHT_FORMATS
 
