@@ -161,6 +161,8 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn, round_res
         elif rounding is not None:
             node.inputs.clear()
             node.outputs.clear()
+            # Inference does not find it through the reshapes of groups; attention is looked for by it.
+            rounding.y.shape = rounding.x.shape
             new = round_result(rounding, splicer)
         lowered += bool(new)
         nodes += new or [node]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from plugins.block_quantize.function_body import append_grouped, append_ungrouped
+from plugins.block_quantize.function_body import append_grouped
 from plugins.body import Body
 from plugins.float_quantize.function_body import append_online
 from plugins.formats import Format
@@ -26,4 +26,4 @@ def append_fake_quantize(
         values, scales = online(body, grouped)
     product = body.op("Mul", values, scales, output=None if group_size else output)
     if group_size:
-        append_ungrouped(body, product, output)
+        body.op("Reshape", product, body.op("Shape", x), output=output)

@@ -126,7 +126,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
         ("layers=[{match: a, weight: none, activation: e2m3}]", "keeps the layer in high precision"),
         (
             "layers=[{match: a, weight: none, low_rank: 8}]",
-            "keeps the layer in high precision: drop low_rank and hadamard",
+            "keeps the layer in high precision: drop low_rank, hadamard and output",
         ),
         ("layers=[{match: a, hadamard: 32}]", r"layers\[0\]\.hadamard: unknown hadamard 32; valid: 0, 4, 16, 64, 256"),
         ("method.balance=2", r"method\.balance: unknown balance 2; valid: false, true, exact"),
