@@ -148,11 +148,11 @@ def transforms_text(layers: Sequence[LayerPlan]) -> str:
     """How many layers read a rotated input, have a branch of low rank, and round their result; "" where none does."""
     rotated = sum(bool(layer.hadamard) for layer in layers)
     branched = sum(bool(layer.low_rank) for layer in layers)
-    rounding = sum(layer.output_format != HIGH_PRECISION for layer in layers)
+    results = Counter(_result_text(layer) for layer in layers if layer.output_format != HIGH_PRECISION)
     parts = (
         f"{rotated} rotated" * bool(rotated),
         f"{branched} with a branch of low rank" * bool(branched),
-        f"{rounding} with a quantized result" * bool(rounding),
+        *(f"{count} with a result in {result}" for result, count in results.items()),
     )
     return ", ".join(part for part in parts if part)
 
@@ -188,9 +188,12 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
 
 def _activations_text(layer: LayerPlan) -> str:
     rotation = f", rotated by {layer.hadamard}" if layer.hadamard else ""
-    group = f" in groups of {layer.output_group}" if layer.output_group else ""
-    result = "" if layer.output_format == HIGH_PRECISION else f"; result {layer.output_format}{group}"
+    result = "" if layer.output_format == HIGH_PRECISION else f", result {_result_text(layer)}"
     return f"{layer.activation_format}{rotation}{result}"
+
+
+def _result_text(layer: LayerPlan) -> str:
+    return layer.output_format + (f"/{layer.output_group}" if layer.output_group else "")
 
 
 def _high_precision_table(plan: Plan) -> Table:
