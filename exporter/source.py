@@ -33,6 +33,7 @@ from exporter.plan import Plan, plan_layers
 from exporter.quality import class_accuracy
 from exporter.recipe import Recipe
 from exporter.sampling import transformer_inputs
+from exporter.shards import Shard
 
 # Inputs, targets and outputs.
 _BLOCK_COPIES = 3
@@ -71,11 +72,20 @@ class Source:
         inputs = transformer_inputs(latents, timesteps, torch.arange(batch) % self.prompts.count, self.prompts)
         return self.adapter.with_conditions(self.model, inputs)
 
-    def calibration_run(self, captured: CalibrationSet, weights: Tensor | None = None) -> CalibrationRun:
-        """The captured inputs through the model, where calibration computes; `weights` are what samples count."""
-        place = self.placement
+    def calibration_run(
+        self, captured: CalibrationSet, weights: Tensor | None = None, shard: Shard | None = None
+    ) -> CalibrationRun:
+        """The captured inputs through the model, where calibration computes; `weights` are what samples count. Without
+        a `shard` this process has all of them."""
         return CalibrationRun(
-            self.adapter, captured, self.prompts, limit=place.limit(), placement=place, weights=weights
+            self.adapter,
+            captured,
+            self.prompts,
+            self.store,
+            self.placement.limit(),
+            shard or Shard(),
+            self.placement,
+            weights,
         )
 
     def layer_facts(self) -> list[dict[str, object]]:

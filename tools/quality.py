@@ -19,6 +19,7 @@ from exporter.files import write_text_atomically
 from exporter.progress import RichProgress
 from tools.marked_section import marked_sections
 from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.chart import draw
 from tools.quality_cells.page import markdown
 from tools.quality_cells.rows import BITS, ROWS, SEEDS
 
@@ -60,6 +61,7 @@ def main(
             for row in ROWS:
                 if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)):
                     laboratories[model].cell(row, width, seed, samples if seed == SEEDS[0] else 0)
+    draw(laboratories["digits"], output.with_suffix(".svg"))
     sections = marked_sections(output) if output.is_file() else []
     page = markdown(laboratories["digits"], laboratories["shapes"]).rstrip()
     write_text_atomically(output, "\n\n".join([page, *sections]) + "\n")

@@ -18,6 +18,7 @@ from exporter.rounding import round_to_format
 from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
+from tools.quality_cells.chart import draw
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
@@ -95,6 +96,17 @@ def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
     assert cells[1:4] == ["41.0 ± 1.4", "30.0 ± 0.0", "25.0 ± 0.0"]
     assert "| round to nearest | – | +3.5 | – | – |" in page
     assert cells[4:] == ["99.0 % (98.0 … 100.0)", "0.500 (0.250 … 0.750)", "7", "2"]
+
+
+def test_the_chart_has_a_dot_for_every_cell_that_is_kept(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, tmp_path / "cells", NullProgress())
+    pictures = []
+    for snr in (40.0, 40.0, 45.0):
+        laboratory._keep(ROWS[0], W4A6, SEEDS[1], Figures(snr, 30.0, 25.0, 7.0))
+        laboratory._keep(ROWS[-1], W4A6, SEEDS[0], Figures(50.0, 30.0, 25.0, 7.0))
+        draw(laboratory, tmp_path / "chart.svg")
+        pictures.append((tmp_path / "chart.svg").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_cells_of_other_settings_are_not_taken(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ from exporter.job import Job, open_job
 from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
-from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
+from exporter.quantize import load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
 from exporter.stages import capture, captured_inputs
 from exporter.workdir import name_for
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
-from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
+from tools.quality_cells.rows import HELD_OUT_SEED, SEEDS, Bits, Row
 
 _HELD_OUT_TRAJECTORIES = 16
 _DRIFT_SAMPLES = 64
@@ -97,6 +97,10 @@ class Laboratory:
             found[name] = None if found[name] is None else Interval(**found[name])
         return Figures(**found)
 
+    def all_kept(self, row: Row, bits: Bits) -> list[Figures]:
+        """`kept` of the seeds that have been measured."""
+        return [figures for seed in SEEDS if (figures := self.kept(row, bits, seed)) is not None]
+
     def _keep(self, row: Row, bits: Bits, seed: int, figures: Figures) -> None:
         file = self._file(row, bits, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -134,17 +138,8 @@ class Laboratory:
         file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
         seconds = file.with_suffix(".seconds")
         if not seconds.is_file():
-            result: CalibrationResult = calibrate(
-                source.model,
-                source.adapter,
-                source.plan,
-                captured,
-                source.prompts,
-                job.recipe.method,
-                seed,
-                NullProgress(),
-                sample_weights=sample_weights(job, source, captured),
-            )
+            run = source.calibration_run(captured, sample_weights(job, source, captured))
+            result = calibrate(source.model, source.plan, run, job.recipe.method, seed, NullProgress())
             file.parent.mkdir(exist_ok=True)
             save_quantized(file, result, source.plan)
             write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")

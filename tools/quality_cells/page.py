@@ -47,7 +47,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
 
 def table(laboratory: Laboratory, bits: Bits) -> str:
     """Every method at these bits that has been measured."""
-    lines = [line for row in ROWS if (line := _line(row, _found(laboratory, row, bits)))]
+    lines = [line for row in ROWS if (line := _line(row, laboratory.all_kept(row, bits)))]
     return "\n".join([_HEADING, *lines]) if lines else _NOTHING
 
 
@@ -66,10 +66,6 @@ def comparison(laboratory: Laboratory) -> str:
 
 def _row(key: str) -> Row:
     return next(row for row in ROWS if row.key == key)
-
-
-def _found(laboratory: Laboratory, row: Row, bits: Bits) -> list[Figures]:
-    return [figures for seed in SEEDS if (figures := laboratory.kept(row, bits, seed)) is not None]
 
 
 def _line(row: Row, found: Sequence[Figures]) -> str:

@@ -39,6 +39,7 @@ _GPTQ = ("method.name=gptq",)
 _LEARNED = ("method.name=fp4dit", "method.iterations=250")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
+_BEST = ("method.name=fp4dit", "method.start=gptq", "method.iterations=1000", "method.learning_rate=0.01")
 _ROTATED = (("*.ff.net.2", "hadamard: 64"),)
 # What attention reads, on the activations' grid; heads of both models are 64 wide.
 _ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
@@ -97,6 +98,7 @@ ROWS = (
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
+    Row("fp_best", "floats, the same with 1000 iterations (ours, `best`)", "floats", _BEST, balance=True),
     Row(
         "mixed", "float weights, integer activations, balanced, GPTQ, then AdaRound", "mixed", _FROM_GPTQ, balance=True
     ),

@@ -38,7 +38,7 @@ Calibrator = Callable[..., CalibrationResult]
 @pytest.fixture
 def run(model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts) -> Calibrator:
     def calibrated(plan: Plan, method: MethodSection, seed: int = 0) -> CalibrationResult:
-        return calibrate(model, adapter, plan, captured, prompts, method, seed, NullProgress())
+        return calibrate(model, plan, CalibrationRun(adapter, captured, prompts), method, seed, NullProgress())
 
     return calibrated
 
@@ -143,8 +143,9 @@ def test_a_layer_in_another_unit_gets_the_same_codes(
     with torch.no_grad():
         scaled.proj_out.weight.mul_(factor)
         scaled.proj_out.bias.mul_(factor)
+    run = CalibrationRun(adapter, captured, prompts)
     codes = [
-        calibrate(network, adapter, plan, captured, prompts, LEARNED, 0, NullProgress()).weights["proj_out"].codes
+        calibrate(network, plan, run, LEARNED, 0, NullProgress()).weights["proj_out"].codes
         for network in (model, scaled)
     ]
     # With a factor that is no power of two some scales, and so some codes, round differently.
@@ -207,7 +208,7 @@ def test_a_block_that_rounds_without_error_is_left_alone(
             weight.copy_(values[codes] / 16)
     method = LEARNED.model_copy(update={"scale_search": "absmax"})
     plan = replace(plan, layers=tuple(replace(layer, scales="channel") for layer in plan.layers))
-    result = calibrate(exact, adapter, plan, captured, prompts, method, 0, NullProgress())
+    result = calibrate(exact, plan, CalibrationRun(adapter, captured, prompts), method, 0, NullProgress())
     assert result.blocks[0].error_start == result.blocks[0].error_calibrated == 0.0
 
 
@@ -236,14 +237,14 @@ def test_rounding_is_learned_on_quantized_results_where_activations_are_quantize
     plan = plan_for("transformer_blocks.0.attn1.to_", activation="e4m3")
     names = {layer.name: replace(layer, name=f"{layer.name}.linear") for layer in plan.layers}
     rounded = [replace(layer, output_format="e2m1", output_group=16) for layer in names.values()]
-    changed = with_transforms(model, rounded, {})
+    changed, calibration = with_transforms(model, rounded, {}), CalibrationRun(adapter, captured, prompts)
     found = {}
     for quantizes in (False, True):
         method = LEARNED.model_copy(update={"iterations": 2, "quantize_activations": quantizes})
         for layers in (tuple(names.values()), tuple(rounded)):
             results = replace(plan, layers=layers)
             found[quantizes, layers[0].output_format] = calibrate(
-                changed, adapter, results, captured, prompts, method, 0, NullProgress()
+                changed, results, calibration, method, 0, NullProgress()
             )
     assert _same(found[False, "none"], found[False, "e2m1"])
     # What the block's output loses to its quantized results is part of its error, or is not.
@@ -272,8 +273,9 @@ def test_batches_that_cannot_be_shared_out_are_refused(
         (10, 5): "24 captured inputs cannot be shared out evenly among 5 processes",
     }.items():
         method = LEARNED.model_copy(update={"batch_size": batch_size})
+        run = CalibrationRun(adapter, captured, prompts, shard=Shard(0, world))
         with pytest.raises(InputError, match=words):
-            calibrate(model, adapter, plan_for(), captured, prompts, method, 0, NullProgress(), shard=Shard(0, world))
+            calibrate(model, plan_for(), run, method, 0, NullProgress())
 
 
 def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
@@ -311,4 +313,6 @@ def test_more_processes_than_inputs_are_refused_by_each(
 ) -> None:
     for shard in (Shard(0, 1000), Shard(999, 1000)):
         with pytest.raises(InputError, match=r"calibration\.samples: 1000 processes have only "):
-            calibrate(model, adapter, plan_for(), captured, prompts, RTN, 0, NullProgress(), shard=shard)
+            calibrate(
+                model, plan_for(), CalibrationRun(adapter, captured, prompts, shard=shard), RTN, 0, NullProgress()
+            )

@@ -16,6 +16,7 @@ from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import UnitFiles
 from exporter.calibration.input_statistics import InputStatistics, InputSums
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
 from exporter.method_section import MethodSection
@@ -120,7 +121,9 @@ def _calibrate(shard: Shard, folder: Path) -> dict[str, torch.Tensor]:
     if shard.is_first:
         units.begin()
     shard.wait()
-    result = calibrate(model, _Adapter(), plan, captured, prompts, method, 0, NullProgress(), units, shard=shard)
+    result = calibrate(
+        model, plan, CalibrationRun(_Adapter(), captured, prompts, shard=shard), method, 0, NullProgress(), units
+    )
     errors = torch.tensor([(block.error_start, block.error_calibrated) for block in result.blocks[-2:]])
     return {"block errors": errors} | {
         f"block {block} codes": torch.stack([result.weights[f"blocks.{block}.{layer}"].codes for layer in (0, 2)])
