@@ -43,6 +43,8 @@ _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
 _BEST = ("method.name=fp4dit", "method.start=gptq", "method.iterations=1000", "method.learning_rate=0.01")
 _ROTATED = (("*.ff.net.2", "hadamard: 64"),)
+# What attention reads, on the activations' grid; heads of both models are 64 wide.
+_ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
 _WEIGHTED = "method.step_weights=trajectory"
 _JOINT = "method.quantize_activations=true"
 _ABSMAX = "method.scale_search=absmax"
@@ -54,8 +56,9 @@ _CHOSEN = ("e2m1",)
 class Row:
     """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
     ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by
-    pattern. `zero_points`: integer activations have a zero point per token. `published_loop`: the weights come from
-    `calibrate_as_published` instead of the recipe's method."""
+    pattern, where {activation} stands for the activations' format. `zero_points`: integer activations have
+    a zero point per token. `published_loop`: the weights come from `calibrate_as_published` instead of the recipe's
+    method."""
 
     key: str
     title: str
@@ -77,7 +80,8 @@ class Row:
         if self.formats == "auto" and weight in _CHOSEN:
             weight = "auto"
         formats = f"weight: {weight}, activation: {activation}, {self._grouping}"
-        rules = [f"{{match: '{match}', {formats}, {transform}}}" for match, transform in self.transforms]
+        transforms = [(match, transform.format(activation=activation)) for match, transform in self.transforms]
+        rules = [f"{{match: '{match}', {formats}, {transform}}}" for match, transform in transforms]
         if all(match != _ALL for match, _ in self.transforms):
             rules.append(f"{{match: '{_ALL}', {formats}}}")
         if self.formats == "published":
@@ -117,6 +121,7 @@ _VARIANTS = (
     Row("fp_exact", "floats, `default`, balanced by powers of two", "floats", _FROM_GPTQ, balance="exact"),
     Row("fp_weighted", "floats, `default`, steps weighted", "floats", (*_FROM_GPTQ, _WEIGHTED), balance=True),
     Row("fp_auto", "floats, `default`, formats chosen", "auto", _FROM_GPTQ, balance=True),
+    Row("fp_qkv", "floats, `fast`, Q, K and V quantized per token and head", "floats", _GPTQ, True, _ATTENTION),
     Row("fp_hadamard", "floats, `fast`, `hadamard: 64` in `*.ff.net.2`", "floats", _GPTQ, True, _ROTATED),
     Row("fp_low_rank_4", "floats, `fast`, `low_rank: 4`", "floats", _GPTQ, True, ((_ALL, "low_rank: 4"),)),
     Row("fp_low_rank_16", "floats, `fast`, `low_rank: 16`", "floats", _GPTQ, True, ((_ALL, "low_rank: 16"),)),
