@@ -1,4 +1,4 @@
-"""Results of layers that are quantized: recorded of the torch model, and compared on the same numbers bit for bit."""
+"""Outputs of layers that are quantized: recorded of the torch model, and compared on the same numbers bit for bit."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from exporter.output_quantizer import OutputQuantizer
 from exporter.passes.layer_table import OutputEntry
 from plugins.formats import get_format
 
-# Tokens of each result that are compared: a quantizer has no weights that only some of them would show.
+# Tokens of each output that are compared: a quantizer has no weights that only some of them would show.
 TOKEN_ROWS = 64
 
 
 @dataclass
-class LayerResults:
+class LayerOutputs:
     """Token rows of what every `OutputQuantizer` reads, rounded to `compute`, gathered over several batches."""
 
     modules: dict[str, OutputQuantizer]
@@ -43,7 +43,7 @@ class LayerResults:
     ranks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LayerResults:
+    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LayerOutputs:
         """For `model`, which is going to run `batches` times."""
         modules = {module.layer: module for module in model.modules() if isinstance(module, OutputQuantizer)}
         return cls(modules, max(1, TOKEN_ROWS // batches), compute)
@@ -65,14 +65,14 @@ class LayerResults:
         self.ranks[module.layer] = args[0].ndim
 
     def records(self) -> Iterator[OutputRecord]:
-        """One record per result, in the order in which they were first made."""
+        """One record per output, in the order in which they were first made."""
         for layer, rows in self.rows.items():
             module, x = self.modules[layer], torch.cat(rows)
             values, scales = map(as_array, module.quantize(x))
             yield OutputRecord(layer, module.format, self.ranks[layer], as_array(x), values, scales)
 
 
-def compare_results(
+def compare_outputs(
     model: onnx.ModelProto,
     entries: Sequence[OutputEntry],
     records: Sequence[OutputRecord],
@@ -81,10 +81,10 @@ def compare_results(
     *,
     optimized: bool,
 ) -> tuple[GateRow, ...]:
-    """Cut `model` around every quantizer of a result, write the cut graph to `path`, run it and compare.
+    """Cut `model` around every quantizer of an output, write the cut graph to `path`, run it and compare.
 
     Raises:
-        FidelityError: the graph quantizes other results than the reference, or cannot be run.
+        FidelityError: the graph quantizes other outputs than the reference, or cannot be run.
     """
     by_layer = {record.layer: record for record in records}
     _check_layers({entry.layer for entry in entries}, by_layer, stage)
@@ -100,14 +100,14 @@ def compare_results(
 def _check_layers(present: set[str], records: Mapping[str, OutputRecord], stage: Stage) -> None:
     for layer in records:
         if layer not in present:
-            raise FidelityError(f"{stage} graph: the quantizer of {layer}'s result is missing")
+            raise FidelityError(f"{stage} graph: the quantizer of {layer}'s output is missing")
     for layer in present:
         if layer not in records:
-            raise FidelityError(f"{stage} graph: the result of {layer} is quantized here but not in the reference")
+            raise FidelityError(f"{stage} graph: the output of {layer} is quantized here but not in the reference")
 
 
 def _as_in_model(record: OutputRecord) -> Floats:
-    """The rows before they are rounded, with as many axes as the result has in the model."""
+    """The rows before they are rounded, with as many axes as the output has in the model."""
     return record.x.reshape((1,) * (record.rank - 2) + record.x.shape)
 
 
@@ -116,7 +116,7 @@ def _row(record: OutputRecord, entry: OutputEntry, found: Arrays, stage: Stage) 
     numbers, which a wrong scale would not let."""
     fmt, expected, raw = get_format(record.format), record.rounded, found[entry.output]
     if raw.size != expected.size:
-        raise FidelityError(f"{entry.layer}: {raw.size} numbers of its result, the reference has {expected.size}")
+        raise FidelityError(f"{entry.layer}: {raw.size} numbers in its output, the reference has {expected.size}")
     numbers = raw.reshape(expected.shape).astype(np.float32)
     quotients = numbers.reshape(*record.scales.shape, -1) / record.scales[..., None]
     values = fmt.round(np.nan_to_num(quotients.reshape(expected.shape)))
@@ -129,7 +129,7 @@ def _row(record: OutputRecord, entry: OutputEntry, found: Arrays, stage: Stage) 
     failures = [failure for failure in failures if failure]
     return GateRow(
         stage=stage,
-        kind="result",
+        kind="output",
         name=entry.layer,
         snr_db=bounded_db(snr),
         threshold_db=LINEAR_DB,
