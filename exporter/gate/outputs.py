@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
 from exporter.gate.codes import compare_codes
 from exporter.gate.linears import LINEAR_DB
 from exporter.gate.records import Floats, OutputRecord
-from exporter.gate.rounding import rounded
-from exporter.gate.rows import as_array, chosen_rows
+from exporter.gate.rows import TokenRows, as_array
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, given_name
 from exporter.gate.table import GateRow, Stage, bounded_db
@@ -32,44 +30,29 @@ from plugins.formats import get_format
 TOKEN_ROWS = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerOutputs:
-    """Token rows of what every `OutputQuantizer` reads, rounded to `compute`, gathered over several batches."""
+    """Token rows of what every `OutputQuantizer` reads."""
 
-    modules: dict[str, OutputQuantizer]
-    per_batch: int
-    compute: Compute = "fp32"
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    modules: Mapping[str, OutputQuantizer]
+    seen: TokenRows
 
     @classmethod
     def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LayerOutputs:
-        """For `model`, which is going to run `batches` times."""
+        """For `model`, which is going to run `batches` times; the rows are rounded to `compute`."""
         modules = {module.layer: module for module in model.modules() if isinstance(module, OutputQuantizer)}
-        return cls(modules, max(1, TOKEN_ROWS // batches), compute)
+        return cls(modules, TokenRows(modules, max(1, TOKEN_ROWS // batches), compute))
 
-    @contextmanager
-    def collected(self) -> Iterator[None]:
+    def collected(self) -> AbstractContextManager[None]:
         """Collect while the model runs once."""
-        with ExitStack() as hooks:
-            for module in self.modules.values():
-                hooks.callback(module.register_forward_pre_hook(self._keep).remove)
-            yield
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, OutputQuantizer):
-            raise TypeError(f"{type(module).__name__} is no OutputQuantizer")
-        flat = args[0].reshape(-1, args[0].shape[-1])
-        chosen = flat[chosen_rows(len(flat), self.per_batch)].clone()
-        self.rows.setdefault(module.layer, []).append(rounded(chosen, self.compute))
-        self.ranks[module.layer] = args[0].ndim
+        return self.seen.collected()
 
     def records(self) -> Iterator[OutputRecord]:
         """One record per output, in the order in which they were first made."""
-        for layer, rows in self.rows.items():
+        for layer, rows in self.seen.rows.items():
             module, x = self.modules[layer], torch.cat(rows)
             values, scales = map(as_array, module.quantize(x))
-            yield OutputRecord(layer, module.format, self.ranks[layer], as_array(x), values, scales)
+            yield OutputRecord(layer, module.format, self.seen.ranks[layer], as_array(x), values, scales)
 
 
 def compare_outputs(
