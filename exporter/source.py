@@ -19,6 +19,7 @@ from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
+from exporter.layer_section import HIGH_PRECISION
 from exporter.memory import usable_memory
 from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
@@ -143,7 +144,9 @@ def _checksums(files: Mapping[str, Path]) -> dict[str, str]:
 
 def _decides(key: str, value: object) -> bool:
     """Whether codes and scales depend on a layer's entry; a transform that is not made says nothing."""
-    return bool(value) if key in ("low_rank", "hadamard") else key not in ("container", "asked_container")
+    if key in ("low_rank", "hadamard", "output_format", "output_group"):
+        return value not in (0, HIGH_PRECISION)
+    return key not in ("container", "asked_container")
 
 
 def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:

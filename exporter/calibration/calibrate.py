@@ -18,6 +18,7 @@ from exporter.calibration.layerwise import LayerUnits
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
 from exporter.errors import InputError
 from exporter.method_section import MethodSection
+from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
 from exporter.quantize import (
@@ -113,6 +114,8 @@ class _Walk:
             replaced = RoundingLinear(layer, linear, weights[layer.name], method.quantize_activations)
             self._quantized.set_submodule(layer.name, replaced)
             self.layers[layer.name] = replaced
+        if method.quantize_activations:
+            quantize_outputs(self._quantized, plan.layers)
 
     def through(self, executed: list[str]) -> tuple[BlockStatistics, ...]:
         """Learn the layers in `executed` order, those of the blocks block by block."""

@@ -23,6 +23,7 @@ from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
 from exporter.shards import Shard
+from exporter.transforms.apply import with_transforms
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
 
@@ -236,6 +237,28 @@ def test_blocks_are_calibrated_on_scales_that_ship(
         assert float((weight.dequantize(get_format(fmt)) - original).abs().max()) < 0.3 * float(original.abs().max())
     # q, k and v read the same tensor, to_out another one.
     assert len(static) == (2 if scaling.has_tensor_scale else 0)
+
+
+def test_rounding_is_learned_on_quantized_results_where_activations_are_quantized_meanwhile(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
+) -> None:
+    plan = plan_for("transformer_blocks.0.attn1.to_", activation="e4m3")
+    names = {layer.name: replace(layer, name=f"{layer.name}.linear") for layer in plan.layers}
+    rounded = [replace(layer, output_format="e2m1", output_group=16) for layer in names.values()]
+    changed, calibration = with_transforms(model, rounded, {}), CalibrationRun(adapter, captured, prompts)
+    found = {}
+    for quantizes in (False, True):
+        method = LEARNED.model_copy(update={"iterations": 2, "quantize_activations": quantizes})
+        for layers in (tuple(names.values()), tuple(rounded)):
+            results = replace(plan, layers=layers)
+            found[quantizes, layers[0].output_format] = calibrate(
+                changed, results, calibration, method, 0, NullProgress()
+            )
+    assert _same(found[False, "none"], found[False, "e2m1"])
+    # What the block's output loses to its quantized results is part of its error, or is not.
+    errors = {key: result.blocks[0].error_start for key, result in found.items()}
+    assert errors[False, "e2m1"] == errors[False, "none"]
+    assert errors[True, "e2m1"] > 1.2 * errors[True, "none"]
 
 
 def test_statistics_of_inputs_are_those_of_all_samples(
