@@ -31,8 +31,8 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of the tokens seen so far: their number, the sums of their squares [K], their largest magnitude, and XᵀX [K, K] of
-    those that count for it, if any do."""
+    """Of the tokens seen so far: their number, the sums of their squares [K], their largest magnitude, and XᵀX [K, K]
+    of those that count for it, if any do."""
 
     count: int
     squares: Tensor
@@ -56,8 +56,8 @@ class InputSums:
         self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
         self._roots = None if weights is None else weights.sqrt()
         self._sums: dict[str, _Sums] = {}
-        # By layer, in order of first execution, the one whose sums are its own, too: layers that share an input, as q, k
-        # and v do, run one after the other, and the first of them sees it for all.
+        # By layer, in order of first execution, the one whose sums are its own, too: layers that share an input, as q,
+        # k and v do, run one after the other, and the first of them sees it for all.
         self._first: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
 
