@@ -16,7 +16,7 @@ from plugins.block_scales import BLOCK_SCALINGS
 from plugins.container_product import ContainerProduct, foldable_multipliers
 from plugins.containers import CONTAINERS, FP8, FP16, INT4, INT8, Container, activation_factor, fits
 from plugins.domain import AUTO_CONTAINER
-from plugins.formats import get_format
+from plugins.formats import UNSIGNED_ACTIVATION_FORMATS, get_format
 from plugins.packed_linear.descriptor import PACKED_FORMATS, GroupFactors, PackedLinear, VariantError
 from plugins.token_quantize.variant import MAX_K
 
@@ -103,13 +103,14 @@ def accumulator_text(product: ContainerProduct | None) -> str:
 def needs_vnni(product: ContainerProduct | None) -> bool:
     """True for INT8 products whose pairs exceed 16 bits, in which x86 CPUs without VNNI add them, saturating.
 
-    Activations are bytes with the largest numerator as zero point, so that they reach twice that; weights may be
-    anything that INT8 holds.
+    Activations are bytes without a sign, so that those of a signed format reach twice its largest numerator; weights
+    may be anything that INT8 holds.
     """
     if product is None or product.container != INT8 or product.activation_format is None:
         return False
     weight = product.weight_format.max_numerator * max(product.multipliers)
-    return 2 * 2 * product.activation_format.max_numerator * weight > np.iinfo(np.int16).max
+    activation = product.activation_format.max_numerator - product.activation_format.min_numerator
+    return 2 * activation * weight > np.iinfo(np.int16).max
 
 
 def _container(scheme: LayerScheme, in_features: int, target: Target) -> str | None:
@@ -145,6 +146,8 @@ def _plugin_containers(scheme: LayerScheme, in_features: int, containers: tuple[
     Group scales, free ones or multipliers, belong to a group's partial sum there, not to its weights.
     """
     if scheme.weight_format not in PACKED_FORMATS or in_features > MAX_K:
+        return ()
+    if scheme.activation_format in UNSIGNED_ACTIVATION_FORMATS:
         return ()
     if scheme.activation_format == HIGH_PRECISION:
         return tuple(name for name in containers if name == "fp16")

@@ -14,7 +14,7 @@ from torch import nn
 from exporter.container_choice import accumulator_text, exact_text
 from exporter.job import fitted_target
 from exporter.layer_bytes import stored_bytes
-from exporter.layer_section import HIGH_PRECISION
+from exporter.layer_section import HIGH_PRECISION, NO_SHIFT
 from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
 from exporter.models.loading import model_shapes, skeleton
@@ -145,12 +145,14 @@ def exactness(plan: Plan) -> list[str]:
 
 
 def transforms_text(layers: Sequence[LayerPlan]) -> str:
-    """How many layers read a rotated input, have a branch of low rank, and round their output; "" where none does."""
+    """How many read a rotated or shifted input, have a branch of low rank, round their output; "" if none do."""
     rotated = sum(bool(layer.hadamard) for layer in layers)
+    shifted = sum(layer.shift != NO_SHIFT for layer in layers)
     branched = sum(bool(layer.low_rank) for layer in layers)
     outputs = Counter(_layer_output(layer) for layer in layers if layer.output_format != HIGH_PRECISION)
     parts = (
         f"{rotated} rotated" * bool(rotated),
+        f"{shifted} shifted" * bool(shifted),
         f"{branched} with a branch of low rank" * bool(branched),
         *(f"{count} with an output in {output}" for output, count in outputs.items()),
     )
@@ -188,8 +190,9 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
 
 def _activations_text(layer: LayerPlan) -> str:
     rotation = f", rotated by {layer.hadamard}" if layer.hadamard else ""
+    shift = "" if layer.shift == NO_SHIFT else f", {layer.shift} shifted"
     output = "" if layer.output_format == HIGH_PRECISION else f", output {_layer_output(layer)}"
-    return f"{layer.activation_format}{rotation}{output}"
+    return f"{layer.activation_format}{rotation}{shift}{output}"
 
 
 def _layer_output(layer: LayerPlan) -> str:

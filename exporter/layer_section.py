@@ -10,12 +10,14 @@ from pydantic import AfterValidator, Field, model_validator
 from exporter.errors import did_you_mean
 from exporter.model_section import Section, Text
 from plugins.block_scales import BLOCK_SCALINGS
-from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
+from plugins.formats import ACTIVATION_FORMATS, SIGNED_ACTIVATION_FORMATS, UNSIGNED_ACTIVATION_FORMATS, WEIGHT_FORMATS
 
 ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
 Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
 HadamardSize = Literal[0, 4, 16, 64, 256]
 HADAMARD_SIZES: tuple[int, ...] = get_args(HadamardSize)
+Shift = Literal["none", "gelu"]
+NO_SHIFT: Shift = "none"
 
 HIGH_PRECISION = "none"
 AUTO_FORMAT = "auto"
@@ -35,6 +37,10 @@ def _weight_format(name: str) -> str:
 
 def _activation_format(name: str) -> str:
     return known(name, "activation format", (*ACTIVATION_FORMATS, HIGH_PRECISION))
+
+
+def _output_format(name: str) -> str:
+    return known(name, "output format", (*SIGNED_ACTIVATION_FORMATS, HIGH_PRECISION))
 
 
 class LayerRule(Section):
@@ -60,7 +66,11 @@ class LayerRule(Section):
     hadamard: HadamardSize = Field(
         default=0, description="size of the Hadamard matrices that rotate the input in front of its quantizer"
     )
-    output: Annotated[str, AfterValidator(_activation_format)] = Field(
+    shift: Shift = Field(
+        default=NO_SHIFT,
+        description="gelu: raise the input, a GELU's output, above 0 for an unsigned activation format",
+    )
+    output: Annotated[str, AfterValidator(_output_format)] = Field(
         default=HIGH_PRECISION, description="format that the output is rounded to, for example what attention reads"
     )
     output_group: Annotated[int, Field(ge=0)] = Field(
@@ -74,8 +84,12 @@ class LayerRule(Section):
             raise ValueError(
                 "`weight: none` keeps the layer in high precision: drop group, scales, activation and container"
             )
-        if self.weight == HIGH_PRECISION and (self.low_rank or self.hadamard or self.output != HIGH_PRECISION):
-            raise ValueError("`weight: none` keeps the layer in high precision: drop low_rank, hadamard and output")
+        changes = (self.low_rank, self.hadamard, self.shift != NO_SHIFT, self.output != HIGH_PRECISION)
+        if self.weight == HIGH_PRECISION and any(changes):
+            raise ValueError(
+                "`weight: none` keeps the layer in high precision: drop low_rank, hadamard, shift and output"
+            )
+        self._check_unsigned()
         if self.output_group and self.output == HIGH_PRECISION:
             raise ValueError(
                 f"`output_group: {self.output_group}` is for outputs that are quantized: name their format, for "
@@ -92,3 +106,16 @@ class LayerRule(Section):
         if self.group == 0 and self.scales in ("group", "foldable"):
             raise ValueError(f"`scales: {self.scales}` needs a group size, for example `group: 128`")
         return self
+
+    def _check_unsigned(self) -> None:
+        """Raise `ValueError` for a shift that makes an input worse, and for inputs that have both signs."""
+        unsigned = self.activation in UNSIGNED_ACTIVATION_FORMATS
+        if self.shift != NO_SHIFT and not unsigned:
+            raise ValueError(
+                f"`shift: {self.shift}` needs activations without a sign, for example `activation: ue2m4`; else drop it"
+            )
+        if self.hadamard and unsigned:
+            raise ValueError(
+                f"`hadamard: {self.hadamard}` gives inputs of both signs, and {self.activation} has none: drop it, "
+                "or use `activation: e2m3`"
+            )

@@ -18,7 +18,7 @@ from exporter.errors import InputError
 from exporter.layer_bytes import stored_bytes
 from exporter.layer_checks import check_block_formats, check_compute, check_sizes
 from exporter.layer_rules import LINEAR, check_rules, winning_rule
-from exporter.layer_section import AUTO_FORMAT, HIGH_PRECISION, Scales
+from exporter.layer_section import AUTO_FORMAT, HIGH_PRECISION, NO_SHIFT, Scales, Shift
 from exporter.presets import LayerScheme, candidate_schemes, preset_scheme, resolve_rule
 from exporter.recipe import Recipe
 from exporter.targets import Target
@@ -56,11 +56,11 @@ class ModelShapes:
 class LayerPlan:
     """One quantized layer.
 
-    `name` is its module path; that of a layer which is transformed first (by `low_rank`, `hadamard` or `output`,
-    see `exporter.transforms`) ends with `LINEAR`. `group_size` weights of a row share a scale, 0 means the whole row;
-    `activation_format` is "none" where only the weights are quantized; `container` is the number type that the target
-    multiplies in, and `asked_container` what the recipe says about it ("auto" where nothing). `output_format` is
-    "none" where the output stays as it is; else `output_group` numbers of a token share a scale, 0 means all.
+    `name` is its module path; that of a layer which is transformed first (`exporter.transforms`) ends with `LINEAR`.
+    `group_size` weights of a row share a scale, 0: the whole row; `activation_format` is "none" for weights alone;
+    `container` is the number type that the target multiplies in, and `asked_container` what the recipe says about it
+    ("auto" where nothing). `output_format` is "none" where the output stays as it is; else `output_group` numbers of a
+    token share a scale, 0 means all.
     """
 
     name: str
@@ -77,6 +77,7 @@ class LayerPlan:
     hadamard: int = 0
     output_format: str = HIGH_PRECISION
     output_group: int = 0
+    shift: Shift = NO_SHIFT
 
     @property
     def original_name(self) -> str:
@@ -116,6 +117,7 @@ class LayerPlan:
             self.hadamard,
             self.output_format,
             self.output_group,
+            self.shift,
         )
 
     @property
@@ -192,8 +194,8 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
     """Decide formats and containers of every linear layer.
 
     The first rule of the recipe that matches a layer's module path wins; layers that no rule matches get the preset,
-    unless they match one of the family's `high_precision` patterns. Raises `InputError` for a rule that wins no
-    layer, a group that does not divide a row, scales that cannot be folded, and what the target cannot run.
+    unless they match one of the family's `high_precision` patterns. Raises `InputError` as `plan_layer`, and for a rule
+    that wins no layer.
     """
     names = list(shapes.linears)
     won = [winning_rule(name, recipe.layers) for name in names]
@@ -268,11 +270,8 @@ def _open_layer(
 
 
 def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, target: Target) -> LayerPlan:
-    """The plan of one layer under `scheme`, which `source` asked for.
-
-    Raises `InputError` for a group that does not divide a row, scales that cannot be folded, and what the target
-    cannot run.
-    """
+    """The plan of one layer under `scheme`, which `source` asked for. Raises `InputError` for a group that does not
+    divide a row, unfoldable scales, and what the target cannot run."""
     where = f"{source}: {name}"
     check_sizes(where, name, scheme, shape.out_features, shape.in_features)
     check_block_formats(where, scheme)
@@ -285,7 +284,7 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
         name=f"{name}{LINEAR}" if scheme.is_transformed else name,
         out_features=shape.out_features,
         in_features=shape.in_features,
-        has_bias=shape.has_bias,
+        has_bias=shape.has_bias or scheme.shift != NO_SHIFT,
         weight_format=scheme.weight_format,
         activation_format=scheme.activation_format,
         group_size=scheme.group_size,
@@ -296,4 +295,5 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
         hadamard=scheme.hadamard,
         output_format=scheme.output_format,
         output_group=scheme.output_group,
+        shift=scheme.shift,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from exporter.layer_section import HIGH_PRECISION, LayerRule, Scales
+from exporter.layer_section import HIGH_PRECISION, NO_SHIFT, LayerRule, Scales, Shift
 from exporter.recipe import Preset
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.domain import AUTO_CONTAINER
@@ -23,7 +23,7 @@ class LayerScheme:
     `activation_format` is "none" where only weights are quantized; `container` is the number type that was asked for,
     "auto" for the target's best; `low_rank` and `hadamard` (0: none) change the layer before it is quantized, see
     `exporter.transforms`; `output_format` is "none" where its output stays as it is, else numbers of a token in groups
-    of `output_group` (0: all of them) share a scale.
+    of `output_group` (0: all of them) share a scale; `shift` is what is added to the input, "none" for nothing.
     """
 
     weight_format: str
@@ -35,11 +35,13 @@ class LayerScheme:
     hadamard: int = 0
     output_format: str = HIGH_PRECISION
     output_group: int = 0
+    shift: Shift = NO_SHIFT
 
     @property
     def is_transformed(self) -> bool:
         """Whether the layer becomes a `TransformedLinear`, of which what is quantized is a part."""
-        return bool(self.low_rank or self.hadamard) or self.output_format != HIGH_PRECISION
+        changes_input = bool(self.low_rank or self.hadamard) or self.shift != NO_SHIFT
+        return changes_input or self.output_format != HIGH_PRECISION
 
 
 PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
@@ -95,6 +97,7 @@ def resolve_rule(rule: LayerRule, preset: Preset | None, container: str = AUTO_C
         hadamard=rule.hadamard,
         output_format=rule.output,
         output_group=rule.output_group,
+        shift=rule.shift,
     )
 
 

@@ -26,7 +26,7 @@ def round_to_format(x: Tensor, fmt: Format) -> Tensor:
 
     For every format that weights and activations may have. Floats keep the sign of a zero; NaN stays NaN.
     """
-    x = x.clamp(-fmt.max, fmt.max)
+    x = x.clamp(fmt.min, fmt.max)
     if fmt.mantissa_bits == 0:
         return _round_to_power_of_two(x, fmt)
     if fmt.is_uniform:
@@ -69,8 +69,9 @@ def quantize_online(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Quantize every token (last axis) of `x` with its own scale: (values on the unit grid [..., K], scales [..., 1]).
 
     scale = max(amax, TINY) / fmt.max, values = round(x / scale), both true float32 divisions; every zero is +0.
+    Of an unsigned format amax is the largest number instead of the largest magnitude.
     """
-    amax = x.abs().amax(dim=-1, keepdim=True).clamp_(min=TINY)
+    amax = (x.abs() if fmt.min else x).amax(dim=-1, keepdim=True).clamp_(min=TINY)
     # A tensor divisor: CUDA multiplies by the reciprocal of a Python number, which is not the same float.
     scales = amax / torch.full_like(amax, fmt.max)
     return round_to_format(x / scales, fmt).add_(0.0), scales

@@ -149,7 +149,7 @@ def _checksums(files: Mapping[str, Path]) -> dict[str, str]:
 
 def _decides(key: str, value: object) -> bool:
     """Whether codes and scales depend on a layer's entry; a transform that is not made says nothing."""
-    if key in ("low_rank", "hadamard", "output_format", "output_group"):
+    if key in ("low_rank", "hadamard", "output_format", "output_group", "shift"):
         return value not in (0, HIGH_PRECISION)
     return key not in ("container", "asked_container")
 

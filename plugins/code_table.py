@@ -34,6 +34,11 @@ class CodeTable(ABC):
 
     @property
     @abstractmethod
+    def min(self) -> float:
+        """Smallest finite value: 0 where there is no sign."""
+
+    @property
+    @abstractmethod
     def step(self) -> float:
         """The unit: every finite value is an integer multiple of it, and it is itself a value."""
 
@@ -71,6 +76,11 @@ class CodeTable(ABC):
         """`max` in units of `step`."""
         return round(self.max / self.step)
 
+    @property
+    def min_numerator(self) -> int:
+        """`min` in units of `step`."""
+        return round(self.min / self.step)
+
     @cached_property
     def numerators(self) -> npt.NDArray[np.int64]:
         """int64 [2**bits]: value/step of every valid code; 0 where `valid` is False.
@@ -90,7 +100,8 @@ class CodeTable(ABC):
     def encode(self, values: npt.NDArray[Any]) -> Codes:
         """Codes uint8[...] of the nearest values, ties to the even code; beyond `max`, infinity too, `max`.
 
-        Raises NotRepresentableError for NaN where the format has none, and for negative values where it is unsigned.
+        Negative values become 0 where there is no sign. Raises NotRepresentableError for NaN where the format has none,
+        and for negative values where it has no 0 either.
         """
         array = np.asarray(values)
         if array.dtype != np.float32:

@@ -58,7 +58,7 @@ _FP32_INTEGERS = 2 ** (_SINGLE.nmant + 1)
 
 INT8 = Container("int8", np.dtype(np.int8), TensorProto.INT8, float(np.iinfo(np.int8).max), 1.0, 2**31 - 1)
 # Weights only: they are decoded before they are multiplied, and sums are FP32's.
-INT4 = Container("int4", np.dtype(ml_dtypes.int4), TensorProto.INT4, 7.0, 1.0, _FP32_INTEGERS)
+INT4 = Container("int4", np.dtype(ml_dtypes.int4), TensorProto.INT4, FORMATS["int4"].max, 1.0, _FP32_INTEGERS)
 FP8 = Container(
     "fp8", np.dtype(ml_dtypes.float8_e4m3fn), TensorProto.FLOAT8E4M3FN, _E4M3.max, _E4M3.step, _FP32_INTEGERS
 )

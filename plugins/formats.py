@@ -1,7 +1,8 @@
 """The number formats: a handful of facts each, everything else derived.
 
 A format maps CODES (unsigned integers of `bits` bits) to VALUES (float32). Rounding is part of the contract:
-to nearest, ties to the even code, saturating at the largest finite value, the sign of zero kept by floats.
+to nearest, ties to the even code, saturating at the smallest and the largest finite value, the sign of zero kept by
+floats that have one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ __all__ = [
     "ACTIVATION_FORMATS",
     "FORMATS",
     "SCALE_ONLY_FORMATS",
+    "SIGNED_ACTIVATION_FORMATS",
+    "UNSIGNED_ACTIVATION_FORMATS",
     "WEIGHT_FORMATS",
     "CodeTable",
     "Codes",
@@ -44,7 +47,7 @@ class UnknownFormatError(ValueError):
 
 @dataclass(frozen=True)
 class FloatFormat(CodeTable):
-    """A sign bit, exponent bits and mantissa bits, with subnormals.
+    """A sign bit unless it is not `signed`, exponent bits and mantissa bits, with subnormals.
 
     `specials`: "none" every code is finite; "fn" only the largest magnitude code is NaN; "ieee" the largest
     exponent holds infinity and NaN. `has_zero` is False where exponent 0 is an ordinary exponent (E8M0).
@@ -72,6 +75,11 @@ class FloatFormat(CodeTable):
     def max(self) -> float:
         """Largest finite value."""
         return float(self.magnitudes[-1])
+
+    @property
+    def min(self) -> float:
+        """Smallest finite value: 0 where there is no sign, but of E8M0, which has no 0."""
+        return -self.max if self.signed else float(self.magnitudes[0])
 
     @property
     def min_normal(self) -> float:
@@ -117,6 +125,8 @@ class FloatFormat(CodeTable):
         return last if self.specials == "fn" else last - (1 << (self.mantissa_bits - 1)) + 1
 
     def with_sign(self, magnitude_codes: npt.NDArray[np.intp], negative: npt.NDArray[np.bool_]) -> Codes:
+        if not self.signed and self.has_zero:
+            return np.where(negative, 0, magnitude_codes).astype(np.uint8)
         if negative.any() and not self.signed:
             raise NotRepresentableError(f"{self.name} is unsigned, and {int(negative.sum())} values are negative")
         return (magnitude_codes + negative * (1 << (self.bits - 1))).astype(np.uint8)
@@ -146,6 +156,11 @@ class IntFormat(CodeTable):
     def max(self) -> float:
         """Largest value."""
         return float(2 ** (self.bits - 1) - 1)
+
+    @property
+    def min(self) -> float:
+        """Smallest value."""
+        return -self.max
 
     @property
     def min_normal(self) -> float:
@@ -185,6 +200,8 @@ _TABLE: tuple[Format, ...] = (
     FloatFormat("e5m2", 5, 2, specials="ieee"),
     FloatFormat("e3m4", 3, 4),
     FloatFormat("e8m0", 8, 0, specials="fn", signed=False, has_zero=False),
+    FloatFormat("ue2m4", 2, 4, signed=False),
+    FloatFormat("ue2m2", 2, 2, signed=False),
     IntFormat("int3", 3),
     IntFormat("int4", 4),
     IntFormat("int6", 6),
@@ -195,12 +212,17 @@ FORMATS: Mapping[str, Format] = MappingProxyType({entry.name: entry for entry in
 """Every format by name."""
 
 SCALE_ONLY_FORMATS: tuple[str, ...] = ("e8m0",)
-WEIGHT_FORMATS: tuple[str, ...] = tuple(name for name in FORMATS if name not in SCALE_ONLY_FORMATS)
+# One bit more of mantissa than signed floats of their width, for inputs that are never far below 0.
+UNSIGNED_ACTIVATION_FORMATS: tuple[str, ...] = tuple(name for name in FORMATS if FORMATS[name].min == 0)
+WEIGHT_FORMATS: tuple[str, ...] = tuple(
+    name for name in FORMATS if name not in (*SCALE_ONLY_FORMATS, *UNSIGNED_ACTIVATION_FORMATS)
+)
 # E3M0 and E2M0 have no mantissa: as activations they would be logarithms, and no rounding body is defined for them.
 # Three bits are too few for activations.
-ACTIVATION_FORMATS: tuple[str, ...] = tuple(
+SIGNED_ACTIVATION_FORMATS: tuple[str, ...] = tuple(
     name for name in WEIGHT_FORMATS if FORMATS[name].mantissa_bits > 0 and name != "int3"
 )
+ACTIVATION_FORMATS: tuple[str, ...] = (*SIGNED_ACTIVATION_FORMATS, *UNSIGNED_ACTIVATION_FORMATS)
 
 
 def get_format(name: str) -> Format:

@@ -33,7 +33,7 @@ def encode_values(values: Floats, fmt: Format, encoding: str) -> npt.NDArray[np.
         return numbers.astype(FP8.dtype).view(np.uint8 if encoding == "fp8" else np.int8)
     numerators = np.rint(values.astype(np.float64) / fmt.step).astype(np.int64)
     if encoding == "uint8":
-        return (numerators + fmt.max_numerator).astype(np.uint8)
+        return (numerators - fmt.min_numerator).astype(np.uint8)
     if encoding == "int8":
         return numerators.astype(np.int8)
     raise ValueError(f"unknown encoding {encoding!r}")

@@ -17,19 +17,21 @@ def append_numerators(body: Body, x: gs.Tensor, fmt: Format) -> str:
     """x → "values" = numerators + zero point, uint8, and "scales" per numerator.
 
     scales is the reference's scale times the step, a power of two, so x / scales is bitwise the reference's quotient
-    in units of the step. It never exceeds the largest numerator by more than rounding, so nothing is clipped. Returns
-    the name of a scalar that is 1 at run time.
+    in units of the step. It never exceeds the largest numerator by more than rounding, so nothing is clipped but what
+    is negative where the format has no sign. Returns the name of a scalar that is 1 at run time.
     """
     last = body.ints(-1)
-    top = body.op("ReduceMax", "x", last, keepdims=1)
-    bottom = body.op("Neg", body.op("ReduceMin", "x", last, keepdims=1))
-    amax = body.op("Max", top, bottom, body.float(TINY))
+    t = "x" if fmt.min else body.op("Max", "x", body.float(0.0))
+    bounds = [body.op("ReduceMax", t, last, keepdims=1)]
+    if fmt.min:
+        bounds.append(body.op("Neg", body.op("ReduceMin", t, last, keepdims=1)))
+    amax = body.op("Max", *bounds, body.float(TINY))
     body.op("Div", amax, body.float(fmt.max_numerator), output="scales")
     if fmt.is_uniform:
         _append_row_quantizer(body, x.shape, fmt)
     else:
         rounded = f"{body.prefix}rounded"
-        append_splitting(body, body.op("Div", "x", "scales"), rounded, fmt, 1.0)
+        append_splitting(body, body.op("Div", t, "scales"), rounded, fmt, 1.0)
         body.op("QuantizeLinear", rounded, body.float(1.0), zero_point(body, fmt), output="values")
     # ONNX Runtime fuses MatMulInteger, Cast and Mul into one kernel only if the factor is a product whose scalar is
     # unknown until run time; without it, a layer of 1152 × 4608 takes a tenth longer.
@@ -37,8 +39,11 @@ def append_numerators(body: Body, x: gs.Tensor, fmt: Format) -> str:
 
 
 def zero_point(body: Body, fmt: Format) -> str:
-    """The largest numerator and not 128: CPUs without VNNI add pairs of products in 16 bits, where 2·120·120 fits."""
-    return body.constant(np.uint8(fmt.max_numerator))
+    """The numerators below 0, not 128: CPUs without VNNI add pairs of products in 16 bits, where 2·120·120 fits.
+
+    An unsigned format has none below 0: UE2M4's largest pairs, 2·124·120, fit, too.
+    """
+    return body.constant(np.uint8(-fmt.min_numerator))
 
 
 def _append_row_quantizer(body: Body, shape: Sequence[int | str] | None, fmt: Format) -> None:

@@ -30,12 +30,12 @@ def unit_of(fmt: Format, container: str) -> float:
 def decode(raw: npt.NDArray[Any], fmt: Format, encoding: str) -> npt.NDArray[np.float32]:
     """The values, float32, of a tensor of quantized activations in one of the `ENCODINGS`.
 
-    uint8 has the format's largest numerator as its zero point. fp8 is taken as bytes or as ml_dtypes' E4M3,
+    uint8 has a zero point, the numerators that lie below 0. fp8 is taken as bytes or as ml_dtypes' E4M3,
     fp8_bytes is that in INT8 tensors.
     """
     unit, zero = np.float32(1), np.float32(0)
     if encoding == "uint8":
-        unit, zero = np.float32(fmt.step), np.float32(fmt.max_numerator)
+        unit, zero = np.float32(fmt.step), np.float32(-fmt.min_numerator)
     elif encoding == "int8":
         unit = np.float32(fmt.step)
     elif encoding in ("fp8", "fp8_bytes"):

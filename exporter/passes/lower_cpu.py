@@ -29,7 +29,7 @@ def lower_to_cpu(graph: gs.Graph, target: Target) -> int:
     and block scaling multiplies the values with their scales first. Where FP32 sums are exact, weights stay unscaled
     until after the sum.
     Weights of 4 bits stay 4 bits in the file and are expanded when the runtime loads it. "<layer>.values" becomes the
-    uint8 tensor, with the format's largest numerator as zero point.
+    uint8 tensor, whose zero point is how many numerators the format has below 0.
     """
     return lower(graph, _quantize, partial(_multiply, in_bytes=False), FakeQuantizer.nodes)
 

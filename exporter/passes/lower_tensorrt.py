@@ -76,10 +76,11 @@ def _fake_quantize(target: Target, quantizer: FakeQuantizer, splicer: Splicer) -
 
 
 def _append_quotient(body: Body, x: str, scales: str, fmt: Format, container: str) -> str:
-    """x → its token scales, and x / scales in the container's unit."""
-    amax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
+    """x → its token scales, and x / scales in the container's unit, no less than 0 for an unsigned format."""
+    amax = body.op("ReduceMax", body.op("Abs", x) if fmt.min else x, body.ints(-1), keepdims=1)
     body.op("Div", body.op("Max", amax, body.float(TINY)), body.float(fmt.max / unit_of(fmt, container)), output=scales)
-    return body.op("Div", x, scales)
+    t = body.op("Div", x, scales)
+    return t if fmt.min else body.op("Max", t, body.float(0.0))
 
 
 def _container_rounds(fmt: Format, container: str) -> bool:

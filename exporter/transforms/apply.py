@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from exporter.plan import LayerPlan
 from exporter.progress import Progress
 from exporter.quantize import share_copy
-from exporter.transforms.linear import TransformedLinear
+from exporter.transforms.linear import SHIFTS, TransformedLinear
 from exporter.transforms.low_rank import LowRank, factorize
 
 
@@ -32,7 +32,7 @@ def with_transforms(model: nn.Module, layers: Sequence[LayerPlan], low_rank: Map
     for layer in layers:
         if layer.is_transformed:
             name = layer.original_name
-            module = TransformedLinear(_linear(model, name), layer.hadamard, low_rank.get(name))
+            module = TransformedLinear(_linear(model, name), layer.hadamard, low_rank.get(name), SHIFTS[layer.shift])
             changed.set_submodule(name, module)
     return changed.eval()
 

@@ -11,7 +11,7 @@ FLOAT32_MANTISSA_BITS = 23
 
 def append_online(body: Body, x: str, values: str, scales: str, fmt: Format) -> None:
     """x [..., K] → values [..., K], scales [..., 1]."""
-    amax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
+    amax = body.op("ReduceMax", body.op("Abs", x) if fmt.min else x, body.ints(-1), keepdims=1)
     body.op("Div", body.op("Max", amax, body.float(TINY)), body.float(fmt.max), output=scales)
     append_given(body, x, scales, values, fmt)
 
@@ -24,9 +24,9 @@ def append_given(body: Body, x: str, scales: str, values: str, fmt: Format) -> N
 def append_rounding(body: Body, t: str, values: str, fmt: Format) -> None:
     """t → `fmt.round(t)` with +0 for zeros, bit for bit, for every t but NaN.
 
-    `max` is a value of the format, so clipping first changes no rounding, and nothing after it can overflow.
+    `min` and `max` are values of the format, so clipping first changes no rounding, and nothing after it can overflow.
     """
-    clipped = body.op("Clip", t, body.float(-fmt.max), body.float(fmt.max))
+    clipped = body.op("Clip", t, body.float(fmt.min), body.float(fmt.max))
     append_splitting(body, clipped, values, fmt, fmt.step)
 
 

@@ -23,8 +23,9 @@ def quantize(x: Values, scales: Values, fmt: Format) -> Values:
 def quantize_online(x: Values, fmt: Format) -> tuple[Values, Values]:
     """Grid values float32 [..., K] and scales float32 [..., 1], one scale per token (all but the last axis).
 
-    scales = max(amax, TINY) / fmt.max, so that the largest magnitude of a token lands on the largest value.
+    scales = max(amax, TINY) / fmt.max, so that the largest magnitude of a token lands on the largest value; of an
+    unsigned format amax is the largest number, and negative ones become 0.
     """
-    amax: npt.NDArray[np.float32] = np.abs(x).max(axis=-1, keepdims=True)
+    amax: npt.NDArray[np.float32] = (np.abs(x) if fmt.min else x).max(axis=-1, keepdims=True)
     scales = np.divide(np.maximum(amax, np.float32(TINY)), np.float32(fmt.max), dtype=np.float32)
     return quantize(x, scales, fmt), scales

@@ -24,7 +24,12 @@ def number_type(container: str) -> Container:
 
 
 def number_factor(fmt: Format, container: str) -> float:
-    """The power of two by which values enter the container. Raises ContainerError, which names one that does fit."""
+    """The power of two by which values enter the container. Raises ContainerError, which names one that does fit.
+
+    The kernels scale by magnitudes, so they have no unsigned formats.
+    """
+    if fmt.min == 0:
+        raise ContainerError(f"{fmt.name} has no sign, and kernels quantize to signed formats only; nearest: e2m3")
     if container not in (INT8.name, FP8.name, FP16.name):
         raise ContainerError(f"{container!r} is no container of activations; valid: int8, fp8, fp16")
     factor = activation_factor(fmt, number_type(container))

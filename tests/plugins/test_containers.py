@@ -21,9 +21,9 @@ from plugins.containers import (
 from plugins.formats import FORMATS, WEIGHT_FORMATS, get_format
 
 FITS = {
-    "int8": {"e2m0", "e2m1", "e1m2", "e3m0", "e2m3", "int3", "int4", "int6", "int8"},
+    "int8": {"e2m0", "e2m1", "e1m2", "e3m0", "e2m3", "ue2m4", "ue2m2", "int3", "int4", "int6", "int8"},
     "int4": {"e2m0", "e1m2", "int3", "int4"},
-    "fp8": {"e2m0", "e2m1", "e1m2", "e3m0", "e2m3", "e3m2", "e4m3", "int3", "int4"},
+    "fp8": {"e2m0", "e2m1", "e1m2", "e3m0", "e2m3", "e3m2", "e4m3", "ue2m2", "int3", "int4"},
     "fp16": set(FORMATS) - {"e8m0"},
     "fp32": set(FORMATS),
 }

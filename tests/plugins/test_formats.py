@@ -13,6 +13,8 @@ import plugins
 from plugins.formats import (
     ACTIVATION_FORMATS,
     FORMATS,
+    SIGNED_ACTIVATION_FORMATS,
+    UNSIGNED_ACTIVATION_FORMATS,
     WEIGHT_FORMATS,
     FloatFormat,
     IntFormat,
@@ -33,9 +35,11 @@ FACTS = {
     "e5m2": (8, 15, 57344.0, 2.0**-16),
     "e3m4": (8, 3, 31.0, 2.0**-6),
     "e8m0": (8, 127, 2.0**127, 2.0**-127),
+    "ue2m4": (6, 1, 7.75, 0.0625),
+    "ue2m2": (4, 1, 7.0, 0.25),
 }
 INTEGERS = {"int3": 3, "int4": 7, "int6": 31, "int8": 127}
-SIGNED = [name for name in FORMATS if name != "e8m0"]
+WITH_ZERO = [name for name in FORMATS if name != "e8m0"]
 
 
 def test_every_format_has_its_facts_checked() -> None:
@@ -68,7 +72,7 @@ def test_numerators_of_the_small_formats() -> None:
         assert numerators.tolist() == expected + [-number for number in expected]
 
 
-@pytest.mark.parametrize("name", SIGNED)
+@pytest.mark.parametrize("name", WITH_ZERO)
 def test_numerators_are_values_in_units_of_the_step(name: str) -> None:
     fmt = get_format(name)
     assert np.array_equal(fmt.numerators[fmt.valid] * fmt.step, fmt.values[fmt.valid])
@@ -85,7 +89,7 @@ def test_uniform_grids() -> None:
     assert [name for name in FORMATS if get_format(name).is_uniform] == ["e1m2", "int3", "int4", "int6", "int8"]
 
 
-@pytest.mark.parametrize("name", SIGNED)
+@pytest.mark.parametrize("name", WITH_ZERO)
 def test_the_step_of_a_value_follows_from_min_normal_and_mantissa(name: str) -> None:
     """The formula that calibration uses for floats and integers alike."""
     fmt = get_format(name)
@@ -102,12 +106,13 @@ def test_every_valid_code_survives_a_round_trip(name: str) -> None:
     assert np.array_equal(fmt.encode(fmt.decode(codes)), codes)
 
 
-@pytest.mark.parametrize("name", SIGNED)
+@pytest.mark.parametrize("name", WITH_ZERO)
 def test_saturation(name: str) -> None:
     fmt = get_format(name)
     beyond = np.array([np.inf, 3e38, fmt.max * 1.01], np.float32)
     assert np.array_equal(fmt.round(beyond), np.full(3, fmt.max, np.float32))
-    assert np.array_equal(fmt.round(-beyond), np.full(3, -fmt.max, np.float32))
+    assert np.array_equal(fmt.round(-beyond), np.full(3, fmt.min, np.float32))
+    assert fmt.min == fmt.values[fmt.valid].min() == fmt.min_numerator * fmt.step
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -164,6 +169,13 @@ def test_nan_has_a_code(name: str) -> None:
     assert np.isnan(decoded).tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("name", UNSIGNED_ACTIVATION_FORMATS)
+def test_what_is_negative_is_zero_without_a_sign(name: str) -> None:
+    negative = np.array([-np.inf, -1e30, -1.0, -1e-9, -0.0], np.float32)
+    assert get_format(name).encode(negative).tolist() == [0] * 5
+    assert not np.signbit(get_format(name).round(negative)).any()
+
+
 def test_negative_scales_are_refused() -> None:
     with pytest.raises(NotRepresentableError, match="e8m0 is unsigned, and 1"):
         get_format("e8m0").encode(np.array([-1.0, 1.0], np.float32))
@@ -200,6 +212,8 @@ def test_unknown_names_get_a_suggestion() -> None:
 def test_which_formats_are_for_what() -> None:
     assert "e8m0" not in WEIGHT_FORMATS
     assert set(WEIGHT_FORMATS) - set(ACTIVATION_FORMATS) == {"e2m0", "int3", "e3m0"}
+    assert set(ACTIVATION_FORMATS) - set(WEIGHT_FORMATS) == set(UNSIGNED_ACTIVATION_FORMATS) == {"ue2m4", "ue2m2"}
+    assert set(ACTIVATION_FORMATS) - set(UNSIGNED_ACTIVATION_FORMATS) == set(SIGNED_ACTIVATION_FORMATS)
 
 
 def test_a_bias_can_be_overridden() -> None:

@@ -24,15 +24,15 @@ ML_DTYPES: dict[str, Any] = {
 }
 
 
-def finite_gfloat(exponent_bits: int, mantissa_bits: int) -> FormatInfo:
+def finite_gfloat(exponent_bits: int, mantissa_bits: int, *, signed: bool = True) -> FormatInfo:
     return FormatInfo(
         f"e{exponent_bits}m{mantissa_bits}",
-        k=1 + exponent_bits + mantissa_bits,
+        k=int(signed) + exponent_bits + mantissa_bits,
         precision=mantissa_bits + 1,
         bias=2 ** (exponent_bits - 1) - 1,
-        is_signed=True,
+        is_signed=signed,
         domain=Domain.Finite,
-        has_nz=True,
+        has_nz=signed,
         num_high_nans=0,
         has_subnormals=True,
         is_twos_complement=False,
@@ -48,6 +48,8 @@ GFLOAT = {
     "e3m2": gfloat.formats.format_info_ocp_e3m2,
     "e4m3": gfloat.formats.format_info_ocp_e4m3,
     "e3m4": finite_gfloat(3, 4),
+    "ue2m4": finite_gfloat(2, 4, signed=False),
+    "ue2m2": finite_gfloat(2, 2, signed=False),
 }
 
 
@@ -111,7 +113,9 @@ def test_decode_agrees_with_gfloat(name: str) -> None:
 def test_round_agrees_with_gfloat_beyond_the_largest_value_too(name: str, probe: Callable[..., np.ndarray]) -> None:
     fmt = get_format(name)
     numbers = probe(fmt)
-    theirs = gfloat.round_ndarray(GFLOAT[name], numbers.astype(np.float64), sat=True)
+    # Of what is negative gfloat makes nothing without a sign.
+    exact = np.maximum(numbers, np.float32(-np.inf if fmt.min else 0)).astype(np.float64)
+    theirs = gfloat.round_ndarray(GFLOAT[name], exact, sat=True)
     assert same_bits(fmt.round(numbers), theirs.astype(np.float32))
 
 

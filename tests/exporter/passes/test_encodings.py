@@ -25,7 +25,7 @@ def test_every_value_is_a_number_of_the_container_times_the_unit(name: str, cont
     numbers = (values / np.float32(unit_of(fmt, container))).astype(holds.dtype)
     assert np.array_equal(decode(numbers, fmt, container), values)
     if container == "int8":
-        shifted = (numbers.astype(np.int32) + fmt.max_numerator).astype(np.uint8)
+        shifted = (numbers.astype(np.int32) - fmt.min_numerator).astype(np.uint8)
         assert np.array_equal(decode(shifted, fmt, "uint8"), values)
     else:
         assert np.array_equal(decode(numbers.view(np.uint8), fmt, "fp8"), values)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plugins.float_quantize.reference import TINY, quantize, quantize_online
-from plugins.formats import ACTIVATION_FORMATS, UnknownFormatError, get_format
+from plugins.formats import ACTIVATION_FORMATS, UNSIGNED_ACTIVATION_FORMATS, UnknownFormatError, get_format
 from plugins.op import OnlineQuantize, Quantize
 
 Run = Callable[..., list[np.ndarray]]
@@ -70,12 +70,13 @@ def test_given_scales_broadcast(run_variant: Run) -> None:
 
 @pytest.mark.parametrize("name", ACTIVATION_FORMATS)
 def test_the_largest_of_a_token_lands_on_the_largest_value(name: str) -> None:
-    x = tokens(4, 40, 33)[1:]
-    values, scales = quantize_online(x, get_format(name))
+    fmt, x = get_format(name), tokens(4, 40, 33)[1:]
+    values, scales = quantize_online(x, fmt)
     assert scales.shape == (39, 1)
-    assert np.array_equal(np.abs(values).max(axis=-1), np.full(39, get_format(name).max, np.float32))
-    widest_step = np.diff(np.unique(get_format(name).values[get_format(name).valid])).max()
-    assert (np.abs(values * scales - x) <= 0.5001 * widest_step * scales).all()
+    assert np.array_equal(np.abs(values).max(axis=-1), np.full(39, fmt.max, np.float32))
+    widest_step = np.diff(np.unique(fmt.values[fmt.valid])).max()
+    held = x if fmt.min else np.maximum(x, 0)
+    assert (np.abs(values * scales - held) <= 0.5001 * widest_step * scales).all()
 
 
 def test_tokens_are_independent() -> None:
@@ -86,7 +87,18 @@ def test_tokens_are_independent() -> None:
         assert same_bits(alone[0], values)
 
 
-@pytest.mark.parametrize("name", ["e2m3", "e4m3", "int8"])
+@pytest.mark.parametrize("name", UNSIGNED_ACTIVATION_FORMATS)
+def test_what_is_negative_counts_nothing_without_a_sign(name: str, run_variant: Run) -> None:
+    fmt, x = get_format(name), tokens(7, 9, 64)
+    x[1] = -np.abs(x[1])
+    for values, scales in (quantize_online(x, fmt), run_variant(OnlineQuantize(name), x)):
+        expected_values, expected_scales = quantize_online(np.maximum(x, 0), fmt)
+        assert same_bits(values, expected_values)
+        assert same_bits(scales, expected_scales)
+        assert not values[1].any()
+
+
+@pytest.mark.parametrize("name", ["e2m3", "e4m3", "ue2m4", "int8"])
 def test_a_token_of_zeros_has_a_positive_scale(name: str, run_variant: Run) -> None:
     fmt = get_format(name)
     zeros = np.zeros((1, 8), np.float32)
