@@ -69,7 +69,7 @@ def quantize_online(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Quantize every token (last axis) of `x` with its own scale: (values on the unit grid [..., K], scales [..., 1]).
 
     scale = max(amax, TINY) / fmt.max, values = round(x / scale), both true float32 divisions; every zero is +0.
-    Of an unsigned format amax is the largest number instead of the largest magnitude.
+    Negative numbers of an unsigned format count as 0.
     """
     amax = (x.abs() if fmt.min else x).amax(dim=-1, keepdim=True).clamp_(min=TINY)
     # A tensor divisor: CUDA multiplies by the reciprocal of a Python number, which is not the same float.

@@ -33,7 +33,7 @@ def table() -> str:
             _yes(name in ACTIVATION_FORMATS),
             _yes(fits(fmt, CONTAINERS["int8"])),
             _yes(fits(fmt, CONTAINERS["fp8"])),
-            f"1…{factors[-1]}" if len(factors) > 1 else "–",
+            f"1…{factors[-1]}" if name in WEIGHT_FORMATS and len(factors) > 1 else "–",
         )
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)

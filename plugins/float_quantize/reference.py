@@ -24,8 +24,9 @@ def quantize_online(x: Values, fmt: Format) -> tuple[Values, Values]:
     """Grid values float32 [..., K] and scales float32 [..., 1], one scale per token (all but the last axis).
 
     scales = max(amax, TINY) / fmt.max, so that the largest magnitude of a token lands on the largest value; of an
-    unsigned format amax is the largest number, and negative ones become 0.
+    unsigned format negative numbers count as 0.
     """
-    amax: npt.NDArray[np.float32] = (np.abs(x) if fmt.min else x).max(axis=-1, keepdims=True)
+    held = x if fmt.min else np.maximum(x, np.float32(0))
+    amax: npt.NDArray[np.float32] = np.abs(held).max(axis=-1, keepdims=True)
     scales = np.divide(np.maximum(amax, np.float32(TINY)), np.float32(fmt.max), dtype=np.float32)
-    return quantize(x, scales, fmt), scales
+    return quantize(held, scales, fmt), scales
