@@ -14,7 +14,7 @@ from exporter.onnx_input.linears import FoundLinear
 from exporter.plan import LayerPlan, LinearShape, plan_layer
 from exporter.presets import LayerScheme
 from exporter.targets import Target
-from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
+from plugins.formats import SIGNED_ACTIVATION_FORMATS, WEIGHT_FORMATS
 
 DEFAULT_ACTIVATION = "e2m3"
 DEFAULT_GROUP = 128
@@ -44,7 +44,7 @@ class FormatOptions:
     def __post_init__(self) -> None:
         for flag, name, known in (
             ("--format", self.weight, WEIGHT_FORMATS),
-            ("--activation", self.activation, (*ACTIVATION_FORMATS, HIGH_PRECISION)),
+            ("--activation", self.activation, (*SIGNED_ACTIVATION_FORMATS, HIGH_PRECISION)),
         ):
             if name not in known:
                 raise InputError(f"{flag}: unknown format {name!r}{did_you_mean(name, known)}")

@@ -9,6 +9,7 @@ from exporter.container_choice import (
     choose_container,
     container_product,
     has_kernel,
+    kernel_container,
     needs_vnni,
     scale_multipliers,
 )
@@ -16,7 +17,7 @@ from exporter.errors import InputError
 from exporter.presets import PRESETS, LayerScheme
 from exporter.targets import TARGETS
 from plugins.containers import CONTAINERS, FP8, INT8, Container
-from plugins.formats import get_format
+from plugins.formats import UNSIGNED_ACTIVATION_FORMATS, get_format
 from plugins.token_quantize.variant import MAX_K
 
 W4A6, W4A8, W8A8, W4A16 = (PRESETS[name] for name in ("w4a6", "w4a8", "w8a8", "w4a16"))
@@ -120,6 +121,18 @@ def test_the_container_of_plugins(scheme: LayerScheme, target: str, container: s
     assert has_kernel(scheme, 1152) == packed
 
 
+@pytest.mark.parametrize("activation", UNSIGNED_ACTIVATION_FORMATS)
+def test_unsigned_activations_are_for_tensorrt_s_own_kernels_where_others_are_for_plugins(activation: str) -> None:
+    scheme = replace(W4A6, activation_format=activation)
+    for target in TARGETS.values():
+        assert choose_container("layer", scheme, 1152, target) == "int8"
+    assert choose_container("layer", scheme, 1152, TARGETS["orin"].with_kernels("plugin")) == "int8"
+    assert not has_kernel(scheme, 1152)
+    assert kernel_container(scheme, 1152, has_fp8=True) is None
+    with pytest.raises(InputError, match="use `scales: foldable`"):
+        choose_container("layer", replace(scheme, scales="group"), 1152, TARGETS["orin"].with_kernels("plugin"))
+
+
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
@@ -190,6 +203,8 @@ def test_other_scales_have_no_multipliers() -> None:
         (LayerScheme("e2m1", 128, "foldable", "int8"), INT8, True),
         (LayerScheme("e2m1", 0, "channel", "int8"), INT8, False),
         (LayerScheme("e2m1", 128, "foldable", "e2m3"), INT8, False),
+        (LayerScheme("e2m1", 128, "foldable", "ue2m4"), INT8, False),
+        (LayerScheme("int8", 0, "channel", "ue2m4"), INT8, False),
         (LayerScheme("e2m1", 128, "foldable", "e4m3"), FP8, False),
         (LayerScheme("e2m1", 128, "foldable", "none"), INT8, False),
     ],

@@ -178,6 +178,16 @@ def test_layers_with_quantized_outputs_are_transformed_ones_that_take_no_more_ro
     assert plan.high_precision == plain.high_precision
 
 
+def test_a_shifted_layer_gets_a_bias_that_takes_the_shift_back() -> None:
+    shapes = ModelShapes({"blocks.0.ff.net.2": LinearShape(96, 128, False)}, {})
+    rule = {"match": "*.ff.net.2", "activation": "ue2m4"}
+    for shift, name in (("none", "blocks.0.ff.net.2"), ("gelu", "blocks.0.ff.net.2.linear")):
+        (layer,) = planned(shapes, preset="w4a6", layers=[{**rule, "shift": shift}]).layers
+        assert (layer.name, layer.activation_format, layer.shift) == (name, "ue2m4", shift)
+        assert layer.has_bias == (shift == "gelu")
+        assert layer.original_name == "blocks.0.ff.net.2"
+
+
 def test_a_rule_may_call_a_transformed_layer_by_its_quantized_part() -> None:
     """As reports do, and the rules that `bisect` prints; but no pattern matches by the name's end."""
     rules = [{"match": "blocks.0.attn.to_q.linear", "weight": "none"}, {"match": "*.to_q", "low_rank": 8}]

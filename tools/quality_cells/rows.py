@@ -14,17 +14,18 @@ HELD_OUT_SEED = 500_000
 
 @dataclass(frozen=True)
 class Bits:
-    """Formats of the same widths: integers, and the floats that a FP row uses."""
+    """Formats of the same widths: integers, the floats that a FP row uses, and activations without a sign, "" if none."""
 
     name: str
     integers: tuple[str, str]
     floats: tuple[str, str]
+    unsigned: str = ""
 
 
 W4A8 = Bits("W4A8", ("int4", "int8"), ("e2m1", "e4m3"))
-W4A6 = Bits("W4A6", ("int4", "int6"), ("e2m1", "e2m3"))
-W4A4 = Bits("W4A4", ("int4", "int4"), ("e2m1", "e2m1"))
-W3A6 = Bits("W3A6", ("int3", "int6"), ("e2m0", "e2m3"))
+W4A6 = Bits("W4A6", ("int4", "int6"), ("e2m1", "e2m3"), "ue2m4")
+W4A4 = Bits("W4A4", ("int4", "int4"), ("e2m1", "e2m1"), "ue2m2")
+W3A6 = Bits("W3A6", ("int3", "int6"), ("e2m0", "e2m3"), "ue2m4")
 BITS = (W4A8, W4A6, W4A4, W3A6)
 
 # FP4DiT publishes E3M4 at 8 bits, and E3M0 for the layer in front of the GELU.
@@ -42,7 +43,8 @@ _LEARNED = ("method.name=fp4dit", f"method.iterations={ITERATIONS}")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
 _BEST = ("method.name=fp4dit", "method.start=gptq", "method.iterations=1000", "method.learning_rate=0.01")
-_ROTATED = (("*.ff.net.2", "hadamard: 64"),)
+_BEHIND_GELU = "*.ff.net.2"
+_ROTATED = ((_BEHIND_GELU, "hadamard: 64"),)
 # What attention reads, on the activations' grid; heads of both models are 64 wide.
 _ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
 _WEIGHTED = "method.step_weights=trajectory"
@@ -57,8 +59,8 @@ class Row:
     """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
     ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by
     pattern, where {activation} stands for the activations' format. `zero_points`: integer activations have
-    a zero point per token. `published_loop`: the weights come from `calibrate_as_published` instead of the recipe's
-    method."""
+    a zero point per token. `unsigned`: what a GELU makes is shifted and quantized without a sign. `published_loop`: the
+    weights come from `calibrate_as_published` instead of the recipe's method."""
 
     key: str
     title: str
@@ -67,11 +69,12 @@ class Row:
     balance: Literal[False, True, "exact"] = False
     transforms: tuple[tuple[str, str], ...] = ()
     zero_points: bool = False
+    unsigned: bool = False
     published_loop: bool = False
 
     def is_for(self, bits: Bits) -> bool:
-        """Whether there is such a cell: the published loop knows 4-bit floats only."""
-        return not (self.published_loop and bits == W3A6)
+        """Whether there is such a cell: the published loop knows 4-bit floats only, and at 8 bits all have a sign."""
+        return not (self.published_loop and bits == W3A6) and (not self.unsigned or bool(bits.unsigned))
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
@@ -82,6 +85,9 @@ class Row:
         formats = f"weight: {weight}, activation: {activation}, {self._grouping}"
         transforms = [(match, transform.format(activation=activation)) for match, transform in self.transforms]
         rules = [f"{{match: '{match}', {formats}, {transform}}}" for match, transform in transforms]
+        if self.unsigned and bits.unsigned:
+            shifted = f"weight: {weight}, activation: {bits.unsigned}, {self._grouping}, shift: gelu"
+            rules.append(f"{{match: '{_BEHIND_GELU}', {shifted}}}")
         if all(match != _ALL for match, _ in self.transforms):
             rules.append(f"{{match: '{_ALL}', {formats}}}")
         if self.formats == "published":
@@ -123,6 +129,8 @@ _VARIANTS = (
     Row("fp_auto", "floats, `default`, formats chosen", "auto", _FROM_GPTQ, balance=True),
     Row("fp_qkv", "floats, `fast`, Q, K and V quantized per token and head", "floats", _GPTQ, True, _ATTENTION),
     Row("fp_hadamard", "floats, `fast`, `hadamard: 64` in `*.ff.net.2`", "floats", _GPTQ, True, _ROTATED),
+    Row("fp_unsigned", "floats, `default`, unsigned behind the GELU", "floats", _FROM_GPTQ, True, unsigned=True),
+    Row("fp_unsigned_fast", "floats, `fast`, unsigned behind the GELU", "floats", _GPTQ, True, unsigned=True),
     Row("fp_low_rank_4", "floats, `fast`, `low_rank: 4`", "floats", _GPTQ, True, ((_ALL, "low_rank: 4"),)),
     Row("fp_low_rank_16", "floats, `fast`, `low_rank: 16`", "floats", _GPTQ, True, ((_ALL, "low_rank: 16"),)),
 )

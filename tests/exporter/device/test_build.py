@@ -63,7 +63,9 @@ def test_engine_is_real(tmp_path: Path, target: str, activation_format: str, wei
     assert info.size_bytes == output.stat().st_size > 10_000
     assert info.builder.startswith("TensorRT-RTX 1.")
     # The engine carries the source of its generated kernels: the quantizer's writes the container's bytes.
-    byte_type = {"e2m3": b"__myln_int8*", "ue2m4": b"__myln_int8*", "e4m3": b"__myln_fp8_e4m3*", "none": b"*"}[activation_format]
+    byte_type = {"e2m3": b"__myln_int8*", "ue2m4": b"__myln_int8*", "e4m3": b"__myln_fp8_e4m3*", "none": b"*"}[
+        activation_format
+    ]
     assert byte_type + b" __restrict__" in output.read_bytes()
     assert f"accelerators={{{target.removeprefix('rtx-')} }}".encode() in output.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {f"lowered.{target}.onnx", "out.plan"}

@@ -56,7 +56,7 @@ def _scans(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Scan"]
 
 
-@pytest.mark.parametrize("activation_format", ["e2m3", "int8"])
+@pytest.mark.parametrize("activation_format", ["e2m3", "ue2m4", "int8"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tiles_change_no_bit_and_can_be_undone(activation_format: str, batch: int) -> None:
     tiled = _lower(_feed_forward(activation_format))

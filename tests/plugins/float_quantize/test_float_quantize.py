@@ -34,7 +34,7 @@ def test_the_body_rounds_like_the_format(name: str, probe: Callable[..., np.ndar
     assert same_bits(values, fmt.round(numbers) + np.float32(0))
 
 
-@pytest.mark.parametrize("name", ["e2m1", "e3m2", "e2m3", "e3m4"])
+@pytest.mark.parametrize("name", ["e2m1", "e3m2", "e2m3", "e3m4", "ue2m2"])
 def test_every_float_of_a_binade(name: str, run_variant: Run) -> None:
     """One to four mantissa bits, all 2^23 numbers in [1, 2): rounding there is the same in every normal binade."""
     fmt = get_format(name)

@@ -128,6 +128,7 @@ def test_every_tactic_has_a_name_of_its_own() -> None:
         (("e3m0", "int8", "fp16", 64), UnknownFormatError, "'e3m0' is no activation format; valid: e2m1"),
         (("e4m3", "int8", "fp16", 64), ContainerError, "int8 does not hold the values of e4m3; nearest that does: fp8"),
         (("e5m2", "fp8", "fp16", 64), ContainerError, "fp8 does not hold the values of e5m2; nearest that does: none"),
+        (("ue2m4", "int8", "fp16", 64), ContainerError, "ue2m4 has no sign, .* nearest: e2m3"),
         (("e2m3", "fp4", "fp16", 64), ContainerError, "'fp4' is no container of activations; valid: int8, fp8, fp16"),
         (("e2m3", "int8", "fp15", 64), UnknownFormatError, "unknown float type 'fp15'; did you mean 'fp16'"),
         (("e2m3", "int8", "fp16", 0), RowLengthError, "tokens of 1 to 16384 numbers, not 0"),
