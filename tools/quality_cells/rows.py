@@ -14,7 +14,7 @@ HELD_OUT_SEED = 500_000
 
 @dataclass(frozen=True)
 class Bits:
-    """Formats of the same widths: integers, the floats that a FP row uses, and activations without a sign, "" if none."""
+    """Formats of the same widths: integers, the floats that a FP row uses, activations without a sign ("" if none)."""
 
     name: str
     integers: tuple[str, str]
