@@ -31,6 +31,7 @@ from exporter.quality import (
     noise_prediction_snr,
 )
 from exporter.runtime import OnnxSession
+from exporter.runtime.arena import renew_arena
 from exporter.sampling import Denoiser, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
@@ -66,6 +67,7 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     ours = samples(job, source, engine, count)
     # A large graph's weights leave the memory before the layers' come.
     del engine
+    renew_arena()
     return_freed_memory()
     layers = layer_quality(source.model, quantized, source.plan, inputs)
     scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
