@@ -1,4 +1,4 @@
-"""Sessions that share the process's arena take what others have given back, and renewing it gives that to the system."""
+"""Sessions that share the arena take what others have given back, and renewing it gives that to the system."""
 
 from __future__ import annotations
 
