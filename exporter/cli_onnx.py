@@ -11,7 +11,7 @@ from exporter.targets import AUTO, resolve_target
 from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
-    from exporter.recipe import Scales
+    from exporter.layer_section import Scales
 
 MODEL_SUFFIX = ".onnx"
 

@@ -9,8 +9,8 @@ from types import MappingProxyType
 import numpy as np
 
 from exporter.errors import InputError
+from exporter.layer_section import HIGH_PRECISION
 from exporter.presets import LayerScheme
-from exporter.recipe import HIGH_PRECISION
 from exporter.targets import TARGETS, Target
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.container_product import ContainerProduct, foldable_multipliers

@@ -14,6 +14,7 @@ from torch import nn
 from exporter.container_choice import accumulator_text, exact_text
 from exporter.job import fitted_target
 from exporter.layer_bytes import stored_bytes
+from exporter.layer_section import HIGH_PRECISION
 from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
 from exporter.models.loading import model_shapes, skeleton
@@ -144,10 +145,15 @@ def exactness(plan: Plan) -> list[str]:
 
 
 def transforms_text(layers: Sequence[LayerPlan]) -> str:
-    """How many layers read a rotated input and have a branch of low rank; "" where none does."""
+    """How many layers read a rotated input, have a branch of low rank, and round their result; "" where none does."""
     rotated = sum(bool(layer.hadamard) for layer in layers)
     branched = sum(bool(layer.low_rank) for layer in layers)
-    parts = (f"{rotated} rotated" * bool(rotated), f"{branched} with a branch of low rank" * bool(branched))
+    results = Counter(_result_text(layer) for layer in layers if layer.output_format != HIGH_PRECISION)
+    parts = (
+        f"{rotated} rotated" * bool(rotated),
+        f"{branched} with a branch of low rank" * bool(branched),
+        *(f"{count} with a result in {result}" for result, count in results.items()),
+    )
     return ", ".join(part for part in parts if part)
 
 
@@ -170,7 +176,7 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         layer.weight_format,
         layer.scales,
         str(layer.group_size or "row"),
-        layer.activation_format + (f", rotated by {layer.hadamard}" if layer.hadamard else ""),
+        _activations_text(layer),
         layer.container,
         exact_text(layer.product),
         accumulator_text(layer.product),
@@ -178,6 +184,16 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
         size_text(layer.fp32_bytes),
         size_text(stored_bytes(layer, target)),
     )
+
+
+def _activations_text(layer: LayerPlan) -> str:
+    rotation = f", rotated by {layer.hadamard}" if layer.hadamard else ""
+    result = "" if layer.output_format == HIGH_PRECISION else f", result {_result_text(layer)}"
+    return f"{layer.activation_format}{rotation}{result}"
+
+
+def _result_text(layer: LayerPlan) -> str:
+    return layer.output_format + (f"/{layer.output_group}" if layer.output_group else "")
 
 
 def _high_precision_table(plan: Plan) -> Table:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from exporter.errors import InputError
+from exporter.layer_section import HADAMARD_SIZES, HIGH_PRECISION
 from exporter.presets import LayerScheme
-from exporter.recipe import HADAMARD_SIZES, HIGH_PRECISION, Recipe
+from exporter.recipe import Recipe
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS
 
@@ -53,7 +54,8 @@ def _check_group(where: str, pattern: str, group: int, in_features: int) -> None
 
 
 def _check_transforms(where: str, scheme: LayerScheme, out_features: int, in_features: int) -> None:
-    """Raise `InputError` for a rank that the weight itself may not exceed, and for rotations that do not fit a row."""
+    """Raise `InputError` for a rank that the weight itself may not exceed, for rotations that do not fit a row, and for
+    groups that do not divide the result."""
     largest = min(in_features, out_features) - 1
     if scheme.low_rank > largest:
         raise InputError(
@@ -65,6 +67,11 @@ def _check_transforms(where: str, scheme: LayerScheme, out_features: int, in_fea
         raise InputError(
             f"{where}: hadamard {scheme.hadamard} does not divide its {in_features} input features; "
             + (f"nearest that does: {fitting}" if fitting else "no size does: leave it out")
+        )
+    if scheme.output_group and out_features % scheme.output_group:
+        raise InputError(
+            f"{where}: output_group {scheme.output_group} does not divide its {out_features} output features; nearest "
+            f"that does: {_nearest_divisor(out_features, scheme.output_group)}"
         )
 
 

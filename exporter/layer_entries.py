@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,10 @@ from plugins.formats import get_format
 from plugins.op import PackedLinear, is_ours
 
 LAYERS_KEY = "fp4export.layers"
+OUTPUTS_KEY = "fp4export.outputs"
 TARGET_KEY = "fp4export.target"
+
+Entry = TypeVar("Entry", bound="LayerEntry | OutputEntry")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,33 @@ class LayerEntry:
         return decode(raw, get_format(self.activation_format), self.encoding)
 
 
+@dataclass(frozen=True)
+class OutputEntry:
+    """One quantized result of a graph: the tensor `input` of the layer is rounded to the tensor `output`.
+
+    `layer` is its module path in the model as it was loaded, `group_size` as in recipes (0: a scale per token).
+    """
+
+    layer: str
+    format: str
+    group_size: int
+    input: str
+    output: str
+
+
+def write_output_table(model: onnx.ModelProto, table: Sequence[OutputEntry]) -> None:
+    """Put the table into the model's metadata, in place of what was there; an empty one leaves nothing."""
+    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != OUTPUTS_KEY}
+    if table:
+        kept[OUTPUTS_KEY] = json.dumps([asdict(entry) for entry in table])
+    onnx.helper.set_model_props(model, kept)
+
+
+def read_output_table(model: onnx.ModelProto) -> tuple[OutputEntry, ...]:
+    """The quantized results in a model's metadata. Raises `InputError` for a damaged table."""
+    return _read(model, OUTPUTS_KEY, OutputEntry)
+
+
 def write_layer_table(model: onnx.ModelProto, table: Sequence[LayerEntry], target: str) -> None:
     """Put the table and the target's name into the model's metadata, in place of what was there."""
     kept = {entry.key: entry.value for entry in model.metadata_props}
@@ -60,17 +90,19 @@ def write_layer_table(model: onnx.ModelProto, table: Sequence[LayerEntry], targe
 
 def read_layer_table(model: onnx.ModelProto) -> tuple[LayerEntry, ...]:
     """The table in a model's metadata; empty for a model that has none. Raises `InputError` for a damaged one."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == LAYERS_KEY), "[]")
-    names = {field.name for field in fields(LayerEntry)}
+    return _read(model, LAYERS_KEY, LayerEntry)
+
+
+def _read(model: onnx.ModelProto, key: str, kind: type[Entry]) -> tuple[Entry, ...]:
+    text = next((entry.value for entry in model.metadata_props if entry.key == key), "[]")
+    names = {field.name for field in fields(kind)}
     try:
         rows = json.loads(text)
         if not all(isinstance(row, dict) and set(row) == names for row in rows):
             raise ValueError(f"every row must have the fields {', '.join(sorted(names))}")
-        return tuple(LayerEntry(**row) for row in rows)
+        return tuple(kind(**row) for row in rows)
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"the ONNX file's metadata {LAYERS_KEY} is damaged: {error}; export the model again"
-        ) from error
+        raise InputError(f"the ONNX file's metadata {key} is damaged: {error}; export the model again") from error
 
 
 def makers_of(model: onnx.ModelProto, table: Sequence[LayerEntry]) -> dict[str, onnx.NodeProto]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from exporter.errors import InputError, did_you_mean
-from exporter.recipe import LayerRule, Recipe
+from exporter.layer_section import LayerRule
+from exporter.recipe import Recipe
 
 LINEAR = ".linear"
 """Ends the module path of a quantized layer inside of a transformed one."""

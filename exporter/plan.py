@@ -18,8 +18,9 @@ from exporter.errors import InputError
 from exporter.layer_bytes import stored_bytes
 from exporter.layer_checks import check_block_formats, check_compute, check_sizes
 from exporter.layer_rules import LINEAR, check_rules, winning_rule
+from exporter.layer_section import AUTO_FORMAT, HIGH_PRECISION, Scales
 from exporter.presets import LayerScheme, candidate_schemes, preset_scheme, resolve_rule
-from exporter.recipe import AUTO_FORMAT, Recipe, Scales
+from exporter.recipe import Recipe
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS, BlockScaling
 from plugins.container_product import ContainerProduct
@@ -27,9 +28,6 @@ from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER
 
 _FP32_BYTES = 4
-
-LOW_RANK = ".low_rank"
-"""Ends the module path of a transformed layer's part in high precision."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,11 @@ class ModelShapes:
 class LayerPlan:
     """One quantized layer.
 
-    `name` is its module path; that of a layer which is transformed first (by `low_rank` or `hadamard`, see
-    `exporter.transforms`) ends with `LINEAR`. `group_size` weights of a row share a scale, 0 means the whole row;
+    `name` is its module path; that of a layer which is transformed first (by `low_rank`, `hadamard` or `output`,
+    see `exporter.transforms`) ends with `LINEAR`. `group_size` weights of a row share a scale, 0 means the whole row;
     `activation_format` is "none" where only the weights are quantized; `container` is the number type that the target
-    multiplies in, and `asked_container` what the recipe says about it ("auto" where nothing).
+    multiplies in, and `asked_container` what the recipe says about it ("auto" where nothing). `output_format` is
+    "none" where the result stays as it is; else `output_group` numbers of a token share a scale, 0 means all.
     """
 
     name: str
@@ -76,6 +75,8 @@ class LayerPlan:
     asked_container: str = AUTO_CONTAINER
     low_rank: int = 0
     hadamard: int = 0
+    output_format: str = HIGH_PRECISION
+    output_group: int = 0
 
     @property
     def original_name(self) -> str:
@@ -85,7 +86,7 @@ class LayerPlan:
     @property
     def is_transformed(self) -> bool:
         """Whether the model is changed around the layer before it is quantized."""
-        return bool(self.low_rank or self.hadamard)
+        return self.scheme.is_transformed
 
     @property
     def scaling(self) -> BlockScaling | None:
@@ -113,6 +114,8 @@ class LayerPlan:
             self.asked_container,
             self.low_rank,
             self.hadamard,
+            self.output_format,
+            self.output_group,
         )
 
     @property
@@ -215,7 +218,7 @@ def plan_layers(recipe: Recipe, shapes: ModelShapes, high_precision: Sequence[st
         else:
             layers.append(plan_layer(name, shape, scheme, f"{recipe.name}: {source}", target))
         if scheme is not None and scheme.low_rank:
-            kept[f"{name}{LOW_RANK}"] = scheme.low_rank * (shape.in_features + shape.out_features)
+            kept[f"{name}.low_rank"] = scheme.low_rank * (shape.in_features + shape.out_features)
     check_compute(recipe, layers, target)
     if not layers:
         raise InputError(f"{recipe.name}: nothing would be quantized: every layer stays in high precision")
@@ -279,7 +282,7 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
             f"{where}: {scheme.weight_format} leaves no room for folding group scales; use `scales: channel`"
         )
     return LayerPlan(
-        name=f"{name}{LINEAR}" if scheme.low_rank or scheme.hadamard else name,
+        name=f"{name}{LINEAR}" if scheme.is_transformed else name,
         out_features=shape.out_features,
         in_features=shape.in_features,
         has_bias=shape.has_bias,
@@ -291,4 +294,6 @@ def plan_layer(name: str, shape: LinearShape, scheme: LayerScheme, source: str, 
         asked_container=scheme.container,
         low_rank=scheme.low_rank,
         hadamard=scheme.hadamard,
+        output_format=scheme.output_format,
+        output_group=scheme.output_group,
     )

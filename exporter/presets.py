@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from exporter.recipe import HIGH_PRECISION, LayerRule, Preset, Scales
+from exporter.layer_section import HIGH_PRECISION, LayerRule, Scales
+from exporter.recipe import Preset
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.domain import AUTO_CONTAINER
 from plugins.formats import WEIGHT_FORMATS, FloatFormat, get_format
@@ -21,7 +22,8 @@ class LayerScheme:
     scaling activations have groups of as many;
     `activation_format` is "none" where only weights are quantized; `container` is the number type that was asked for,
     "auto" for the target's best; `low_rank` and `hadamard` (0: none) change the layer before it is quantized, see
-    `exporter.transforms`.
+    `exporter.transforms`; `output_format` is "none" where its result stays as it is, else numbers of a token in groups
+    of `output_group` (0: all of them) share a scale.
     """
 
     weight_format: str
@@ -31,6 +33,13 @@ class LayerScheme:
     container: str = AUTO_CONTAINER
     low_rank: int = 0
     hadamard: int = 0
+    output_format: str = HIGH_PRECISION
+    output_group: int = 0
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether the layer becomes a `TransformedLinear`, of which what is quantized is a part."""
+        return bool(self.low_rank or self.hadamard) or self.output_format != HIGH_PRECISION
 
 
 PRESETS: Mapping[Preset, LayerScheme] = MappingProxyType(
@@ -84,6 +93,8 @@ def resolve_rule(rule: LayerRule, preset: Preset | None, container: str = AUTO_C
         container=container if rule.container is None else rule.container,
         low_rank=rule.low_rank,
         hadamard=rule.hadamard,
+        output_format=rule.output,
+        output_group=rule.output_group,
     )
 
 

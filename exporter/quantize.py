@@ -20,6 +20,7 @@ from exporter.codes import encode_grid_values, nearest_codes
 from exporter.cuda.linear import PackedOnGpu
 from exporter.decoded_weights import unpacked_codes, unpacked_weight
 from exporter.errors import InputError
+from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, Plan
 from exporter.rounding import InputQuantizer, dequantize
 from exporter.symbolic import symbolic_linear
@@ -184,6 +185,7 @@ def quantize_model(model: nn.Module, plan: Plan, weights: Mapping[str, Quantized
         input_scale = None if weight.input_scale is None else weight.input_scale.to(device)
         moved = QuantizedWeight(weight.codes.to(device), weight.scales.to(device), input_scale)
         quantized.set_submodule(layer.name, QuantLinear(layer, moved, bias))
+    quantize_outputs(quantized, plan.layers)
     return quantized.eval()
 
 

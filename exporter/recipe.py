@@ -16,27 +16,18 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from exporter.compute import Compute
-from exporter.errors import InputError, did_you_mean
+from exporter.errors import InputError
 from exporter.evaluation_section import EvaluationSection
 from exporter.explain import explain
+from exporter.layer_section import ContainerChoice, LayerRule, known
 from exporter.method_section import MethodSection
 from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Seed, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS, Kernels
 from exporter.yaml_text import dump_yaml
-from plugins.block_scales import BLOCK_SCALINGS
-from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
-
-ContainerChoice = Literal["auto", "int8", "fp8", "fp16"]
-
-HIGH_PRECISION = "none"
-AUTO_FORMAT = "auto"
-"""A rule's weight format that is chosen layer by layer, by what the candidates cost the block's output."""
 
 Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
-Scales = Literal["channel", "group", "foldable", "nvfp4", "mx"]
 Storage = Literal["packed", "int8"]
-HadamardSize = Literal[0, 4, 16, 64, 256]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
     "DDIMScheduler",
@@ -48,33 +39,18 @@ Scheduler = Literal[
 ]
 PRESETS: tuple[str, ...] = get_args(Preset)
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
-HADAMARD_SIZES: tuple[int, ...] = get_args(HadamardSize)
 
 _PATHS = (("model", "weights"), ("calibration", "prompts"), ("evaluation", "classifier"))
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
-def _weight_format(name: str) -> str:
-    return _known(name, "format", (*WEIGHT_FORMATS, HIGH_PRECISION, AUTO_FORMAT))
-
-
-def _activation_format(name: str) -> str:
-    return _known(name, "activation format", (*ACTIVATION_FORMATS, HIGH_PRECISION))
-
-
 def _target(name: str) -> str:
-    return _known(name, "target", (AUTO, *TARGETS))
+    return known(name, "target", (AUTO, *TARGETS))
 
 
 def _device(name: str) -> str:
     if _DEVICE.fullmatch(name) is None:
         raise ValueError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N")
-    return name
-
-
-def _known(name: str, kind: str, names: Sequence[str]) -> str:
-    if name not in names:
-        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, names)}")
     return name
 
 
@@ -115,52 +91,6 @@ class CalibrationSection(Section):
     def captured(self) -> dict[str, Any]:
         """What the captured inputs depend on, beside the model, its prompts and the kind of device."""
         return self.model_dump(exclude={"prompts", "memory", "device", "device_memory"})
-
-
-class LayerRule(Section):
-    """Formats for the layers whose module path matches; the first matching rule wins.
-
-    What a rule leaves out comes from the preset. `weight: none` keeps the layers in high precision, `weight: auto`
-    chooses among the floats of as many bits as the preset's weights have.
-    """
-
-    match: Text = Field(description="a module path, * and ? allowed")
-    weight: Annotated[str, AfterValidator(_weight_format)] | None = None
-    group: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="weights that share a scale; 0: the whole row"
-    )
-    scales: Scales | None = None
-    activation: Annotated[str, AfterValidator(_activation_format)] | None = None
-    container: ContainerChoice | None = Field(
-        default=None, description="number type of the products; unset: the recipe's"
-    )
-    low_rank: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="rank of the weight's part that is multiplied in high precision beside the rest"
-    )
-    hadamard: HadamardSize = Field(
-        default=0, description="size of the Hadamard matrices that rotate the input in front of its quantizer"
-    )
-
-    @model_validator(mode="after")
-    def _agree(self) -> LayerRule:
-        details = (self.group, self.scales, self.activation, self.container)
-        if self.weight == HIGH_PRECISION and any(value not in (None, HIGH_PRECISION) for value in details):
-            raise ValueError(
-                "`weight: none` keeps the layer in high precision: drop group, scales, activation and container"
-            )
-        if self.weight == HIGH_PRECISION and (self.low_rank or self.hadamard):
-            raise ValueError("`weight: none` keeps the layer in high precision: drop low_rank and hadamard")
-        if self.group and self.scales == "channel":
-            raise ValueError(
-                f"`scales: channel` has one scale per row, but group is {self.group}; "
-                "use `scales: foldable` (or group), or `group: 0`"
-            )
-        block = BLOCK_SCALINGS.get(self.scales or "")
-        if block is not None and self.group not in (None, block.group_size):
-            raise ValueError(f"`scales: {block.name}` has groups of {block.group_size}; drop `group: {self.group}`")
-        if self.group == 0 and self.scales in ("group", "foldable"):
-            raise ValueError(f"`scales: {self.scales}` needs a group size, for example `group: 128`")
-        return self
 
 
 class Recipe(Section):

@@ -16,10 +16,10 @@ from exporter.errors import InputError
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
 from exporter.layer_bytes import stored_bytes
+from exporter.layer_section import Scales
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.quantize import planned_linear
-from exporter.recipe import Scales
 from exporter.targets import Target
 from plugins.formats import get_format
 

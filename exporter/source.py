@@ -19,6 +19,7 @@ from exporter.calibration.placement import Placement, choose_placement
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
+from exporter.layer_section import HIGH_PRECISION
 from exporter.memory import usable_memory
 from exporter.models.adapter import Adapter
 from exporter.models.families import recipe_adapter
@@ -32,6 +33,7 @@ from exporter.plan import Plan, plan_layers
 from exporter.quality import class_accuracy
 from exporter.recipe import Recipe
 from exporter.sampling import transformer_inputs
+from exporter.shards import Shard
 
 # Inputs, targets and outputs.
 _BLOCK_COPIES = 3
@@ -70,11 +72,20 @@ class Source:
         inputs = transformer_inputs(latents, timesteps, torch.arange(batch) % self.prompts.count, self.prompts)
         return self.adapter.with_conditions(self.model, inputs)
 
-    def calibration_run(self, captured: CalibrationSet, weights: Tensor | None = None) -> CalibrationRun:
-        """The captured inputs through the model, where calibration computes; `weights` are what samples count."""
-        place = self.placement
+    def calibration_run(
+        self, captured: CalibrationSet, weights: Tensor | None = None, shard: Shard | None = None
+    ) -> CalibrationRun:
+        """The captured inputs through the model, where calibration computes; `weights` are what samples count. Without
+        a `shard` this process has all of them."""
         return CalibrationRun(
-            self.adapter, captured, self.prompts, limit=place.limit(), placement=place, weights=weights
+            self.adapter,
+            captured,
+            self.prompts,
+            self.store,
+            self.placement.limit(),
+            shard or Shard(),
+            self.placement,
+            weights,
         )
 
     def layer_facts(self) -> list[dict[str, object]]:
@@ -133,7 +144,9 @@ def _checksums(files: Mapping[str, Path]) -> dict[str, str]:
 
 def _decides(key: str, value: object) -> bool:
     """Whether codes and scales depend on a layer's entry; a transform that is not made says nothing."""
-    return bool(value) if key in ("low_rank", "hadamard") else key not in ("container", "asked_container")
+    if key in ("low_rank", "hadamard", "output_format", "output_group"):
+        return value not in (0, HIGH_PRECISION)
+    return key not in ("container", "asked_container")
 
 
 def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:

@@ -113,21 +113,9 @@ def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> No
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
     with source.placement.computing():
-        result = calibrate(
-            source.model,
-            source.adapter,
-            source.plan,
-            captured,
-            source.prompts,
-            job.recipe.method,
-            job.recipe.calibration.seed,
-            job.progress,
-            units,
-            source.store,
-            job.shard,
-            source.placement,
-            sample_weights(job, source, captured),
-        )
+        run = source.calibration_run(captured, sample_weights(job, source, captured), job.shard)
+        seed = job.recipe.calibration.seed
+        result = calibrate(source.model, source.plan, run, job.recipe.method, seed, job.progress, units)
     # The first process removes the units' files next, which the others may still be reading.
     job.shard.wait()
     return result

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from plugins.block_quantize.descriptor import QuantizeBlocks
+from plugins.fake_quantize.descriptor import FakeQuantize
 from plugins.float_dequantize.descriptor import DequantizeValues, DequantizeWeight
 from plugins.float_quantize.descriptor import OnlineQuantize
 from plugins.op import DOMAIN, OPSET_VERSION, Boundary
@@ -58,6 +59,19 @@ def _symbolic_quantized_input(module: QuantLinear, x: Tensor) -> Tensor:
         f"{DOMAIN}::{dequantize.op_type}",
         [values, scales],
         attrs={**dequantize.attributes(layer=module.layer)},
+        dtype=torch.float32,
+        shape=x.shape,
+        version=OPSET_VERSION,
+    )
+
+
+def symbolic_fake_quantize(x: Tensor, layer: str, fmt: str, group_size: int) -> Tensor:
+    """x [..., N] → rounded to the format and back: what becomes of the result of `layer`."""
+    fake_quantize = FakeQuantize(fmt, group_size)
+    return symbolic(
+        f"{DOMAIN}::{fake_quantize.op_type}",
+        [x],
+        attrs={**fake_quantize.attributes(layer=layer)},
         dtype=torch.float32,
         shape=x.shape,
         version=OPSET_VERSION,

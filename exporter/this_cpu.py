@@ -9,8 +9,8 @@ from exporter.container_choice import container_product, needs_vnni
 from exporter.device.machine import saturates_int8_products
 from exporter.errors import EnvironmentLacksError
 from exporter.layer_entries import LayerEntry
+from exporter.layer_section import Scales
 from exporter.presets import LayerScheme
-from exporter.recipe import Scales
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.container_product import ContainerProduct

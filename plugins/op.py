@@ -18,6 +18,7 @@ from plugins.domain import (
     Variant,
     plugin_attributes,
 )
+from plugins.fake_quantize.descriptor import FakeQuantize
 from plugins.float_boundary import Boundary
 from plugins.float_dequantize.descriptor import DequantizeValues, DequantizeWeight
 from plugins.float_gemm.descriptor import Gemm
@@ -37,6 +38,7 @@ __all__ = [
     "Boundary",
     "DequantizeValues",
     "DequantizeWeight",
+    "FakeQuantize",
     "GeluQuantize",
     "Gemm",
     "NormQuantize",
@@ -59,6 +61,7 @@ VARIANTS = (
     OnlineQuantize,
     Quantize,
     QuantizeBlocks,
+    FakeQuantize,
     DequantizeValues,
     DequantizeWeight,
     Gemm,

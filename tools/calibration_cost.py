@@ -17,6 +17,7 @@ from torch import nn
 
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.inputs import CalibrationRun
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
@@ -139,8 +140,9 @@ def cpu_seconds(size: Size, iterations: int) -> float:
     embeddings = torch.randn(1, _CAPTIONS, 64, generator=generator)
     tensors = {"encoder_hidden_states": embeddings, "encoder_attention_mask": torch.ones(1, _CAPTIONS)}
     method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax")
+    run = CalibrationRun(PixArtAdapter(), captured, Prompts(tensors, tensors))
     begin = time.process_time()
-    calibrate(model, PixArtAdapter(), _plan(model), captured, Prompts(tensors, tensors), method, 0, NullProgress())
+    calibrate(model, _plan(model), run, method, 0, NullProgress())
     return time.process_time() - begin
 
 

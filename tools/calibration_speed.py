@@ -82,16 +82,7 @@ def ours(laboratory: Laboratory, run: CalibrationRun, changes: tuple[str, ...]) 
     """The model with the weights that the changed digits recipe gives it."""
     job = laboratory.job(changes, "speed")
     source = load_source(job)
-    result = calibrate(
-        source.model,
-        source.adapter,
-        source.plan,
-        run.calibration_set,
-        source.prompts,
-        job.recipe.method,
-        0,
-        NullProgress(),
-    )
+    result = calibrate(source.model, source.plan, run, job.recipe.method, 0, NullProgress())
     rounded = share_copy(source.model)
     for layer in source.plan.layers:
         weight = result.weights[layer.name].dequantize(get_format(layer.weight_format))

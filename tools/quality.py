@@ -13,12 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 
 from exporter.files import write_text_atomically
 from exporter.progress import RichProgress
 from tools.marked_section import marked_sections
 from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.chart import draw
 from tools.quality_cells.page import markdown
 from tools.quality_cells.rows import BITS, ROWS, SEEDS
 
@@ -49,6 +51,8 @@ def main(
         raise click.UsageError("--model shapes: make it first: python tools/train_shapes.py --output build/shapes")
     if samples and model != "digits":
         raise click.UsageError("--samples: only the digits have a classifier")
+    # CPU seconds are those of one thread, which spends none of them waiting for another.
+    torch.set_num_threads(1)
     progress = RichProgress(Console(stderr=True))
     laboratories = {}
     for name, recipe in _RECIPES.items():
@@ -58,8 +62,12 @@ def main(
     for seed in () if page_only else map(int, seeds or SEEDS):
         for width in BITS:
             for row in ROWS:
-                if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)):
+                chosen = width.name in (bits or (width.name,)) and row.key in (rows or (row.key,))
+                if chosen and row.is_for(width):
                     laboratories[model].cell(row, width, seed, samples if seed == SEEDS[0] else 0)
+    draw(laboratories["digits"], output.with_suffix(".svg"))
+    if samples:
+        laboratories[model].original_judged(samples)
     sections = marked_sections(output) if output.is_file() else []
     page = markdown(laboratories["digits"], laboratories["shapes"]).rstrip()
     write_text_atomically(output, "\n\n".join([page, *sections]) + "\n")

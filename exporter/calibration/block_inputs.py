@@ -65,9 +65,32 @@ class BlockInputs:
         limit.each(len(self), self.tokens, add)
         return float((errors if self.weights is None else errors * self.weights).sum())
 
-    def mean_squared_error(self, block: nn.Module, targets: Tensor, indices: Tensor) -> Tensor:
-        """Weighted mean of the squared differences of the outputs at `indices` from theirs of `targets` [M, ...]."""
+    @torch.no_grad()
+    def channel_errors(self, block: nn.Module, targets: Tensor, indices: Tensor, limit: BatchLimit) -> Tensor:
+        """Sums float64 [2, C] over the samples at `indices`, by output channel: the squared differences of the block's
+        outputs from `targets` [M, ..., C], and the squares of the targets."""
+        sums = torch.zeros(2, targets.shape[-1], dtype=torch.float64)
+
+        def add(part: slice) -> None:
+            wanted = targets[indices[part]].to(self.device)
+            difference = self.run(block, indices[part]) - wanted
+            both = torch.stack([difference, wanted]).flatten(1, -2)
+            sums.add_(both.square_().sum(dim=1, dtype=torch.float64).cpu())
+
+        limit.each(len(indices), self.tokens, add)
+        return sums
+
+    def mean_squared_error(
+        self, block: nn.Module, targets: Tensor, indices: Tensor, channels: Tensor | None = None
+    ) -> Tensor:
+        """Weighted mean of the squared differences of the outputs at `indices` from theirs of `targets` [M, ..., C].
+
+        `channels` [C] are 1 for those that count and 0 for the others, None if all do.
+        """
         outputs, wanted = self.run(block, indices), targets[indices].to(self.device)
+        if channels is not None:
+            counted = channels.to(self.device)
+            outputs, wanted = outputs * counted, wanted * counted
         if self.weights is None:
             return F.mse_loss(outputs, wanted)
         errors = F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(dim=1)

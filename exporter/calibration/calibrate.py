@@ -9,20 +9,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from exporter.calibration.activations import ActivationStore
 from exporter.calibration.block_inputs import BlockInputs
-from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import FinishedUnits, NothingKept
 from exporter.calibration.first_rounding import feeds_back, largest_gram, looks_at_inputs
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.layerwise import LayerUnits
-from exporter.calibration.placement import Placement
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
 from exporter.errors import InputError
 from exporter.method_section import MethodSection
-from exporter.models.adapter import Adapter
-from exporter.models.prompts import Prompts
+from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import Progress
 from exporter.quantize import (
@@ -37,18 +33,12 @@ from exporter.shards import Shard
 
 def calibrate(
     model: nn.Module,
-    adapter: Adapter,
     plan: Plan,
-    calibration_set: CalibrationSet,
-    prompts: Prompts,
+    run: CalibrationRun,
     method: MethodSection,
     seed: int,
     progress: Progress,
     finished: FinishedUnits | None = None,
-    store: ActivationStore | None = None,
-    shard: Shard | None = None,
-    placement: Placement | None = None,
-    sample_weights: Tensor | None = None,
 ) -> CalibrationResult:
     """Quantize the planned linears of `model`, which stays as it is.
 
@@ -56,25 +46,13 @@ def calibrate(
     rounded to nearest ("rtn"), or with error feedback, layer by layer on the original network's inputs ("gptq"). For
     "fp4dit" one of these is the beginning, and the roundings of each block are learned jointly, block by block on the
     outputs of the network quantized so far, with the original network's outputs as targets. Units that an earlier run
-    has `finished` are not done again; activations are kept in `store`, without one in memory. The same seed gives the
-    same result on the same machine, however often it was interrupted and wherever activations are. `placement` says
-    what computes, without one the CPU, and `sample_weights` float32 [M] what errors on the samples count, without them
-    all alike. Several processes, which must share `finished`, call this together: each has its share of the samples,
-    and all get the same result. Raises `InputError` where batches cannot be shared out evenly.
+    has `finished` are not done again. The same seed gives the same result on the same machine, however often it was
+    interrupted and wherever the `run` keeps activations. The processes of a `run` that is shared out, which must share
+    `finished`, call this together and all get the same result. Raises `InputError` where batches cannot be shared out
+    evenly.
     """
     finished = finished or NothingKept()
-    placement, shard = placement or Placement(), shard or Shard()
-    run = CalibrationRun(
-        adapter,
-        calibration_set,
-        prompts,
-        store or ActivationStore(),
-        placement.limit(),
-        shard,
-        placement,
-        sample_weights,
-    )
-    check_batches(method, len(calibration_set), run.shard)
+    check_batches(method, len(run.calibration_set), run.shard)
     inputs: Mapping[str, InputStatistics] = {}
     if method.name != "rtn" or looks_at_inputs(plan, method):
         inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
@@ -136,6 +114,8 @@ class _Walk:
             replaced = RoundingLinear(layer, linear, weights[layer.name], method.quantize_activations)
             self._quantized.set_submodule(layer.name, replaced)
             self.layers[layer.name] = replaced
+        if method.quantize_activations:
+            quantize_outputs(self._quantized, plan.layers)
 
     def through(self, executed: list[str]) -> tuple[BlockStatistics, ...]:
         """Learn the layers in `executed` order, those of the blocks block by block."""

@@ -23,6 +23,7 @@ from exporter.files import write_text_atomically
 from exporter.gate.snr import power_ratio_db
 from exporter.gate.table import bounded_db
 from exporter.method_section import MethodSection
+from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, OpenLayer, Plan
 from exporter.progress import Progress
 from exporter.quantize import input_quantizer, planned_linear, share_copy
@@ -37,8 +38,9 @@ _FEWEST_SAMPLES = 32
 @dataclass(frozen=True)
 class LayerFormats:
     """What the candidates of an open layer cost: format → squared error of the block's output relative to its power,
-    with this layer's weight quantized and all inputs of the block's quantized layers as planned; and the formats that
-    were `refused`, with the reason. `unit` is the block (for a layer outside the blocks the layer itself)."""
+    with this layer's weight quantized and all inputs and results of the block's quantized layers as planned; and the
+    formats that were `refused`, with the reason. `unit` is the block (for a layer outside the blocks the layer
+    itself)."""
 
     layer: str
     unit: str
@@ -128,6 +130,7 @@ class _Trial:
                 self.module.set_submodule(inside, self.layers[layer.name])
             else:
                 self.module = self.layers[layer.name]
+        quantize_outputs(self.module, (layer for layer in plan.layers if layer.name.startswith(f"{unit}.")), unit)
 
     @contextmanager
     def with_weight(self, name: str, weight: Tensor) -> Iterator[None]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from exporter.container_choice import kernel_container
 from exporter.cuda.launcher import run_on_gpu
+from exporter.layer_section import HIGH_PRECISION, Scales
 from exporter.packed_weights import CodedWeight, pack_weight
 from exporter.passes.fold import fold_rows
 from exporter.presets import LayerScheme
-from exporter.recipe import HIGH_PRECISION, Scales
 from plugins.containers import INT8, multipliers
 from plugins.formats import get_format
 from plugins.kernels.hardware import HARDWARE, Capability

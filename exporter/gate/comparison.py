@@ -23,6 +23,7 @@ from exporter.gate.linears import (
 )
 from exporter.gate.records import LinearRecord, Reference
 from exporter.gate.reference import EXACT_DB
+from exporter.gate.results import compare_results
 from exporter.gate.runs import quiet, repeat_command, save_feeds, save_reference
 from exporter.gate.segments import is_large
 from exporter.gate.subgraphs import CutError
@@ -30,7 +31,7 @@ from exporter.gate.table import GateResult, GateRow, Stage
 from exporter.gate.tiles import compare_tiles
 from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, cut_between_blocks
 from exporter.onnx_files import read_model, save_onnx
-from exporter.passes.layer_table import LayerEntry, read_layer_table
+from exporter.passes.layer_table import LayerEntry, read_layer_table, read_output_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
 from exporter.targets import Target
@@ -121,10 +122,11 @@ class _Compared:
         """All rows and the commands. Raises `FidelityError` as `compare_graph` does."""
         try:
             linears, rest = self.in_segments(advance) if self.is_large else self.whole(advance)
+            results = self.results()
             commands = () if self.is_large and self.stage == "exported" else self.repeat_commands(linears)
         except CutError as error:
             raise FidelityError(f"{self.path}: {error}") from error
-        return GateResult((*linears.rows, *rest), commands)
+        return GateResult((*linears.rows, *results, *rest), commands)
 
     @property
     def is_large(self) -> bool:
@@ -160,6 +162,12 @@ class _Compared:
         end = compare_end_to_end(self.path, reference, stage, optimized=optimized)
         advance()
         return linears, (*blocks, *tiles, end)
+
+    def results(self) -> tuple[GateRow, ...]:
+        """Compare the quantizers of layers' results, which no command repeats."""
+        entries, records = read_output_table(self.plain), self.reference.outputs
+        cut = self.cut_path("results")
+        return compare_results(self.plain, entries, records, self.stage, cut, optimized=self.optimized)
 
     def in_segments(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """The same of a large graph, segment by segment."""

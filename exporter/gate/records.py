@@ -28,11 +28,13 @@ SHARED_PREFIX = "blocks."
 
 MANIFEST = "manifest.json"
 TENSORS = "reference.safetensors"
-_VERSION = 3
+_VERSION = 4
 # Where the compute type, not quantization, limits the agreement: its rounding, at least so far away, is asked for.
 ROUNDING_MARGIN_DB = 6.0
 _FACTS = ("layer", "weight_format", "activation_format", "rank", "probes", "products")
 _ARRAYS = ("x", "values", "scales", "y", "bias", "noise_floor")
+_OUTPUT_FACTS = ("layer", "format", "rank")
+_OUTPUT_ARRAYS = ("x", "values", "scales")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,25 @@ class LinearRecord:
     def with_fp32_product(self) -> LinearRecord:
         """The record as a graph is compared with it that rounds no product."""
         return self if self.products == "fp32" else replace(self, products="fp32")
+
+
+@dataclass(frozen=True)
+class OutputRecord:
+    """One layer's quantized result on R token rows: x [R, N] before, values [R, N] and scales [R, N/G] of it; `rank`
+    as the axes of the result in the model."""
+
+    layer: str
+    format: str
+    rank: int
+    x: Floats
+    values: Floats
+    scales: Floats
+
+    @property
+    def rounded(self) -> Floats:
+        """What the quantizer gives: [R, N]."""
+        grouped = self.values.reshape(*self.scales.shape, -1) * self.scales[..., None]
+        return grouped.reshape(self.values.shape)
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,8 @@ class Reference:
     thresholds: boundary name → least SNR in dB when the reference's inputs are given; `end_to_end_threshold` the same
     for the free-running model. `blocks`: module paths in order. The worst over timesteps of the output's SNR:
     `quantization_db` against the original model's, `sensitivity_db` against its own on inputs changed as little as
-    rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32.
+    rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32. `outputs` are the results
+    that are quantized.
     """
 
     linears: tuple[LinearRecord, ...]
@@ -106,6 +128,7 @@ class Reference:
     quantization_db: float
     sensitivity_db: float
     rounding: Rounding | None = None
+    outputs: tuple[OutputRecord, ...] = ()
 
     def for_stage(self, stage: Stage) -> Reference:
         """The reference as a graph of that stage is compared with it: the exported one is FP32 whatever is asked for.
@@ -136,12 +159,15 @@ class Reference:
         tensors: dict[str, npt.NDArray[Any]] = {}
         for record in self.linears:
             tensors.update({f"linear/{record.layer}/{key}": value for key, value in _arrays(record).items()})
+        for output in self.outputs:
+            tensors.update({f"output/{output.layer}/{key}": getattr(output, key) for key in _OUTPUT_ARRAYS})
         for index, model in enumerate(self.models):
             tensors.update({f"model/{index}/input/{name}": array for name, array in model.inputs.items()})
             tensors.update({f"model/{index}/boundary/{name}": array for name, array in model.boundaries.items()})
         manifest = {
             "version": _VERSION,
             "linears": [{name: getattr(record, name) for name in _FACTS} for record in self.linears],
+            "outputs": [{name: getattr(output, name) for name in _OUTPUT_FACTS} for output in self.outputs],
             "timesteps": [model.timestep for model in self.models],
             "blocks": list(self.blocks),
             "thresholds": dict(self.thresholds),
@@ -183,6 +209,10 @@ class Reference:
         for facts in manifest["linears"]:
             parts: dict[str, Any] = {"values": None, "scales": None, **_below(tensors, f"linear/{facts['layer']}/")}
             linears.append(LinearRecord(**facts, **parts))
+        outputs = []
+        for facts in manifest["outputs"]:
+            parts = {**_below(tensors, f"output/{facts['layer']}/")}
+            outputs.append(OutputRecord(**facts, **parts))
         models = [
             ModelRecord(timestep, _below(tensors, f"model/{index}/input/"), _below(tensors, f"model/{index}/boundary/"))
             for index, timestep in enumerate(manifest["timesteps"])
@@ -196,6 +226,7 @@ class Reference:
             manifest["quantization_db"],
             manifest["sensitivity_db"],
             None if manifest["rounding"] is None else Rounding(**manifest["rounding"]),
+            tuple(outputs),
         )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
-from exporter.gate.records import OUTPUT, SHARED_PREFIX, LinearRecord, ModelRecord, Reference, Rounding
+from exporter.gate.records import OUTPUT, SHARED_PREFIX, ModelRecord, Reference, Rounding
+from exporter.gate.results import LayerResults
 from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
@@ -53,32 +54,36 @@ def record_reference(
     """
     blocks = adapter.blocks(quantized)
     rows = LinearInputs.of(quantized, len(batches), compute, products)
+    results = LayerResults.of(quantized, len(batches), compute)
     measured, costs = [], []
     with progress.task("recording the reference", len(batches) + 1) as task:
         for batch in batches:
             inputs = adapter.with_conditions(quantized, batch)
-            with rows.collected(), _boundaries(blocks) as seen:
+            with rows.collected(), results.collected(), _boundaries(blocks) as seen:
                 seen[OUTPUT] = adapter.forward(quantized, inputs)
             measured.append(_measure(original, quantized, adapter, inputs, seen))
             costs += [] if compute == "fp32" else [_rounding(compute, products, quantized, adapter, inputs, seen)]
             task.advance()
-        linears = tuple(rows.records())
+        linears, outputs = tuple(rows.records()), tuple(results.records())
         task.advance()
     names = tuple(name for name, _ in blocks)
+    rounding = [record.layer for record in linears if record.activation_format != "none"]
+    rounding += [record.layer for record in outputs]
     thresholds = {}
     for name in measured[0].record.boundaries:
         part = next((block for block in names if name == f"{block}.output"), None)
-        thresholds[name] = _threshold([one.forced[name] for one in measured], _is_rounded(linears, part, names))
+        thresholds[name] = _threshold([one.forced[name] for one in measured], _is_rounded(rounding, part, names))
     free = [one.free for one in measured]
     return Reference(
         linears=linears,
         models=tuple(one.record for one in measured),
         blocks=names,
         thresholds=thresholds,
-        end_to_end_threshold=_threshold(free, any(record.activation_format != "none" for record in linears)),
+        end_to_end_threshold=_threshold(free, bool(rounding)),
         quantization_db=min(one.quantization_db for one in free),
         sensitivity_db=min(one.sensitivity_db for one in free),
         rounding=_worst(costs),
+        outputs=outputs,
     )
 
 
@@ -193,10 +198,9 @@ def _shaken(inputs: TransformerInputs) -> TransformerInputs:
     return replace(inputs, hidden_states=latents * (1 + INPUT_NOISE * noise), timestep=timestep)
 
 
-def _is_rounded(linears: Sequence[LinearRecord], block: str | None, blocks: Sequence[str]) -> bool:
-    """Whether activations are quantized in `block`, or for None outside all blocks."""
-    inside = {record.layer: next((b for b in blocks if record.layer.startswith(f"{b}.")), None) for record in linears}
-    return any(record.activation_format != "none" and inside[record.layer] == block for record in linears)
+def _is_rounded(rounding: Sequence[str], block: str | None, blocks: Sequence[str]) -> bool:
+    """Whether one of the layers that are `rounding` what they read or give is in `block`, or for None outside all."""
+    return any(next((b for b in blocks if layer.startswith(f"{b}.")), None) == block for layer in rounding)
 
 
 def _threshold(distances: Sequence[_Distances], rounded: bool) -> float:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from exporter.compute import Compute
+from exporter.output_quantizer import OutputQuantizer
 from exporter.quantize import QuantLinear
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What they read is stored in the compute type, even where it comes straight from the model's inputs.
 _READING = (nn.Linear, QuantLinear, nn.Conv2d)
 # Computed in FP32; their results are stored in the compute type.
-_EXACT = (QuantLinear, Timesteps)
+_EXACT = (QuantLinear, OutputQuantizer, Timesteps)
 
 
 def rounded(tensor: Tensor, compute: Compute) -> Tensor:

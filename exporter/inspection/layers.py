@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import TensorProto
 
 from exporter.layer_entries import layer_of, makers_of
+from exporter.layer_rules import LINEAR
 from exporter.onnx_input.constants import type_name
 from exporter.onnx_input.linears import find_linears
 from exporter.onnx_input.model import name_by_scope
 from exporter.passes.driver import import_graph
-from exporter.passes.layer_table import LayerEntry
-from plugins.op import DequantizeWeight, OnlineQuantize, is_ours, parse
+from exporter.passes.layer_table import LayerEntry, OutputEntry, read_output_table
+from plugins.op import DequantizeWeight, FakeQuantize, OnlineQuantize, is_ours, parse
 
 UNKNOWN = "-"
 """Stands for what a graph does not say."""
@@ -35,7 +36,8 @@ _BITS: Mapping[int, int] = {
 class LayerView:
     """One layer: what a `LayerEntry` says, and its weight as the file stores it.
 
-    `encoding` is how its quantized activations travel. `weight_bytes` and `stored_type` are those of the constant
+    `encoding` is how its quantized activations travel, `result` the format that its result is rounded to, in groups
+    as `e4m3/64`. `weight_bytes` and `stored_type` are those of the constant
     that holds the weight's codes or numbers; scales and bias are not counted.
     """
 
@@ -50,6 +52,7 @@ class LayerView:
     weight_bytes: int
     stored_type: str
     encoding: str
+    result: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ class LayersView:
 def bytes_of(tensor: TensorProto) -> int:
     """Size of a tensor's numbers in the file."""
     return -(-int(math.prod(tensor.dims)) * _BITS.get(tensor.data_type, 8) // 8)
+
+
+def with_results(view: LayersView, model: onnx.ModelProto) -> LayersView:
+    """The view with the formats that results of its layers are rounded to, by the graph's table or, without one, by its
+    nodes."""
+    results = read_output_table(model) or [
+        OutputEntry(layer_of(node), variant.format, variant.group_size, node.input[0], node.output[0])
+        for node in model.graph.node
+        if is_ours(node) and (variant := FakeQuantize.parse(node.op_type)) is not None
+    ]
+    formats = {entry.layer: entry.format + (f"/{entry.group_size}" if entry.group_size else "") for entry in results}
+    layers = (replace(layer, result=formats.get(layer.layer.removesuffix(LINEAR), UNKNOWN)) for layer in view.layers)
+    return replace(view, layers=tuple(layers))
 
 
 def table_layers(model: onnx.ModelProto, table: Sequence[LayerEntry]) -> LayersView:

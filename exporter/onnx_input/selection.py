@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from exporter.container_choice import choose_container, scale_multipliers
 from exporter.errors import InputError, did_you_mean
 from exporter.layer_rules import layer_patterns
+from exporter.layer_section import HIGH_PRECISION, Scales
 from exporter.onnx_input.linears import FoundLinear
 from exporter.plan import LayerPlan, LinearShape, plan_layer
 from exporter.presets import LayerScheme
-from exporter.recipe import HIGH_PRECISION, Scales
 from exporter.targets import Target
 from plugins.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 

@@ -7,9 +7,9 @@ import onnx_graphsurgeon as gs
 
 from exporter.container_choice import choose_container, container_product, has_kernel
 from exporter.errors import InputError
+from exporter.layer_section import Scales
 from exporter.passes.surgery import array_of, variant_of
 from exporter.presets import LayerScheme
-from exporter.recipe import Scales
 from exporter.targets import Target
 from plugins.containers import CONTAINERS
 from plugins.domain import AUTO_CONTAINER

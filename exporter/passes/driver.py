@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnx
@@ -17,11 +18,15 @@ from exporter.passes.history import IMPORTED, PassResult, read_pass_history, wri
 from exporter.passes.inference import infer, skeleton
 from exporter.passes.layer_table import (
     LayerEntry,
+    OutputEntry,
     layer_table,
+    output_table,
     read_layer_table,
+    read_output_table,
     updated_table,
     with_encodings,
     write_layer_table,
+    write_output_table,
 )
 from exporter.passes.order import check_order
 from exporter.passes.surgery import CONTRIB_DOMAIN
@@ -37,6 +42,18 @@ _COLLECTED = 50_000_000
 
 OPSETS = (21, 22, 23)
 """Versions of the standard operators that blocked DequantizeLinear, ONNX Runtime and TensorRT's parser share."""
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The quantized layers and the quantized results of a graph."""
+
+    layers: tuple[LayerEntry, ...]
+    outputs: tuple[OutputEntry, ...]
+
+    def updated(self, graph: gs.Graph) -> _Tables:
+        """With what the graph says now."""
+        return _Tables(updated_table(self.layers, layer_table(graph)), updated_table(self.outputs, output_table(graph)))
 
 
 def run_passes(
@@ -63,7 +80,7 @@ def _run(
     model: onnx.ModelProto, passes: Sequence[Pass], target: Target, keep: Keep | None
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
     graph = _annotated_graph(model)
-    table = layer_table(graph) or read_layer_table(model)
+    tables = _Tables(layer_table(graph) or read_layer_table(model), output_table(graph) or read_output_table(model))
     before = read_pass_history(model) or (PassResult(IMPORTED, 0, len(graph.nodes)),)
     results: list[PassResult] = []
     done = [result.name for result in before]
@@ -73,13 +90,13 @@ def _run(
         done.append(run.__name__)
         changed = run(graph, target)
         graph.cleanup()
-        table = updated_table(table, layer_table(graph))
+        tables = tables.updated(graph)
         results.append(PassResult(run.__name__, changed, len(graph.nodes)))
         if keep is not None:
-            keep(run.__name__, index, _export(graph, model, table, target, (*before, *results)))
+            keep(run.__name__, index, _export(graph, model, tables, target, (*before, *results)))
     # A run that changed nothing leaves no trace, so that passes on their own result give the same model.
     history = (*before, *results) if any(result.changed for result in results) else before
-    exported = _export(graph, model, table, target, history)
+    exported = _export(graph, model, tables, target, history)
     onnx.checker.check_model(skeleton(exported), full_check=True)
     return exported, results
 
@@ -127,7 +144,7 @@ def _annotate(graph: gs.Graph, model: onnx.ModelProto) -> None:
 def _export(
     graph: gs.Graph,
     source: onnx.ModelProto,
-    table: Sequence[LayerEntry],
+    tables: _Tables,
     target: Target,
     history: Sequence[PassResult],
 ) -> onnx.ModelProto:
@@ -141,7 +158,8 @@ def _export(
     outside = {name for node in model.graph.node for name in node.output}
     del model.graph.value_info[:]
     model.graph.value_info.extend(info for info in inferred if info.name in outside)
-    write_layer_table(model, with_encodings(table, types), target.name)
+    write_layer_table(model, with_encodings(tables.layers, types), target.name)
+    write_output_table(model, tables.outputs)
     write_pass_history(model, history)
     return model
 

@@ -9,20 +9,34 @@ from types import MappingProxyType
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from exporter.layer_entries import LAYERS_KEY, TARGET_KEY, LayerEntry, read_layer_table, write_layer_table
+from exporter.layer_entries import (
+    LAYERS_KEY,
+    TARGET_KEY,
+    Entry,
+    LayerEntry,
+    OutputEntry,
+    read_layer_table,
+    read_output_table,
+    write_layer_table,
+    write_output_table,
+)
 from exporter.passes.choose import scales_of
 from exporter.passes.surgery import online_quantizer, producer, variant_of
-from plugins.op import Gemm
+from plugins.op import FakeQuantize, Gemm
 
 __all__ = [
     "LAYERS_KEY",
     "TARGET_KEY",
     "LayerEntry",
+    "OutputEntry",
     "layer_table",
+    "output_table",
     "read_layer_table",
+    "read_output_table",
     "updated_table",
     "with_encodings",
     "write_layer_table",
+    "write_output_table",
 ]
 
 _ENCODING_OF_TYPE: Mapping[int, str] = MappingProxyType(
@@ -65,8 +79,18 @@ def layer_table(graph: gs.Graph) -> tuple[LayerEntry, ...]:
     return tuple(entries)
 
 
-def updated_table(table: Sequence[LayerEntry], found: Sequence[LayerEntry]) -> tuple[LayerEntry, ...]:
-    """The table with what a graph says now of layers that it still has as FloatGemm nodes; others were lowered."""
+def output_table(graph: gs.Graph) -> tuple[OutputEntry, ...]:
+    """The entries of all FloatFakeQuantize nodes, in the graph's order."""
+    found = ((node, variant_of(node, FakeQuantize)) for node in graph.nodes)
+    return tuple(
+        OutputEntry(node.attrs["layer"], variant.format, variant.group_size, node.inputs[0].name, node.outputs[0].name)
+        for node, variant in found
+        if variant is not None
+    )
+
+
+def updated_table(table: Sequence[Entry], found: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The table with what a graph says now of layers that it still has as nodes of ours; others were lowered."""
     now = {entry.layer: entry for entry in found}
     known = {entry.layer for entry in table}
     return (

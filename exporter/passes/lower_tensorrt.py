@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes.encodings import unit_of
 from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
-from exporter.passes.lowering import Activation, Layer, Quantizer, append_epilogue, lower
+from exporter.passes.lowering import Activation, Layer, Quantizer, Rounding, append_epilogue, lower
 from exporter.passes.surgery import Splicer, low_bit_constant
 from exporter.targets import Target
 from plugins.body import Body
@@ -20,9 +21,13 @@ from plugins.containers import CONTAINERS, FP8, rounds_alike
 from plugins.float_quantize.reference import TINY
 from plugins.formats import FloatFormat, Format
 
+_CONVERTED_TO = ("int8", "fp8")
+"""Containers that QuantizeLinear makes with scale 1."""
+
 
 def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
-    """FloatQuantizeOnline, FloatQuantizeBlocks, FloatGemm → Q/DQ around a MatMul, by the layer's container.
+    """FloatQuantizeOnline, FloatQuantizeBlocks, FloatGemm → Q/DQ around a MatMul, by the layer's container;
+    FloatFakeQuantize → the same Q/DQ, times the scales, where the target has a container for the format.
 
     Activations: x / token scale, rounded by ordinary operators where the container's own rounding is not the
     format's, then QuantizeLinear and DequantizeLinear with scale 1, which lose nothing. Weights: INT8, FP8 or INT4
@@ -30,7 +35,7 @@ def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
     token's scale. "<layer>.values" becomes the INT8 or FP8 tensor. For fp4 and mxfp8 see `lower_blocks`; a graph with
     them becomes one of operator version 23, the first that has FP4.
     """
-    lowered = lower(graph, _quantize, _multiply)
+    lowered = lower(graph, _quantize, _multiply, partial(_round_result, target))
     if any(node.op in EXTENSIONS for node in graph.nodes):
         graph.opset, graph.import_domains = BLOCKS_OPSET, None
     return lowered
@@ -39,16 +44,12 @@ def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
 def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Activation]:
     if quantizer.scaling is not None:
         return quantize_blocks(quantizer, quantizer.scaling, splicer)
-    fmt, container = quantizer.format, quantizer.container
+    container = quantizer.container
     body = Body(f"{quantizer.layer}.quantize.{container}.")
-    unit = unit_of(fmt, container)
-    amax = body.op("ReduceMax", body.op("Abs", "x"), body.ints(-1), keepdims=1)
-    body.op("Div", body.op("Max", amax, body.float(TINY)), body.float(fmt.max / unit), output="scales")
-    t = body.op("Div", "x", "scales")
-    if not (rounds_alike(fmt, CONTAINERS[container]) or (container == "int8" and fmt.is_uniform)):
-        t = _append_rounding(body, t, fmt, unit)
-    body.op("QuantizeLinear", t, body.float(1.0), "zero", output="values")
-    numbers = body.op("DequantizeLinear", "values", body.float(1.0), "zero")
+    t = _append_quotient(body, "x", "scales", quantizer.format, container)
+    if not _container_rounds(quantizer.format, container):
+        t = _append_rounding(body, t, quantizer.format, unit_of(quantizer.format, container))
+    numbers = _append_conversions(body, t, "values")
     tensors = {
         "x": quantizer.x,
         "scales": quantizer.scales,
@@ -57,6 +58,39 @@ def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Ac
         numbers: gs.Variable(numbers),
     }
     return splicer.nodes(body, tensors), Activation(tensors[numbers], quantizer.scales)
+
+
+def _round_result(target: Target, rounding: Rounding, splicer: Splicer) -> list[gs.Node]:
+    """In a container of the target that rounds as the format does, else by ordinary operators."""
+    fmt = rounding.format
+    container = next((name for name in target.containers if name in _CONVERTED_TO and _container_rounds(fmt, name)), "")
+
+    def online(body: Body, x: str) -> tuple[str, str]:
+        scales = f"{body.prefix}scales"
+        t = _append_quotient(body, x, scales, fmt, container)
+        if container:
+            return _append_conversions(body, t, f"{body.prefix}values"), scales
+        return _append_rounding(body, t, fmt, 1.0), scales
+
+    return rounding.nodes(splicer, online, **({"zero": splicer.shared(_zero(container))} if container else {}))
+
+
+def _append_quotient(body: Body, x: str, scales: str, fmt: Format, container: str) -> str:
+    """x → its token scales, and x / scales in the container's unit."""
+    amax = body.op("ReduceMax", body.op("Abs", x), body.ints(-1), keepdims=1)
+    body.op("Div", body.op("Max", amax, body.float(TINY)), body.float(fmt.max / unit_of(fmt, container)), output=scales)
+    return body.op("Div", x, scales)
+
+
+def _container_rounds(fmt: Format, container: str) -> bool:
+    """Whether converting a quotient to the container rounds it as the format does."""
+    return rounds_alike(fmt, CONTAINERS[container]) or (container == "int8" and fmt.is_uniform)
+
+
+def _append_conversions(body: Body, t: str, values: str) -> str:
+    """t → `values` in the type of "zero", and back."""
+    body.op("QuantizeLinear", t, body.float(1.0), "zero", output=values)
+    return body.op("DequantizeLinear", values, body.float(1.0), "zero")
 
 
 def _append_rounding(body: Body, t: str, fmt: Format, unit: float) -> str:

@@ -15,8 +15,9 @@ from plugins.block_scales import BlockScaling
 from plugins.body import Body
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS
+from plugins.fake_quantize.function_body import OnlineFn, append_fake_quantize
 from plugins.formats import Format, get_format
-from plugins.op import Gemm, QuantizeBlocks
+from plugins.op import FakeQuantize, Gemm, QuantizeBlocks
 from plugins.packing import unpack
 
 
@@ -105,12 +106,35 @@ class Layer:
         return np.asarray(grouped.reshape(numerators.shape))
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """One FloatFakeQuantize node, which rounds the result `x` of `layer` to `y`."""
+
+    layer: str
+    variant: FakeQuantize
+    x: gs.Tensor
+    y: gs.Tensor
+
+    @property
+    def format(self) -> Format:
+        """The format that is rounded to."""
+        return get_format(self.variant.format)
+
+    def nodes(self, splicer: Splicer, online: OnlineFn | None = None, **tensors: gs.Tensor) -> list[gs.Node]:
+        """The operator's definition in ordinary nodes, with a target's own quantizer, which may read `tensors`."""
+        body = Body(f"{self.layer}.quantizer.")
+        append_fake_quantize(body, "x", "y", self.format, self.variant.group_size, online)
+        return splicer.nodes(body, {"x": self.x, "y": self.y, **tensors})
+
+
 QuantizeFn: TypeAlias = Callable[[Quantizer, Splicer], tuple[list[gs.Node], Activation]]
 MultiplyFn: TypeAlias = Callable[[Layer, Activation | None, Splicer], list[gs.Node]]
+RoundFn: TypeAlias = Callable[[Rounding, Splicer], list[gs.Node]]
 
 
-def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
-    """Replace quantizers by `quantize` (once per container that reads them) and FloatGemm nodes by `multiply`.
+def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn, round_result: RoundFn) -> int:
+    """Replace quantizers by `quantize` (once per container that reads them), FloatGemm nodes by `multiply` and
+    FloatFakeQuantize nodes by `round_result`.
 
     A quantizer with other readers than FloatGemm, and a FloatGemm whose weight is not constant or whose activation is
     not quantized here, stay, for `refuse_unsupported` to name.
@@ -121,7 +145,7 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
     lowered = 0
     for node in list(graph.nodes):
         new: list[gs.Node] = []
-        layer = layer_of(node)
+        layer, rounding = layer_of(node), rounding_of(node)
         if online_quantizer(node) is not None and read_by_gemms(graph, node):
             values = node.outputs[0]
             for quantizer in _quantizers(node):
@@ -134,6 +158,12 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn) -> int:
                 node.inputs.clear()
                 node.outputs.clear()
                 new = multiply(layer, activation_of_layer, splicer)
+        elif rounding is not None:
+            node.inputs.clear()
+            node.outputs.clear()
+            # Inference does not find it through the reshapes of groups; attention is looked for by it.
+            rounding.y.shape = rounding.x.shape
+            new = round_result(rounding, splicer)
         lowered += bool(new)
         nodes += new or [node]
     graph.nodes = nodes
@@ -196,6 +226,12 @@ def layer_of(node: gs.Node) -> Layer | None:
         bias=inputs.get("bias"),
         y=node.outputs[0],
     )
+
+
+def rounding_of(node: gs.Node) -> Rounding | None:
+    """The node taken apart, if it is a FloatFakeQuantize."""
+    variant = variant_of(node, FakeQuantize)
+    return None if variant is None else Rounding(node.attrs["layer"], variant, node.inputs[0], node.outputs[0])
 
 
 def append_epilogue(body: Body, product: str, factors: Sequence[str], *, has_bias: bool) -> None:

@@ -29,6 +29,7 @@ METHOD = """
 preset: w4a6
 layers:
   - {match: "*.ff.net.2", group: 32, low_rank: 4, hadamard: 16}
+  - {match: "*.to_?", group: 32, output: e4m3, output_group: 32}
   - {match: "*blocks.*", group: 32}
 method: {name: fp4dit, iterations: 2, batch_size: 4, balance: true}
 evaluation: {trajectories: 1, grid: 2}

@@ -135,6 +135,10 @@ def test_without_a_preset_only_rules_quantize() -> None:
             r"blocks\.0\.ff\.net\.0\.proj: low_rank 256 is too much for a weight of 1024 x 256; at most 255",
         ),
         (
+            [{"match": "*.to_q", "output": "e4m3", "output_group": 72}],
+            r"blocks\.0\.attn\.to_q: output_group 72 does not divide its 256 output features; nearest that does: 64",
+        ),
+        (
             [{"match": "*.to_q", "weight": "auto", "group": 100}],
             r"blocks\.0\.attn\.to_q: group 100 does not divide its 256 input features; nearest that does: 128",
         ),
@@ -162,6 +166,16 @@ def test_transformed_layers_are_planned_inside_of_what_takes_their_place() -> No
     added = {name: count for name, count in plan.high_precision if name not in dict(plain.high_precision)}
     assert added == {f"blocks.{block}.attn.to_q.low_rank": 8 * 512 for block in (0, 1)}
     assert plan.expected_bytes - plain.expected_bytes == 4 * (2 * 8 * 512 + 64 * 64)
+
+
+def test_layers_with_quantized_results_are_transformed_ones_that_take_no_more_room() -> None:
+    rules = [{"match": "*.to_q", "output": "e4m3", "output_group": 64}]
+    plan, plain = planned(preset="w4a6", layers=rules), planned(preset="w4a6")
+    found = {layer.original_name: (layer.name, layer.output_format, layer.output_group) for layer in plan.layers}
+    assert found["blocks.0.attn.to_q"] == ("blocks.0.attn.to_q.linear", "e4m3", 64)
+    assert found["blocks.0.ff.net.0.proj"] == ("blocks.0.ff.net.0.proj", "none", 0)
+    assert plan.expected_bytes == plain.expected_bytes
+    assert plan.high_precision == plain.high_precision
 
 
 def test_a_rule_may_call_a_transformed_layer_by_its_quantized_part() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from exporter import recipe
+from exporter.layer_section import LayerRule
 from exporter.presets import PRESETS, LayerScheme, preset_scheme, resolve_rule
-from exporter.recipe import LayerRule
 from plugins.block_scales import BLOCK_SCALINGS
 from plugins.formats import ACTIVATION_FORMATS, FORMATS, WEIGHT_FORMATS
 
@@ -50,6 +50,11 @@ def test_every_preset_of_the_recipe_exists_and_does_what_its_name_says() -> None
         ({"weight": "none"}, "nvfp4", None),
         ({}, "w4a8_int", LayerScheme("e2m1", 128, "foldable", "int8")),
         ({"container": "fp8"}, "w4a6", LayerScheme("e2m1", 128, "foldable", "e2m3", "fp8")),
+        (
+            {"output": "e4m3", "output_group": 64},
+            "w4a6",
+            LayerScheme("e2m1", 128, "foldable", "e2m3", output_format="e4m3", output_group=64),
+        ),
         ({"low_rank": 8, "hadamard": 64}, "w4a6", LayerScheme("e2m1", 128, "foldable", "e2m3", "auto", 8, 64)),
     ],
 )

@@ -126,9 +126,23 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
         ("layers=[{match: a, weight: none, activation: e2m3}]", "keeps the layer in high precision"),
         (
             "layers=[{match: a, weight: none, low_rank: 8}]",
-            "keeps the layer in high precision: drop low_rank and hadamard",
+            "keeps the layer in high precision: drop low_rank, hadamard and output",
         ),
         ("layers=[{match: a, hadamard: 32}]", r"layers\[0\]\.hadamard: unknown hadamard 32; valid: 0, 4, 16, 64, 256"),
+        (
+            "layers=[{match: a, weight: none, output: e4m3}]",
+            "keeps the layer in high precision: drop low_rank, hadamard and output",
+        ),
+        (
+            "layers=[{match: a, output: e4m4}]",
+            r"layers\[0\]\.output: unknown activation format 'e4m4'; did you mean 'e4m3'",
+        ),
+        ("layers=[{match: a, output: e3m0}]", "unknown activation format 'e3m0'"),
+        (
+            "layers=[{match: a, output: e4m3, output_group: -1}]",
+            r"layers\[0\]\.output_group: must be at least 0, got -1",
+        ),
+        ("layers=[{match: a, output_group: 64}]", "`output_group: 64` is for results that are quantized"),
         ("method.balance=2", r"method\.balance: unknown balance 2; valid: false, true, exact"),
         ("layers=[{match: a, low_rank: -1}]", r"layers\[0\]\.low_rank: must be at least 0, got -1"),
         ("layers=e2m1", "layers: expected a list, got 'e2m1'"),

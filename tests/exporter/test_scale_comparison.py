@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from exporter.layer_bytes import stored_bytes
+from exporter.layer_section import Scales
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
-from exporter.recipe import Scales
 from exporter.scale_comparison import LayerScales, compare_scales, summarize
 from exporter.targets import TARGETS
 

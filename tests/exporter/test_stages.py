@@ -85,6 +85,20 @@ def test_formats_are_chosen_once_and_by_the_first_process(tiny_job: Path, tmp_pa
     assert formats_chosen(searched, source, captured).formats != chosen.formats
 
 
+def test_a_rule_that_says_nothing_of_results_leaves_the_key_of_calibrations_as_it_was(
+    tiny_job: Path, tmp_path: Path
+) -> None:
+    found = []
+    for rule in ("", ", output: none", ", output: e4m3", ", output: e4m3, output_group: 32"):
+        rules = f'{{match: "transformer_blocks.*", group: 32{rule}}}'
+        recipe = load_recipe(tiny_job / "tiny.yaml", [f"layers=[{rules}]", "method.name=rtn"], "cpu")
+        job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=NullProgress())
+        found.append(load_source(job).layer_facts())
+    assert found[0] == found[1]
+    assert not any(key.startswith("output") for facts in found[0] for key in facts)
+    assert found[0] != found[2] != found[3]
+
+
 def test_branches_of_low_rank_are_found_once_and_read_by_the_other_processes(tiny_job: Path, tmp_path: Path) -> None:
     rules = '{match: "*.ff.net.2", group: 32, low_rank: 4, hadamard: 16}, {match: "transformer_blocks.*", group: 32}'
     recipe = load_recipe(tiny_job / "tiny.yaml", [f"layers=[{rules}]", "method.name=rtn"], "cpu")

@@ -8,22 +8,41 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from exporter import load_recipe
 from exporter.models.loading import model_shapes
 from exporter.models.pixart import PixArtAdapter
-from exporter.plan import plan_layers
+from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.progress import NullProgress
-from exporter.rounding import round_to_format
+from exporter.quantize import QuantizedWeight, quantize_model
+from exporter.rounding import InputQuantizer, round_to_format
 from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
+from tools.quality_cells.chart import draw
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
+from tools.quality_cells.layers import quantize_with_zero_point, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
 from tools.quality_cells.rows import BITS, ROWS, SEEDS, W4A6, Bits, Row
+from tools.quality_cells.verdict import verdict
 
+MEASURED_BY = ("0123456789ab", "2.0")
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
+
+
+PLANNED = LayerPlan(
+    name="0",
+    out_features=8,
+    in_features=256,
+    has_bias=True,
+    weight_format="int4",
+    activation_format="int8",
+    group_size=128,
+    scales="group",
+    container="fp32",
+)
 
 
 @pytest.mark.parametrize("bits", BITS, ids=lambda bits: bits.name)
@@ -67,6 +86,24 @@ def test_intervals_are_as_wide_as_samples_vary() -> None:
     assert 1.2 * error < interval.high - interval.value < 2.8 * error
 
 
+def test_distances_vary_with_both_sets() -> None:
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(size=(2, 400))
+    one = bootstrapped(lambda chosen: float(ours[chosen].mean() - theirs.mean()), 400)
+    both = bootstrapped(lambda chosen, other: float(ours[chosen].mean() - theirs[other].mean()), 400, sets=2)
+    assert both.value == one.value
+    assert (both.high - both.low) / (one.high - one.low) == pytest.approx(np.sqrt(2), rel=0.1)
+
+
+def test_verdicts_need_seeds_that_agree() -> None:
+    assert [verdict(found) for found in ([0.5], [0.1, 2.0], [-0.1, -2.0], [0.1, -0.1])] == [
+        "one seed",
+        "floats closer",
+        "integers closer",
+        "no difference",
+    ]
+
+
 def test_drift_is_in_decibels() -> None:
     exact = np.ones((2, 1, 2, 2), np.float32)
     assert signal_to_noise_db(exact, exact * 0.9) == pytest.approx(20, abs=1e-4)
@@ -84,17 +121,32 @@ def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
     assert "Not measured yet." in markdown(laboratory, other)
     rows = {row.key: row for row in ROWS}
     row, floats = rows["int_nearest"], rows["fp_nearest"]
-    laboratory._keep(floats, W4A6, SEEDS[0], Figures(43.5, 30.0, 25.0, 7.0))
+    laboratory._keep(floats, W4A6, SEEDS[0], Figures(43.5, 30.0, 25.0, 7.0, *MEASURED_BY))
     for seed, snr in zip(SEEDS, (40.0, 42.0), strict=False):
-        figures = Figures(snr, 30.0, 25.0, 7.0, 2000, Interval(0.99, 0.98, 1.0), Interval(0.5, 0.25, 0.75))
+        figures = Figures(
+            snr, 30.0, 25.0, 7.0, *MEASURED_BY, 2000, Interval(0.99, 0.98, 1.0), Interval(0.5, 0.25, 0.75)
+        )
         laboratory._keep(row, W4A6, seed, figures)
         assert laboratory.cell(row, W4A6, seed, samples=2000) == figures
     page = markdown(laboratory, other)
     line = next(line for line in page.splitlines() if line.startswith(f"| {row.title}"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["41.0 ± 1.4", "30.0 ± 0.0", "25.0 ± 0.0"]
-    assert "| round to nearest | – | +3.5 | – | – |" in page
+    assert "| round to nearest; integers around zero | – | +3.5 | – | – |" in page
+    assert "| round to nearest; integers with zero points | – | – | – | – |" in page
+    assert "3 cells by program `0123456789ab` with PyTorch 2.0" in page
     assert cells[4:] == ["99.0 % (98.0 … 100.0)", "0.500 (0.250 … 0.750)", "7", "2"]
+
+
+def test_the_chart_has_a_dot_for_every_cell_that_is_kept(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, tmp_path / "cells", NullProgress())
+    pictures = []
+    for snr in (40.0, 40.0, 45.0):
+        laboratory._keep(ROWS[0], W4A6, SEEDS[1], Figures(snr, 30.0, 25.0, 7.0, *MEASURED_BY))
+        laboratory._keep(ROWS[-1], W4A6, SEEDS[0], Figures(50.0, 30.0, 25.0, 7.0, *MEASURED_BY))
+        draw(laboratory, tmp_path / "chart.svg")
+        pictures.append((tmp_path / "chart.svg").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_cells_of_other_settings_are_not_taken(tmp_path: Path) -> None:
@@ -103,10 +155,37 @@ def test_cells_of_other_settings_are_not_taken(tmp_path: Path) -> None:
         RECIPE.read_text(encoding="utf-8").replace(": digits", f": {RECIPE.parent}/digits"), encoding="utf-8"
     )
     laboratory = Laboratory(recipe, tmp_path, tmp_path / "cells", NullProgress())
-    laboratory._keep(row, W4A6, 0, Figures(43.5, 30.0, 25.0, 7.0))
+    laboratory._keep(row, W4A6, 0, Figures(43.5, 30.0, 25.0, 7.0, *MEASURED_BY))
     assert laboratory.kept(row, W4A6, 0) is not None
     (tmp_path / "cells" / f"W4A6.{row.key}.0.json").rename(tmp_path / "cells" / f"W4A6.{row.key}.1000.json")
     assert laboratory.kept(row, W4A6, 1000) is None
+
+
+def test_zero_points_spend_all_steps_on_one_sided_tokens() -> None:
+    x = torch.tensor([[0.0, 1.0, 2.5, 15.0], [-3.0, 0.0, 4.4, 12.0], [0.0, 0.0, 0.0, 0.0], [-30.0, -4.0, -1.0, -2.9]])
+    found = quantize_with_zero_point(x, bits=4)
+    expected = torch.tensor([[0.0, 1.0, 2.0, 15.0], [-3.0, 0.0, 4.0, 12.0], [0.0] * 4, [-30.0, -4.0, 0.0, -2.0]])
+    torch.testing.assert_close(found, expected)
+    noise = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).abs()
+    around_zero = InputQuantizer(get_format("int4")).fake_quantize(noise)
+    error, other = (
+        (quantized - noise).square().mean() for quantized in (quantize_with_zero_point(noise, 4), around_zero)
+    )
+    # 15 steps of the range instead of 7.
+    assert float(other / error) == pytest.approx((15 / 7) ** 2, rel=0.1)
+
+
+def test_zero_points_are_given_to_every_quantized_layer_and_change_inputs_only(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 8), nn.Linear(8, 3))
+    weight = QuantizedWeight(torch.randint(0, 15, (8, 256), dtype=torch.uint8), torch.full((8, 2), 0.25))
+    plan = Plan(layers=(PLANNED,), high_precision=(), fp32_bytes=0, expected_bytes=0)
+    quantized = quantize_model(model, plan, {"0": weight})
+    x = torch.randn(5, 256)
+    inputs = quantize_with_zero_point(x, 8)
+    expected = model[1](F.linear(inputs, weight.dequantize(get_format("int4")), model[0].bias))
+    torch.testing.assert_close(with_zero_points(quantized)(x), expected)
+    assert float((with_zero_points(quantized)(x) - quantized(x)).abs().max()) > 0
 
 
 @pytest.mark.parametrize(("mantissa", "name"), [(1, "e2m1"), (0, "e3m0"), (2, "e1m2")])

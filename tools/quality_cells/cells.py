@@ -1,54 +1,54 @@
 """Calibrate and measure one cell; everything that takes long is kept, so that an interrupted run goes on.
 
-A measured cell is a small file that is committed, so that rows add up over machines.
+A measured cell is a small file that is committed, with the program and PyTorch that measured it, so that rows add up
+over machines.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from exporter import load_recipe
-from exporter.calibration.calibrate import calibrate
-from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.evaluate import prompt_order
 from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
-from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
-from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
-from exporter.stages import capture, captured_inputs
-from exporter.workdir import name_for
+from exporter.stages import capture
+from exporter.workdir import program_identity
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
-from tools.quality_cells.rows import HELD_OUT_SEED, Bits, Row
+from tools.quality_cells.quantized import Quantized, quantized
+from tools.quality_cells.rows import HELD_OUT_SEED, SEEDS, Bits, Row
 
 _HELD_OUT_TRAJECTORIES = 16
 _DRIFT_SAMPLES = 64
+_PROGRAM_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A cell: noise predictions on held-out trajectories, drift of finished samples, CPU seconds of calibrating; and on
-    `samples` samples (0: not measured) what the classifier recognises and the Fréchet distance to the original's."""
+    """A cell: noise predictions on held-out trajectories, drift of finished samples, CPU seconds of calibrating; on
+    `samples` samples (0: not measured) what the classifier recognises and the Fréchet distance to the original's; and
+    the `program`, a hash of the exporter's source and libraries, and version of PyTorch that measured it."""
 
     snr_mean_db: float
     snr_worst_db: float
     drift_db: float
     calibration_seconds: float
+    program: str
+    torch: str
     samples: int = 0
     recognised: Interval | None = None
     frechet: Interval | None = None
@@ -75,12 +75,12 @@ class Laboratory:
         kept = self.kept(row, bits, seed)
         if kept is None:
             with self.progress.task(f"{bits.name} {row.key} seed {seed}", 1):
-                kept = self._measured(*self._quantized(row, bits, seed))
+                kept = self._measured(self._quantized(row, bits, seed))
             self._keep(row, bits, seed, kept)
         if samples > kept.samples:
             with self.progress.task(f"{bits.name} {row.key} seed {seed}: {samples} samples", 1):
-                model, source, _ = self._quantized(row, bits, seed)
-                kept = self._judged(kept, partial(source.adapter.predict_noise, model), samples)
+                recognised, frechet = self._judged(self._quantized(row, bits, seed).denoiser, samples)
+                kept = replace(kept, samples=samples, recognised=recognised, frechet=frechet)
             self._keep(row, bits, seed, kept)
         return kept
 
@@ -96,6 +96,10 @@ class Laboratory:
         for name in ("recognised", "frechet"):
             found[name] = None if found[name] is None else Interval(**found[name])
         return Figures(**found)
+
+    def all_kept(self, row: Row, bits: Bits) -> list[Figures]:
+        """`kept` of the seeds that have been measured."""
+        return [figures for seed in SEEDS if (figures := self.kept(row, bits, seed)) is not None]
 
     def _keep(self, row: Row, bits: Bits, seed: int, figures: Figures) -> None:
         file = self._file(row, bits, seed)
@@ -120,56 +124,35 @@ class Laboratory:
         files = sorted(recipe.resolve_path(recipe.model.weights).rglob("*.safetensors"))
         return [sha256_of(file) for file in (*files, recipe.resolve_path(recipe.calibration.prompts))]
 
-    def _quantized(self, row: Row, bits: Bits, seed: int) -> tuple[nn.Module, Source, float]:
-        """The fake-quantized model, what it was made of, and the CPU seconds that calibrating took."""
+    def _quantized(self, row: Row, bits: Bits, seed: int) -> Quantized:
         job = self.job((*row.changes(bits), f"calibration.seed={seed}"), f"seed{seed}")
-        source = load_source(job)
-        captured = captured_inputs(job, source)
-        source = transformed(job, balanced(job, source, captured))
-        begin = time.process_time()
-        source = formats_chosen(job, source, captured)
-        # Rounding does not see how activations are quantized, so that columns share it.
-        layers = [{**facts, "activation_format": ""} for facts in source.layer_facts()]
-        parts = [source.identity, layers, job.recipe.method.model_dump()]
-        file = self.folder / "weights" / name_for(f"{row.key}.{seed}", ".safetensors", parts)
-        seconds = file.with_suffix(".seconds")
-        if not seconds.is_file():
-            result: CalibrationResult = calibrate(
-                source.model,
-                source.adapter,
-                source.plan,
-                captured,
-                source.prompts,
-                job.recipe.method,
-                seed,
-                NullProgress(),
-                sample_weights=sample_weights(job, source, captured),
-            )
-            file.parent.mkdir(exist_ok=True)
-            save_quantized(file, result, source.plan)
-            write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")
-        weights = load_quantized(file, source.plan).weights
-        model = quantize_model(source.model, source.plan, weights)
-        return model, source, float(seconds.read_text(encoding="utf-8"))
+        return quantized(job, row, self.folder / "weights")
 
-    def _measured(self, model: nn.Module, source: Source, seconds: float) -> Figures:
+    def _measured(self, model: Quantized) -> Figures:
         job, original = self._original
-        denoiser = partial(source.adapter.predict_noise, model)
         held_out = capture(
             job, original, "held_out.safetensors", trajectories=_HELD_OUT_TRAJECTORIES, seed=HELD_OUT_SEED
         )
-        noise = noise_prediction_snr(original.denoiser, denoiser, held_out, original.prompts, NullProgress())
+        noise = noise_prediction_snr(original.denoiser, model.denoiser, held_out, original.prompts, NullProgress())
         exact = self.original_samples("drift", _DRIFT_SAMPLES, HELD_OUT_SEED)
-        drift = signal_to_noise_db(exact, self._samples(denoiser, _DRIFT_SAMPLES, HELD_OUT_SEED))
-        return Figures(noise.mean_db, noise.worst_db, drift, seconds)
+        drift = signal_to_noise_db(exact, self._samples(model.denoiser, _DRIFT_SAMPLES, HELD_OUT_SEED))
+        program = program_identity()[:_PROGRAM_DIGITS]
+        return Figures(noise.mean_db, noise.worst_db, drift, model.seconds, program, torch.__version__)
 
-    def _judged(self, figures: Figures, denoiser: Denoiser, count: int) -> Figures:
-        """With what the classifier says of `count` samples."""
-        recognised, frechet = self.judge(self._samples(denoiser, count, HELD_OUT_SEED))
-        return Figures(**{**vars(figures), "samples": count, "recognised": recognised, "frechet": frechet})
+    def original_judged(self, samples: int) -> tuple[Interval, Interval] | None:
+        """What the classifier says of the original's samples: no quantized model can do better. 0 samples, and none
+        kept: None."""
+        file = self.cells / "original.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if samples and (found is None or found["samples"] < samples):
+            recognised, frechet = self._judged(self._original[1].denoiser, samples)
+            found = {"samples": samples, "recognised": asdict(recognised), "frechet": asdict(frechet)}
+            write_text_atomically(file, json.dumps(found, indent=1) + "\n")
+        return None if found is None else (Interval(**found["recognised"]), Interval(**found["frechet"]))
 
-    def judge(self, images: npt.NDArray[np.float32]) -> tuple[Interval, Interval]:
-        """Share recognised of samples [n, C, H, W], and their distance to as many of the original from other seeds."""
+    def _judged(self, denoiser: Denoiser, count: int) -> tuple[Interval, Interval]:
+        """Share recognised of samples, and their distance to as many of the original from other seeds."""
+        images = self._samples(denoiser, count, HELD_OUT_SEED)
         job, original = self._original
         assert job.recipe.evaluation.classifier is not None
         assert original.prompts.labels is not None
@@ -179,7 +162,10 @@ class Laboratory:
         _, theirs = judge.look(reference)
         right = classes == original.prompts.labels[prompt_order(original, len(images))].numpy()
         recognised = bootstrapped(lambda chosen: float(right[chosen].mean()), len(images))
-        return recognised, bootstrapped(lambda chosen: frechet_distance(ours[chosen], theirs), len(images))
+        distance = bootstrapped(
+            lambda chosen, other: frechet_distance(ours[chosen], theirs[other]), len(images), sets=2
+        )
+        return recognised, distance
 
     def original_samples(self, name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
         """Samples of the original model, kept."""

@@ -15,7 +15,7 @@ from exporter.runtime import OnnxSession
 
 Floats = npt.NDArray[np.float64]
 
-RESAMPLES = 100
+RESAMPLES = 1000
 FEATURES = "features"
 _BATCH = 256
 _CONFIDENCE = (2.5, 97.5)
@@ -59,14 +59,14 @@ def frechet_distance(ours: Floats, theirs: Floats) -> float:
     return float(difference @ difference + np.trace(first) + np.trace(second) - 2 * cross)
 
 
-def bootstrapped(figure: Callable[[npt.NDArray[np.int64]], float], count: int, seed: int = 0) -> Interval:
-    """`figure` of the indices of all `count` samples, with the interval of its values on resamples.
+def bootstrapped(figure: Callable[..., float], count: int, sets: int = 1, seed: int = 0) -> Interval:
+    """`figure` of the indices of all `count` samples of each of the sets, with the interval of its values on resamples.
 
     Where resampling itself shifts the figure, as it does a distance, the interval is moved by that shift.
     """
     generator = np.random.default_rng(seed)
-    value = figure(np.arange(count))
-    drawn = np.array([figure(generator.integers(count, size=count)) for _ in range(RESAMPLES)])
+    value = figure(*[np.arange(count)] * sets)
+    drawn = np.array([figure(*generator.integers(count, size=(sets, count))) for _ in range(RESAMPLES)])
     low, high = np.percentile(drawn - drawn.mean(), _CONFIDENCE)
     return Interval(value, value + float(low), value + float(high))
 

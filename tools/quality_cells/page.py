@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tools.quality_cells.figures import Interval
-from tools.quality_cells.rows import BITS, ROWS, SEEDS, Bits, Row
+from tools.quality_cells.rows import BITS, ITERATIONS, ROWS, SEEDS, Bits, Row
+from tools.quality_cells.verdict import against_best, by_method, spread
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -20,13 +22,6 @@ _HEADING = (
     "|---|---|---|---|---|---|---|---|"
 )
 _NOTHING = "Not measured yet."
-# Floats and integers that are given the same.
-_PAIRS = (
-    ("round to nearest", "fp_nearest", "int_nearest"),
-    ("AdaRound, block reconstruction", "fp_adaround", "int_adaround"),
-    ("GPTQ", "fp_gptq", "int_gptq"),
-    ("balanced, GPTQ, then AdaRound", "ours", "int_ours"),
-)
 
 
 def markdown(digits: Laboratory, shapes: Laboratory) -> str:
@@ -38,38 +33,22 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
     return template.render(
         digits=[(bits, table(digits, bits)) for bits in BITS],
         shapes=[(bits, table(shapes, bits)) for bits in BITS],
-        digits_comparison=comparison(digits),
-        shapes_comparison=comparison(shapes),
+        digits_by_method=by_method(digits),
+        digits_against_best=against_best(digits),
+        shapes_by_method=by_method(shapes),
+        shapes_against_best=against_best(shapes),
+        original=_original(digits),
+        provenance=_provenance([digits, shapes]),
         nothing=_NOTHING,
+        iterations=ITERATIONS,
         seeds=", ".join(map(str, SEEDS)),
     )
 
 
 def table(laboratory: Laboratory, bits: Bits) -> str:
     """Every method at these bits that has been measured."""
-    lines = [line for row in ROWS if (line := _line(row, _found(laboratory, row, bits)))]
+    lines = [line for row in ROWS if (line := _line(row, laboratory.all_kept(row, bits)))]
     return "\n".join([_HEADING, *lines]) if lines else _NOTHING
-
-
-def comparison(laboratory: Laboratory) -> str:
-    """Floats minus integers in noise-prediction SNR, by method and bits."""
-    lines = [f"| floats − integers, dB | {' | '.join(bits.name for bits in BITS)} |", f"|---|{'---|' * len(BITS)}"]
-    for title, ours, theirs in _PAIRS:
-        cells = []
-        for bits in BITS:
-            pairs = [[laboratory.kept(_row(key), bits, seed) for key in (ours, theirs)] for seed in SEEDS]
-            differences = [one.snr_mean_db - other.snr_mean_db for one, other in pairs if one and other]
-            cells.append(_spread(differences, signed=True) if differences else "–")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _row(key: str) -> Row:
-    return next(row for row in ROWS if row.key == key)
-
-
-def _found(laboratory: Laboratory, row: Row, bits: Bits) -> list[Figures]:
-    return [figures for seed in SEEDS if (figures := laboratory.kept(row, bits, seed)) is not None]
 
 
 def _line(row: Row, found: Sequence[Figures]) -> str:
@@ -78,9 +57,9 @@ def _line(row: Row, found: Sequence[Figures]) -> str:
     judged = next((figures for figures in found if figures.samples), None)
     cells = [
         row.title,
-        _spread([figures.snr_mean_db for figures in found]),
-        _spread([figures.snr_worst_db for figures in found]),
-        _spread([figures.drift_db for figures in found]),
+        spread([figures.snr_mean_db for figures in found]),
+        spread([figures.snr_worst_db for figures in found]),
+        spread([figures.drift_db for figures in found]),
         "–" if judged is None else _interval(judged.recognised, 100, " %"),
         "–" if judged is None else _interval(judged.frechet, 1, ""),
         f"{statistics.mean(figures.calibration_seconds for figures in found):.0f}",
@@ -89,10 +68,27 @@ def _line(row: Row, found: Sequence[Figures]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: Sequence[float], *, signed: bool = False) -> str:
-    """The mean, and the standard deviation where there are several."""
-    mean = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+def _original(laboratory: Laboratory) -> str:
+    found = laboratory.original_judged(0)
+    if found is None:
+        return "not measured yet"
+    recognised, frechet = found
+    return f"recognised {_interval(recognised, 100, ' %')}, Fréchet distance {_interval(frechet, 1, '')}"
+
+
+def _provenance(laboratories: Sequence[Laboratory]) -> str:
+    """How many cells were measured by which program and PyTorch."""
+    counts = Counter(
+        (figures.program, figures.torch)
+        for laboratory in laboratories
+        for bits in BITS
+        for row in ROWS
+        for figures in laboratory.all_kept(row, bits)
+    )
+    return ", ".join(
+        f"{count} cells by program `{program}` with PyTorch {torch}"
+        for (program, torch), count in sorted(counts.items())
+    )
 
 
 def _interval(interval: Interval | None, factor: float, unit: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 SEEDS = (0, 1000, 2000)
@@ -35,12 +35,19 @@ _ALL = "transformer_blocks.*"
 
 _NEAREST = ("method.name=rtn",)
 _GPTQ = ("method.name=gptq",)
-# 250 iterations of 32 samples for every row that learns.
-_LEARNED = ("method.name=fp4dit", "method.iterations=250")
+ITERATIONS = 250
+"""Of 32 samples for every row that learns, but for that of `effort: best`."""
+
+_LEARNED = ("method.name=fp4dit", f"method.iterations={ITERATIONS}")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
+_BEST = ("method.name=fp4dit", "method.start=gptq", "method.iterations=1000", "method.learning_rate=0.01")
 _ROTATED = (("*.ff.net.2", "hadamard: 64"),)
+# What attention reads, on the activations' grid; heads of both models are 64 wide.
+_ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
 _WEIGHTED = "method.step_weights=trajectory"
+_JOINT = "method.quantize_activations=true"
+_ABSMAX = "method.scale_search=absmax"
 # At three bits there is one float only.
 _CHOSEN = ("e2m1",)
 
@@ -49,14 +56,22 @@ _CHOSEN = ("e2m1",)
 class Row:
     """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
     ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by
-    pattern."""
+    pattern, where {activation} stands for the activations' format. `zero_points`: integer activations have
+    a zero point per token. `published_loop`: the weights come from `calibrate_as_published` instead of the recipe's
+    method."""
 
     key: str
     title: str
-    formats: str
+    formats: Literal["integers", "floats", "published", "mixed", "auto"]
     method: tuple[str, ...]
     balance: Literal[False, True, "exact"] = False
     transforms: tuple[tuple[str, str], ...] = ()
+    zero_points: bool = False
+    published_loop: bool = False
+
+    def is_for(self, bits: Bits) -> bool:
+        """Whether there is such a cell: the published loop knows 4-bit floats only."""
+        return not (self.published_loop and bits == W3A6)
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
@@ -65,7 +80,8 @@ class Row:
         if self.formats == "auto" and weight in _CHOSEN:
             weight = "auto"
         formats = f"weight: {weight}, activation: {activation}, {self._grouping}"
-        rules = [f"{{match: '{match}', {formats}, {transform}}}" for match, transform in self.transforms]
+        transforms = [(match, transform.format(activation=activation)) for match, transform in self.transforms]
+        rules = [f"{{match: '{match}', {formats}, {transform}}}" for match, transform in transforms]
         if all(match != _ALL for match, _ in self.transforms):
             rules.append(f"{{match: '{_ALL}', {formats}}}")
         if self.formats == "published":
@@ -83,24 +99,39 @@ class Row:
         return f"group: 128, scales: {'group' if self.formats in ('integers', 'published') else 'foldable'}"
 
 
-ROWS = (
+_INTEGERS = (
     Row("int_nearest", "integers, round to nearest", "integers", _NEAREST),
     Row("int_adaround", "integers, AdaRound, block reconstruction", "integers", _FROM_NEAREST),
     Row("int_gptq", "integers, GPTQ", "integers", _GPTQ),
     Row("int_ours", "integers, balanced, GPTQ, then AdaRound", "integers", _FROM_GPTQ, balance=True),
+)
+_FLOATS = (
     Row("fp_nearest", "floats, round to nearest", "floats", _NEAREST),
-    Row("fp4dit", "floats, FP4DiT as published", "published", (*_FROM_NEAREST, "method.scale_search=absmax")),
+    Row("fp4dit", "floats, FP4DiT's formats and scales, AdaRound", "published", (*_FROM_NEAREST, _ABSMAX)),
+    Row("fp4dit_loop", "floats, FP4DiT's own loop", "published", (*_NEAREST, _ABSMAX), published_loop=True),
     Row("fp_adaround", "floats, AdaRound, block reconstruction", "floats", _FROM_NEAREST),
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
-    Row(
-        "mixed", "float weights, integer activations, balanced, GPTQ, then AdaRound", "mixed", _FROM_GPTQ, balance=True
-    ),
-    Row("fp_exact", "floats, balanced by powers of two, GPTQ", "floats", _GPTQ, balance="exact"),
-    Row("fp_weighted", "floats, balanced, GPTQ, steps weighted", "floats", (*_GPTQ, _WEIGHTED), balance=True),
-    Row("fp_auto", "floats, balanced, GPTQ, formats chosen", "auto", _GPTQ, balance=True),
+    Row("mixed", "float weights, integer activations, `default`", "mixed", _FROM_GPTQ, balance=True),
+)
+_VARIANTS = (
+    Row("fp_best", "floats, `best`: 1000 iterations", "floats", _BEST, balance=True),
+    Row("fp_joint", "floats, `default`, activations quantized while learning", "floats", (*_FROM_GPTQ, _JOINT), True),
+    Row("fp_exact", "floats, `default`, balanced by powers of two", "floats", _FROM_GPTQ, balance="exact"),
+    Row("fp_weighted", "floats, `default`, steps weighted", "floats", (*_FROM_GPTQ, _WEIGHTED), balance=True),
+    Row("fp_auto", "floats, `default`, formats chosen", "auto", _FROM_GPTQ, balance=True),
+    Row("fp_qkv", "floats, `fast`, Q, K and V quantized per token and head", "floats", _GPTQ, True, _ATTENTION),
     Row("fp_hadamard", "floats, `fast`, `hadamard: 64` in `*.ff.net.2`", "floats", _GPTQ, True, _ROTATED),
     Row("fp_low_rank_4", "floats, `fast`, `low_rank: 4`", "floats", _GPTQ, True, ((_ALL, "low_rank: 4"),)),
     Row("fp_low_rank_16", "floats, `fast`, `low_rank: 16`", "floats", _GPTQ, True, ((_ALL, "low_rank: 16"),)),
 )
+
+
+def with_zero_point(row: Row) -> Row:
+    """The same of integers, whose activations have a zero point per token."""
+    title = row.title.replace("integers", "integers with zero points")
+    return replace(row, key=f"{row.key}_zero", title=title, zero_points=True)
+
+
+ROWS = (*_INTEGERS, *map(with_zero_point, _INTEGERS), *_FLOATS, *_VARIANTS)

@@ -70,9 +70,8 @@ def test_learning_on_smaller_batches_learns_the_same(
     plan = plan_for("transformer_blocks.0", group_size=0, activation="none")
     greedy = copy.deepcopy(model)
     greedy.set_submodule("transformer_blocks.0.ff.net.1", _GreedyLearning())
-    whole, parts = (
-        calibrate(network, adapter, plan, captured, prompts, LEARNED, 0, NullProgress()) for network in (model, greedy)
-    )
+    run = CalibrationRun(adapter, captured, prompts)
+    whole, parts = (calibrate(network, plan, run, LEARNED, 0, NullProgress()) for network in (model, greedy))
     assert whole.blocks[0].error_calibrated < 0.96 * whole.blocks[0].error_start
     # Sums in another order; a penalty that counted once per part would weigh four times as much.
     assert parts.blocks[0].error_calibrated == pytest.approx(whole.blocks[0].error_calibrated, rel=1e-3)
@@ -139,7 +138,7 @@ def test_calibration_with_activations_in_files_gives_the_same_bits(
 ) -> None:
     plan = plan_for(*prefixes, group_size=0)
     in_memory, in_files = (
-        calibrate(model, adapter, plan, captured, prompts, METHOD, 0, NullProgress(), store=store)
+        calibrate(model, plan, CalibrationRun(adapter, captured, prompts, store=store), METHOD, 0, NullProgress())
         for store in (ActivationStore(), ActivationStore(tmp_path))
     )
     assert [replace(block, seconds=0.0) for block in in_memory.blocks] == [

@@ -23,6 +23,7 @@ from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
 from exporter.shards import Shard
+from exporter.transforms.apply import with_transforms
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
 
@@ -37,7 +38,7 @@ Calibrator = Callable[..., CalibrationResult]
 @pytest.fixture
 def run(model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts) -> Calibrator:
     def calibrated(plan: Plan, method: MethodSection, seed: int = 0) -> CalibrationResult:
-        return calibrate(model, adapter, plan, captured, prompts, method, seed, NullProgress())
+        return calibrate(model, plan, CalibrationRun(adapter, captured, prompts), method, seed, NullProgress())
 
     return calibrated
 
@@ -126,28 +127,37 @@ def test_layers_before_and_after_the_blocks_are_learned_on_their_own(run: Calibr
     assert names == ["caption_projection.linear_1", "caption_projection.linear_2", "transformer_blocks.1", "proj_out"]
 
 
-@pytest.mark.parametrize(("factor", "different"), [(1024.0, 0.0), (2.0**-10, 0.0), (1000.0, 0.1)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        # Scales that clip some rows and not others, and scales that clip none.
+        LEARNED,
+        LEARNED.model_copy(update={"scale_search": "absmax"}),
+        LEARNED.model_copy(update={"start": "gptq", "learning_rate": 0.01}),
+    ],
+    ids=["clipped", "exact", "error feedback"],
+)
 def test_a_layer_in_another_unit_gets_the_same_codes(
     model: nn.Module,
     adapter: PixArtAdapter,
     captured: CalibrationSet,
     prompts: Prompts,
     plan_for: Planner,
-    factor: float,
-    different: float,
+    method: MethodSection,
 ) -> None:
-    """proj_out is linear in its weight and nothing follows it, so only the unit of its output changes."""
+    """proj_out is linear in its weight and nothing follows it, so only the unit of its output changes. Factors that are
+    no powers of two change how every sum is rounded, and learning must not follow that."""
     plan = plan_for("proj_out", group_size=0, activation="none")
-    scaled = copy.deepcopy(model)
-    with torch.no_grad():
-        scaled.proj_out.weight.mul_(factor)
-        scaled.proj_out.bias.mul_(factor)
-    codes = [
-        calibrate(network, adapter, plan, captured, prompts, LEARNED, 0, NullProgress()).weights["proj_out"].codes
-        for network in (model, scaled)
-    ]
-    # With a factor that is no power of two some scales, and so some codes, round differently.
-    assert float((codes[0] != codes[1]).float().mean()) <= different
+    run = CalibrationRun(adapter, captured, prompts)
+    codes = []
+    for factor in (1.0, 1000.0, 0.001):
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            scaled.proj_out.weight.mul_(factor)
+            scaled.proj_out.bias.mul_(factor)
+        codes.append(calibrate(scaled, plan, run, method, 0, NullProgress()).weights["proj_out"].codes)
+    assert torch.equal(codes[1], codes[0])
+    assert torch.equal(codes[2], codes[0])
 
 
 def test_rounding_to_nearest_stays_where_learning_does_worse(run: Calibrator, plan_for: Planner) -> None:
@@ -206,7 +216,7 @@ def test_a_block_that_rounds_without_error_is_left_alone(
             weight.copy_(values[codes] / 16)
     method = LEARNED.model_copy(update={"scale_search": "absmax"})
     plan = replace(plan, layers=tuple(replace(layer, scales="channel") for layer in plan.layers))
-    result = calibrate(exact, adapter, plan, captured, prompts, method, 0, NullProgress())
+    result = calibrate(exact, plan, CalibrationRun(adapter, captured, prompts), method, 0, NullProgress())
     assert result.blocks[0].error_start == result.blocks[0].error_calibrated == 0.0
 
 
@@ -229,6 +239,28 @@ def test_blocks_are_calibrated_on_scales_that_ship(
     assert len(static) == (2 if scaling.has_tensor_scale else 0)
 
 
+def test_rounding_is_learned_on_quantized_results_where_activations_are_quantized_meanwhile(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
+) -> None:
+    plan = plan_for("transformer_blocks.0.attn1.to_", activation="e4m3")
+    names = {layer.name: replace(layer, name=f"{layer.name}.linear") for layer in plan.layers}
+    rounded = [replace(layer, output_format="e2m1", output_group=16) for layer in names.values()]
+    changed, calibration = with_transforms(model, rounded, {}), CalibrationRun(adapter, captured, prompts)
+    found = {}
+    for quantizes in (False, True):
+        method = LEARNED.model_copy(update={"iterations": 2, "quantize_activations": quantizes})
+        for layers in (tuple(names.values()), tuple(rounded)):
+            results = replace(plan, layers=layers)
+            found[quantizes, layers[0].output_format] = calibrate(
+                changed, results, calibration, method, 0, NullProgress()
+            )
+    assert _same(found[False, "none"], found[False, "e2m1"])
+    # What the block's output loses to its quantized results is part of its error, or is not.
+    errors = {key: result.blocks[0].error_start for key, result in found.items()}
+    assert errors[False, "e2m1"] == errors[False, "none"]
+    assert errors[True, "e2m1"] > 1.2 * errors[True, "none"]
+
+
 def test_statistics_of_inputs_are_those_of_all_samples(
     model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts
 ) -> None:
@@ -249,8 +281,9 @@ def test_batches_that_cannot_be_shared_out_are_refused(
         (10, 5): "24 captured inputs cannot be shared out evenly among 5 processes",
     }.items():
         method = LEARNED.model_copy(update={"batch_size": batch_size})
+        run = CalibrationRun(adapter, captured, prompts, shard=Shard(0, world))
         with pytest.raises(InputError, match=words):
-            calibrate(model, adapter, plan_for(), captured, prompts, method, 0, NullProgress(), shard=Shard(0, world))
+            calibrate(model, plan_for(), run, method, 0, NullProgress())
 
 
 def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
@@ -288,4 +321,6 @@ def test_more_processes_than_inputs_are_refused_by_each(
 ) -> None:
     for shard in (Shard(0, 1000), Shard(999, 1000)):
         with pytest.raises(InputError, match=r"calibration\.samples: 1000 processes have only "):
-            calibrate(model, adapter, plan_for(), captured, prompts, RTN, 0, NullProgress(), shard=shard)
+            calibrate(
+                model, plan_for(), CalibrationRun(adapter, captured, prompts, shard=shard), RTN, 0, NullProgress()
+            )

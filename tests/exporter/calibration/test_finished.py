@@ -14,6 +14,7 @@ from torch import nn
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import UnitFiles
+from exporter.calibration.inputs import CalibrationRun
 from exporter.errors import InputError
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
@@ -49,7 +50,7 @@ def resume(
     def resumed(method: str, progress: NullProgress, **settings: Any) -> CalibrationResult:
         units = UnitFiles(WorkDir.open(tmp_path / "w", **settings), "unfinished", plan, SETTINGS)
         units.begin()
-        return calibrate(model, adapter, plan, captured, prompts, METHODS[method], 0, progress, units)
+        return calibrate(model, plan, CalibrationRun(adapter, captured, prompts), METHODS[method], 0, progress, units)
 
     return resumed
 

@@ -22,6 +22,7 @@ from exporter.models.prompts import Prompts
 from exporter.plan import OpenLayer, Plan
 from exporter.progress import NullProgress
 from exporter.rounding import InputQuantizer
+from exporter.transforms.apply import with_transforms
 from plugins.formats import get_format
 
 METHOD = MethodSection(name="rtn", scale_search="mse")
@@ -95,6 +96,19 @@ def test_errors_are_the_blocks_with_one_weight_changed(
     assert list(found.errors) == list(FORMATS)
     save_formats(tmp_path / "formats.json", (found,))
     assert load_formats(tmp_path / "formats.json") == (found,)
+
+
+def test_results_of_the_block_s_layers_are_rounded_as_planned(
+    model: nn.Module, run: CalibrationRun, plan_for: Planner
+) -> None:
+    plan, name = plan_for("transformer_blocks.1"), "transformer_blocks.1.attn1.to_v"
+    rounded = replace(plan.layer(name), name=f"{name}.linear", output_format="e2m1")
+    plan = replace(plan, layers=tuple(rounded if layer.name == name else layer for layer in plan.layers))
+    changed = with_transforms(model, plan.layers, {})
+    (found,) = choose_formats(changed, opened(plan, OPEN[2]), run, METHOD, NullProgress())
+    plain = replace(plan, layers=tuple(replace(layer, output_format="none") for layer in plan.layers))
+    (without,) = choose_formats(changed, opened(plain, OPEN[2]), run, METHOD, NullProgress())
+    assert all(found.errors[fmt] > 1.01 * without.errors[fmt] for fmt in FORMATS)
 
 
 def test_the_least_error_is_chosen_and_of_equal_ones_the_first() -> None:

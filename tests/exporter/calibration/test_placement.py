@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -62,10 +63,11 @@ def test_a_calibration_on_a_gpu_is_that_on_the_cpu(
     plan = plan_for(*prefixes, group_size=0)
     before = _tensors(model)
     weights = torch.linspace(0.5, 1.5, len(captured))
-    words = (model, adapter, plan, captured, prompts, method, 0, NullProgress())
-    here = calibrate(*words, sample_weights=weights)
+    run = CalibrationRun(adapter, captured, prompts, weights=weights)
+    here = calibrate(model, plan, run, method, 0, NullProgress())
     with PretendedGpu() as gpu:
-        there = calibrate(*words, sample_weights=weights, placement=placement)
+        placed = replace(run, placement=placement, limit=placement.limit())
+        there = calibrate(model, plan, placed, method, 0, NullProgress())
     assert gpu.operations > 1000
     assert all(one is other for one, other in zip(before, _tensors(model), strict=True))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

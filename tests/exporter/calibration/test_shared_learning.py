@@ -16,6 +16,7 @@ from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import UnitFiles
 from exporter.calibration.input_statistics import InputStatistics, InputSums
+from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
 from exporter.method_section import MethodSection
@@ -24,6 +25,7 @@ from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import class_prompts
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
+from exporter.quantize import BlockStatistics
 from exporter.shards import Shard
 from exporter.workdir import WorkDir
 
@@ -31,33 +33,40 @@ SAMPLES, TOKENS, WIDTH = 24, 8, 64
 METHOD = MethodSection(iterations=40, batch_size=8, learning_rate=0.02)
 
 
-def _unit() -> Unit:
+def _original() -> nn.Sequential:
     torch.manual_seed(3)
-    layers = {}
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
+
+
+def _unit() -> Unit:
+    original, layers = _original(), {}
     for name in ("0", "2"):
-        linear = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        linear = original.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         plan = LayerPlan(name, WIDTH, WIDTH, True, "e2m1", "none", 0, "channel", "int8")
         weight = nearest_weight(linear.weight, plan, None, "absmax")
         layers[name] = RoundingLinear(plan, linear, weight, activations=False)
     return Unit("unit", nn.Sequential(layers["0"], nn.GELU(), layers["2"]), layers)
 
 
+def _reconstruct(inputs: BlockInputs, targets: torch.Tensor, shard: Shard) -> tuple[BlockStatistics, torch.Tensor]:
+    """Errors and codes of a unit that begins at its unrounded weights."""
+    unit = _unit()
+    with NullProgress().task("learn", METHOD.iterations) as task:
+        generator = torch.Generator().manual_seed(7)
+        statistics = reconstruct(unit, inputs, targets, METHOD, generator, Execution(shard=shard), task)
+    return statistics, torch.stack([layer.quantized.codes for layer in unit.layers.values()])
+
+
 def _learn(shard: Shard) -> dict[str, torch.Tensor]:
-    """Codes, errors and statistics; targets are not what the original makes of the inputs, else gradients are noise."""
+    """Codes, errors and statistics, with any targets, and codes with those that the original makes of the inputs."""
     generator = torch.Generator().manual_seed(5)
     inputs, targets = (torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator) for _ in range(2))
-    unit, own = _unit(), slice(shard.rank, None, shard.world)
+    own = slice(shard.rank, None, shard.world)
     weights = torch.rand(SAMPLES, generator=generator)
-    with NullProgress().task("learn", METHOD.iterations) as task:
-        statistics = reconstruct(
-            unit,
-            BlockInputs(inputs[own], {}, {}, weights=weights[own]),
-            targets[own],
-            METHOD,
-            torch.Generator().manual_seed(7),
-            Execution(shard=shard),
-            task,
-        )
+    given = BlockInputs(inputs[own], {}, {}, weights=weights[own])
+    statistics, codes = _reconstruct(given, targets[own], shard)
+    _, exact = _reconstruct(given, _original()(inputs[own]), shard)
     sums = InputSums(SAMPLES, largest_gram=WIDTH, shard=shard, weights=weights)
     for part in inputs[own].split(5):
         sums.add("layer", part)
@@ -65,7 +74,8 @@ def _learn(shard: Shard) -> dict[str, torch.Tensor]:
     assert seen.gram is not None
     return {
         "errors": torch.tensor([statistics.error_start, statistics.error_calibrated], dtype=torch.float64),
-        "codes": torch.stack([layer.quantized.codes for layer in unit.layers.values()]),
+        "codes": codes,
+        "exact codes": exact,
         "mean_square": seen.mean_square,
         "gram": seen.gram,
         "amax": torch.tensor(seen.amax),
@@ -120,7 +130,9 @@ def _calibrate(shard: Shard, folder: Path) -> dict[str, torch.Tensor]:
     if shard.is_first:
         units.begin()
     shard.wait()
-    result = calibrate(model, _Adapter(), plan, captured, prompts, method, 0, NullProgress(), units, shard=shard)
+    result = calibrate(
+        model, plan, CalibrationRun(_Adapter(), captured, prompts, shard=shard), method, 0, NullProgress(), units
+    )
     errors = torch.tensor([(block.error_start, block.error_calibrated) for block in result.blocks[-2:]])
     return {"block errors": errors} | {
         f"block {block} codes": torch.stack([result.weights[f"blocks.{block}.{layer}"].codes for layer in (0, 2)])
@@ -148,6 +160,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     assert float(alone["errors"][1]) < 0.999 * float(alone["errors"][0])
     assert torch.allclose(first["errors"], alone["errors"], rtol=1e-4)
     assert float((first["codes"] != alone["codes"]).float().mean()) < 1e-3
+    assert float((first["exact codes"] != alone["exact codes"]).float().mean()) < 1e-3
     # A whole calibration agrees but for ties, and whatever they change behind them: here none.
     assert bool((alone["block errors"][:, 1] < 0.95 * alone["block errors"][:, 0]).all())
     assert torch.allclose(first["block errors"], alone["block errors"], rtol=1e-3)

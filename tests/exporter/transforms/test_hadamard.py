@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporter.recipe import HADAMARD_SIZES
+from exporter.layer_section import HADAMARD_SIZES
 from exporter.transforms.hadamard import hadamard, rotate
 
 SIZES = [size for size in HADAMARD_SIZES if size]

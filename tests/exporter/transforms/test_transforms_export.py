@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from exporter.calibration.nearest import nearest_weight
+from exporter.compute import Compute
 from exporter.errors import FidelityError
 from exporter.gate.table import GateResult
+from exporter.inspection.report import inspect_path
+from exporter.layer_entries import OUTPUTS_KEY
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.emulate import emulation_passes
-from exporter.passes.layer_table import read_layer_table
+from exporter.passes.layer_table import read_layer_table, read_output_table
 from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
 from exporter.quantize import quantize_model
@@ -25,16 +29,30 @@ from exporter.targets import TARGETS, Target
 from exporter.to_onnx import to_onnx
 from exporter.transforms.apply import find_low_rank, load_low_rank, save_low_rank, with_transforms
 from exporter.validate import captured_batches, validate_graphs
-from tests.exporter.validated_export import ADAPTER, TOKENS, captured_inputs, tiny_pixart, two_prompts
+from tests.exporter.validated_export import ADAPTER, TOKENS, WIDTH, captured_inputs, tiny_pixart, two_prompts
 
 RANK = 4
 # q, k and v read one input, the feed-forward layers are what fusions and tiles look for.
 ROTATED = {"attn1.to_q": 16, "attn1.to_k": 16, "attn1.to_v": 16, "ff.net.2": 64}
 BRANCHED = ("attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
+# What attention reads, per token and head or per token, in a format for every way in which targets round.
+HEAD = WIDTH // 2
+ROUNDED = {
+    "attn1.to_q": ("e4m3", HEAD),
+    "attn1.to_k": ("int8", 0),
+    "attn1.to_v": ("e3m4", HEAD),
+    "attn2.to_q": ("e2m3", 0),
+}
 BLOCK = "transformer_blocks.0"
 CPU, PLUGINS = TARGETS["cpu"], TARGETS["orin"].with_kernels("plugin")
+ADA, TURING = TARGETS["rtx-sm89"], TARGETS["rtx-sm75"]
 
 pytestmark = pytest.mark.slow
+
+
+def compute_of(target: Target) -> Compute:
+    """FP16 where results pass from it to a quantizer and back."""
+    return "fp16" if target == TURING else "fp32"
 
 
 @dataclass(frozen=True)
@@ -48,17 +66,25 @@ class Traced:
     def lowered(self, target: Target) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         """The waist, and what becomes of it, as ONNX Runtime can run it."""
         exported, _ = run_passes(onnx.load(self.path), WAIST_PASSES, target)
-        passes = (*lowering_passes(target), *emulation_passes(target))
+        passes = (*lowering_passes(target, compute_of(target)), *emulation_passes(target))
         return exported, run_passes(exported, passes, target)[0]
 
-    def gate(self, target: Target, folder: Path, lowered: onnx.ModelProto | None = None) -> GateResult:
-        """The gate's result on both graphs, or on another lowered one."""
-        exported, own = self.lowered(target)
+    def gate(
+        self,
+        target: Target,
+        folder: Path,
+        lowered: onnx.ModelProto | None = None,
+        exported: onnx.ModelProto | None = None,
+    ) -> GateResult:
+        """The gate's result on both graphs, or on others."""
+        waist, own = self.lowered(target)
+        exported = waist if exported is None else exported
         onnx.save(exported, folder / "exported.onnx")
         onnx.save(own if lowered is None else lowered, folder / "lowered.onnx")
         batches = captured_batches(captured_inputs(), two_prompts())
         paths = (folder / "exported.onnx", folder / "lowered.onnx", folder / "gate")
-        return validate_graphs(self.original, self.quantized, ADAPTER, batches, *paths, target, NullProgress())[0]
+        models, compute = (self.original, self.quantized, ADAPTER, batches), compute_of(target)
+        return validate_graphs(*models, *paths, target, NullProgress(), compute)[0]
 
 
 def _layers(model: nn.Module) -> list[LayerPlan]:
@@ -68,9 +94,10 @@ def _layers(model: nn.Module) -> list[LayerPlan]:
             short = name.split(".", 2)[2]
             size, rank = ROTATED.get(short, 0), RANK * (short in BRANCHED)
             n, k = linear.weight.shape
-            path = f"{name}.linear" if size or rank else name
+            result = ROUNDED.get(short, ("none", 0))
+            path = f"{name}.linear" if size or rank or short in ROUNDED else name
             formats = ("e2m1", "e2m3", 32, "foldable", "int8", "auto")
-            layers.append(LayerPlan(path, n, k, True, *formats, rank, size))
+            layers.append(LayerPlan(path, n, k, True, *formats, rank, size, *result))
     return layers
 
 
@@ -110,6 +137,68 @@ def test_plugins_take_up_a_branch_and_the_gate_holds_every_layer(traced: Traced,
     names = [row.name for row in result.rows if (row.kind, row.stage) == ("linear", "lowered")]
     assert len(names) == len(plugins)
     assert {f"{BLOCK}.{short}.linear" for short in (*ROTATED, *BRANCHED)} <= set(names)
+    assert_results_are_exact(result)
+
+
+def assert_results_are_exact(result: GateResult) -> None:
+    rows = [row for row in result.rows if row.kind == "result"]
+    names = [f"{BLOCK}.{short}" for short in ROUNDED]
+    assert [(row.stage, row.name) for row in rows] == [(stage, n) for stage in ("exported", "lowered") for n in names]
+    assert all((row.snr_db, row.code_mismatches) == (200.0, 0) and row.code_count for row in rows)
+
+
+@pytest.mark.parametrize("target", [ADA, TURING], ids=lambda target: target.name)
+def test_results_are_rounded_in_a_container_that_rounds_alike_or_by_ordinary_operators(
+    traced: Traced, tmp_path: Path, target: Target
+) -> None:
+    exported, _ = traced.lowered(target)
+    lowered, _ = run_passes(exported, lowering_passes(target, compute_of(target)), target)
+    made = {name: node for node in lowered.graph.node for name in node.output}
+    types = {info.name: info.type.tensor_type.elem_type for info in lowered.graph.value_info}
+    values = {short: types.get(f"{BLOCK}.{short}.quantizer.values") for short in ROUNDED}
+    float8 = TensorProto.FLOAT8E4M3FN if target == ADA else None
+    assert values == {"attn1.to_q": float8, "attn1.to_k": TensorProto.INT8, "attn1.to_v": None, "attn2.to_q": float8}
+    assert not any(f"{BLOCK}.{short}.quantizer.values" in made for short in ROUNDED if values[short] is None)
+    assert_results_are_exact(traced.gate(target, tmp_path))
+
+
+def test_attention_on_a_cpu_stays_one_operator_each(traced: Traced) -> None:
+    """Its inputs are what the quantizers give, by the names that the table has."""
+    _, lowered = traced.lowered(CPU)
+    read = {name for node in lowered.graph.node if node.op_type == "MultiHeadAttention" for name in node.input}
+    assert sum(node.op_type == "MultiHeadAttention" for node in lowered.graph.node) == 2
+    assert {entry.output for entry in read_output_table(lowered)} <= read
+
+
+def test_a_quantizer_of_results_that_is_wrong_or_missing_is_named(traced: Traced, tmp_path: Path) -> None:
+    """A largest value that is a little off, so that scales are; a result that is not rounded."""
+    exported, lowered = traced.lowered(CPU)
+    # By which scales are divided, and at which quotients are clipped.
+    (largest,) = (tensor for tensor in lowered.graph.initializer if not tensor.dims and as_number(tensor) == 448.0)
+    largest.CopyFrom(numpy_helper.from_array(np.float32(440.0), largest.name))
+    with pytest.raises(FidelityError, match=rf"result {BLOCK}.attn1.to_q \(lowered graph\): .* codes differ"):
+        traced.gate(CPU, tmp_path, lowered)
+    for entry in exported.metadata_props:
+        if entry.key == OUTPUTS_KEY:
+            entry.value = json.dumps(json.loads(entry.value)[1:])
+    with pytest.raises(
+        FidelityError, match=rf"exported graph: the quantizer of {BLOCK}.attn1.to_q's result is missing"
+    ):
+        traced.gate(CPU, tmp_path, exported=exported)
+
+
+def as_number(tensor: onnx.TensorProto) -> float:
+    array = numpy_helper.to_array(tensor)
+    return float(array) if array.dtype == np.float32 else 0.0
+
+
+def test_inspection_names_the_formats_of_results(traced: Traced, tmp_path: Path) -> None:
+    onnx.save(traced.lowered(CPU)[1], tmp_path / "lowered.onnx")
+    for path in (traced.path, tmp_path / "lowered.onnx"):
+        found = {view.layer: view.result for view in inspect_path(path).layers}
+        assert found[f"{BLOCK}.attn1.to_q.linear"] == f"e4m3/{HEAD}"
+        assert found[f"{BLOCK}.attn1.to_k.linear"] == "int8"
+        assert found[f"{BLOCK}.attn2.to_k"] == "-"
 
 
 def test_layers_that_read_the_same_input_share_rotation_and_quantizer(traced: Traced) -> None:

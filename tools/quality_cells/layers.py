@@ -1,0 +1,68 @@
+"""Linear layers that the exporter does not make: inputs with a zero point, and weights of the published loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from exporter.quantize import QuantLinear, share_copy
+from exporter.rounding import InputQuantizer
+from plugins.float_quantize.reference import TINY
+from plugins.formats import get_format
+from tools.quality_cells.published_loop import PublishedLinear
+
+
+class QuantizedInput(nn.Module):
+    """A layer behind a quantizer of its input."""
+
+    def __init__(self, quantize: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.quantize, self.layer = quantize, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → [..., N]."""
+        y: Tensor = self.layer(self.quantize(x))
+        return y
+
+
+def quantize_with_zero_point(x: Tensor, bits: int) -> Tensor:
+    """x [..., K] rounded to 2^bits even steps between each token's least and largest number, 0 being one of them."""
+    least, largest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    last = 2**bits - 1
+    step = ((largest - least) / last).clamp(min=TINY)
+    zero = (-least / step).round()
+    return ((x / step).round().add_(zero).clamp_(0, last) - zero) * step
+
+
+@torch.no_grad()
+def with_zero_points(model: nn.Module) -> nn.Module:
+    """The quantized model with its inputs, which are integers around zero, quantized with zero points instead."""
+    changed = share_copy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            quantize = partial(quantize_with_zero_point, bits=get_format(layer.activation_format).bits)
+            changed.set_submodule(name, QuantizedInput(quantize, _frozen(layer.weight, layer.bias)))
+    return changed.eval()
+
+
+@torch.no_grad()
+def with_quantized_inputs(model: nn.Module, activation: str) -> nn.Module:
+    """A model of the published loop, its learned layers' inputs quantized online to the format `activation`."""
+    changed = share_copy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, PublishedLinear):
+            quantize = InputQuantizer(get_format(activation)).fake_quantize
+            changed.set_submodule(name, QuantizedInput(quantize, _frozen(layer.quantized(), layer.bias)))
+    return changed.eval()
+
+
+def _frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear

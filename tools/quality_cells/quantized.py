@@ -1,0 +1,75 @@
+"""The model of one cell: calibrated once, its weights kept for all cells that share them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from exporter.calibration.calibrate import calibrate
+from exporter.calibration.capture import CalibrationSet
+from exporter.calibration_stages import formats_chosen, sample_weights
+from exporter.files import write_text_atomically
+from exporter.job import Job
+from exporter.model_stages import balanced, transformed
+from exporter.progress import NullProgress
+from exporter.quantize import load_quantized, quantize_model, save_quantized
+from exporter.sampling import Denoiser
+from exporter.source import Source, load_source
+from exporter.stages import captured_inputs
+from exporter.workdir import name_for
+from tools.quality_cells.layers import with_quantized_inputs, with_zero_points
+from tools.quality_cells.published_loop import calibrate_as_published
+from tools.quality_cells.rows import ITERATIONS, Row
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A fake-quantized model's noise prediction, and the CPU seconds that calibrating took; those of capturing inputs
+    and of balancing them are not in it."""
+
+    denoiser: Denoiser
+    seconds: float
+
+
+def quantized(job: Job, row: Row, weights: Path) -> Quantized:
+    """The row's model by the job's recipe; calibrated weights are kept in the folder `weights`."""
+    source = load_source(job)
+    captured = captured_inputs(job, source)
+    make = _by_published_loop if row.published_loop else _by_recipe
+    return make(job, source, captured, row, weights)
+
+
+def _by_recipe(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
+    source = transformed(job, balanced(job, source, captured))
+    begin = time.process_time()
+    source = formats_chosen(job, source, captured)
+    method, seed = job.recipe.method, job.recipe.calibration.seed
+    facts = source.layer_facts()
+    if not method.quantize_activations:
+        # Rounding does not see how activations are quantized, so that columns share it.
+        facts = [{**layer, "activation_format": ""} for layer in facts]
+    file = weights / name_for(str(seed), ".safetensors", [source.identity, facts, method.model_dump()])
+    seconds = file.with_suffix(".seconds")
+    if not seconds.is_file():
+        run = source.calibration_run(captured, sample_weights(job, source, captured))
+        result = calibrate(source.model, source.plan, run, method, seed, NullProgress())
+        weights.mkdir(exist_ok=True)
+        save_quantized(file, result, source.plan)
+        write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")
+    model: nn.Module = quantize_model(source.model, source.plan, load_quantized(file, source.plan).weights)
+    if row.zero_points:
+        model = with_zero_points(model)
+    return Quantized(partial(source.adapter.predict_noise, model), float(seconds.read_text(encoding="utf-8")))
+
+
+def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
+    begin = time.process_time()
+    run = source.calibration_run(captured)
+    rounded = calibrate_as_published(source.model, run, ITERATIONS, job.recipe.calibration.seed, lambda: None)
+    seconds = time.process_time() - begin
+    model = with_quantized_inputs(rounded, source.plan.layers[0].activation_format)
+    return Quantized(partial(source.adapter.predict_noise, model), round(seconds, 1))

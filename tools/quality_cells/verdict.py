@@ -1,0 +1,90 @@
+"""Whether floats are closer to the original than integers, by the cells that have been measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tools.quality_cells.rows import BITS, ROWS, SEEDS, Bits, Row
+
+if TYPE_CHECKING:
+    from tools.quality_cells.cells import Laboratory
+
+# Floats and integers that are given the same.
+_PAIRS = (
+    ("round to nearest", "fp_nearest", "int_nearest"),
+    ("AdaRound, block reconstruction", "fp_adaround", "int_adaround"),
+    ("GPTQ", "fp_gptq", "int_gptq"),
+    ("balanced, GPTQ, then AdaRound", "ours", "int_ours"),
+)
+_JUDGED = (("ours", "ours"), ("FP4DiT's formats and scales", "fp4dit"), ("float weights, integer activations", "mixed"))
+
+
+def spread(values: Sequence[float], *, signed: bool = False) -> str:
+    """The mean, and the standard deviation where there are several."""
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def by_method(laboratory: Laboratory) -> str:
+    """Floats minus integers in noise-prediction SNR, by method and bits."""
+    lines = []
+    for zero, words in (("", "around zero"), ("_zero", "with zero points")):
+        for title, ours, theirs in _PAIRS:
+            cells = [_cell(laboratory, _row(ours), _row(theirs + zero), bits) for bits in BITS]
+            lines.append(f"| {title}; integers {words} | {' | '.join(cells)} |")
+    return _table("floats − integers, dB", lines)
+
+
+def against_best(laboratory: Laboratory) -> str:
+    """Some rows of floats against whichever row of integers is best at these bits."""
+    lines = []
+    for title, key in _JUDGED:
+        for zero, words in ((False, "around zero"), (True, "with zero points")):
+            integers = [row for row in ROWS if row.formats == "integers" and row.zero_points == zero]
+            cells = []
+            for bits in BITS:
+                best = _best(laboratory, integers, bits)
+                cells.append("–" if best is None else _cell(laboratory, _row(key), best, bits, judged=True))
+            lines.append(f"| {title} − best integers {words} | {' | '.join(cells)} |")
+    return _table("dB of the mean, of the worst step", lines)
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """What floats minus integers, one number a seed, say: something only where all of several seeds agree."""
+    if len(differences) < 2:
+        return "one seed"
+    if min(differences) > 0:
+        return "floats closer"
+    return "integers closer" if max(differences) < 0 else "no difference"
+
+
+def _table(head: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"| {head} | {' | '.join(bits.name for bits in BITS)} |", f"|---|{'---|' * len(BITS)}", *lines])
+
+
+def _row(key: str) -> Row:
+    return next(row for row in ROWS if row.key == key)
+
+
+def _best(laboratory: Laboratory, rows: Sequence[Row], bits: Bits) -> Row | None:
+    means = {
+        row.key: statistics.mean(figures.snr_mean_db for figures in found)
+        for row in rows
+        if (found := laboratory.all_kept(row, bits))
+    }
+    return _row(max(means, key=means.__getitem__)) if means else None
+
+
+def _cell(laboratory: Laboratory, ours: Row, theirs: Row, bits: Bits, *, judged: bool = False) -> str:
+    """The difference over the seeds that both have been measured with; `judged`: also of the worst step, in words."""
+    pairs = [(laboratory.kept(ours, bits, seed), laboratory.kept(theirs, bits, seed)) for seed in SEEDS]
+    both = [(one, other) for one, other in pairs if one is not None and other is not None]
+    if not both:
+        return "–"
+    means = [one.snr_mean_db - other.snr_mean_db for one, other in both]
+    if not judged:
+        return spread(means, signed=True)
+    worst = [one.snr_worst_db - other.snr_worst_db for one, other in both]
+    return f"{spread(means, signed=True)} ({verdict(means)}), {spread(worst, signed=True)} ({verdict(worst)})"
