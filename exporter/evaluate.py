@@ -17,7 +17,7 @@ from exporter.calibration.replay import Recorded, Replay
 from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
-from exporter.memory import return_freed_memory
+from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import read_model
 from exporter.passes.layer_table import read_layer_table
@@ -133,6 +133,8 @@ def original_samples(job: Job, source: Source, count: int, replay: Replay) -> Te
         parts = [samples(job, source, replay, known, record=replay.note)]
         if count > known:
             parts.append(samples(job, source, source.denoiser, count, first=known))
+            # A large original leaves the memory before the other model runs on.
+            release_mapped_weights()
         save_file({"samples": torch.cat(parts)}, path)
 
     path, _ = job.work.obtain("samples.safetensors", key, make)
