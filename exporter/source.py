@@ -45,8 +45,8 @@ _WITHOUT_TOKENS = 2
 class Source:
     """The loaded original. `identity` names the exact bytes of everything that was read.
 
-    `store` is where calibration keeps activations, `placement` where it computes; `formats` say how those of open
-    layers were chosen.
+    `store` is where calibration keeps activations, `memory` how many bytes it may have of what is not in files, and
+    `placement` where it computes; `formats` say how those of open layers were chosen.
     """
 
     model: nn.Module
@@ -57,6 +57,7 @@ class Source:
     latent_shape: tuple[int, int, int]
     identity: dict[str, str]
     store: ActivationStore = field(default_factory=ActivationStore)
+    memory: int | None = None
     placement: Placement = field(default_factory=Placement)
     formats: tuple[LayerFormats, ...] = ()
 
@@ -86,6 +87,7 @@ class Source:
             shard or Shard(),
             self.placement,
             weights,
+            self.memory,
         )
 
     def layer_facts(self) -> list[dict[str, object]]:
@@ -110,7 +112,9 @@ def load_source(job: Job) -> Source:
     plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), job.target)
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
-    store = _activation_store(job, adapter, model, prompts, latent_shape)
+    given = recipe.calibration.memory
+    memory = int(given * 1e9) if given is not None else usable_memory() // 2
+    store = _activation_store(job, adapter, model, prompts, latent_shape, memory)
     weights = weight_files(files.transformer, recipe.model.variant)
     read = {file.name: file for file in (files.transformer / CONFIG, *weights)}
     if recipe.calibration.prompts is not None:
@@ -126,11 +130,12 @@ def load_source(job: Job) -> Source:
         latent_shape=latent_shape,
         identity=_checksums(read),
         store=store,
+        memory=memory,
         placement=placement,
     )
     if placement.on_gpu:
-        memory = f"{placement.memory / 1e9:.1f} GB"
-        job.progress.note(f"calibrating on {placement.device}, in at most {memory} of its memory")
+        most = f"{placement.memory / 1e9:.1f} GB"
+        job.progress.note(f"calibrating on {placement.device}, in at most {most} of its memory")
     if isinstance(adapter, GenericAdapter):
         adapter.check(model, source.example_inputs(batch=2))
     return source
@@ -164,19 +169,18 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
 
 
 def _activation_store(
-    job: Job, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int]
+    job: Job, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int], memory: int
 ) -> ActivationStore:
     """Where block reconstruction keeps the activations of all captured inputs."""
     if job.recipe.method.name != "fp4dit":
         return ActivationStore()
-    settings, given = job.recipe.calibration, job.recipe.calibration.memory
+    settings = job.recipe.calibration
     skips = sum(map(len, adapter.skips(model).values()))
     captions = sum(tensor.shape[1] for tensor in prompts.positive.values() if tensor.ndim > _WITHOUT_TOKENS)
     per_input = activation_bytes(
         adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
     )
     calls = settings.inputs // settings.samples
-    memory = int(given * 1e9) if given is not None else usable_memory() // 2
     store = choose_store(settings.samples, calls * per_input, memory, job.work.path)
     if store.folder is not None:
         job.progress.note(

@@ -60,7 +60,7 @@ class Balance:
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Of the tokens seen so far: their count, their sum and the sum of their squares, per channel."""
 
     count: int = 0
@@ -68,11 +68,11 @@ class _Moments:
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, tokens: Tensor) -> None:
-        """Add tokens [..., K]."""
+        """Add tokens [..., K]. If memory does not suffice for it, nothing has been added."""
         flat = tokens.flatten(0, -2)
-        self.count += len(flat)
-        self.total = self.total + flat.sum(dim=0, dtype=torch.float64).cpu()
-        self.squares = self.squares + flat.square().sum(dim=0, dtype=torch.float64).cpu()
+        total = self.total + flat.sum(dim=0, dtype=torch.float64).cpu()
+        squares = self.squares + flat.square().sum(dim=0, dtype=torch.float64).cpu()
+        self.count, self.total, self.squares = self.count + len(flat), total, squares
 
     @property
     def mean(self) -> Tensor:
@@ -95,7 +95,7 @@ def find_balance(
     are the nearest such numbers, all divided by the largest, which the tokens' scales take back: what is divided by
     numbers up to 1 keeps its bits.
     """
-    moments = {names[0]: _Moments() for fold in folds for names in fold.readers}
+    moments = {names[0]: Moments() for fold in folds for names in fold.readers}
     run.through(model, {name: seen.add for name, seen in moments.items()})
     divisors, shifts = [], []
     for fold in folds:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.finished import FinishedUnits, NothingKept
 from exporter.calibration.first_rounding import feeds_back, largest_gram, looks_at_inputs
-from exporter.calibration.input_statistics import InputStatistics
+from exporter.calibration.input_parts import InputParts
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.layerwise import LayerUnits
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
@@ -53,21 +53,35 @@ def calibrate(
     """
     finished = finished or NothingKept()
     check_batches(method, len(run.calibration_set), run.shard)
-    inputs: Mapping[str, InputStatistics] = {}
-    if method.name != "rtn" or looks_at_inputs(plan, method):
-        inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
+    first = _first_roundings(model, plan, run, method, progress, finished)
+    if method.name != "fp4dit":
+        return first
+    executed = run.order(model, [layer.name for layer in plan.layers])
+    walk = _Walk(model, plan, first.weights, run, method, seed, progress, finished)
+    statistics = walk.through(executed)
+    return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
+
+
+def _first_roundings(
+    model: nn.Module,
+    plan: Plan,
+    run: CalibrationRun,
+    method: MethodSection,
+    progress: Progress,
+    finished: FinishedUnits,
+) -> CalibrationResult:
+    """Every weight before anything is learned. What is known of the layers' inputs is gone afterwards."""
+    inputs = None
+    if feeds_back(method) or looks_at_inputs(plan, method):
+        inputs = InputParts(model, plan.layers, run, largest_gram(plan, method))
+        if len(inputs) > 1:
+            progress.note(
+                f"Gram matrices of the layers' inputs: up to {inputs.bytes / 1e9:.1f} GB, made in {len(inputs)} parts, "
+                "each with a run over all captured inputs, since calibration.memory has no room for them"
+            )
     units = LayerUnits(model, plan, inputs, run.placement, progress, finished, run.shard)
     weights = units.nearest(method.scale_search)
-    if method.name == "rtn":
-        return CalibrationResult(weights)
-    if feeds_back(method):
-        fed_back = units.with_feedback(weights)
-        if method.name == "gptq":
-            return fed_back
-        weights = fed_back.weights
-    walk = _Walk(model, plan, weights, run, method, seed, progress, finished)
-    statistics = walk.through(list(inputs))
-    return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
+    return units.with_feedback(weights) if feeds_back(method) else CalibrationResult(weights)
 
 
 def check_batches(method: MethodSection, samples: int, shard: Shard) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from exporter.calibration.gptq import round_with_feedback
+from exporter.calibration.gptq import ErrorFeedback, round_with_feedback
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.output_error import LARGEST_GRAM
@@ -40,4 +40,4 @@ def first_rounding(
     nearest = nearest_weight(weight, layer, inputs, method.scale_search)
     if not feeds_back(method) or inputs is None or inputs.gram is None:
         return nearest
-    return round_with_feedback(layer, weight, nearest, inputs.gram)[0]
+    return round_with_feedback(layer, weight, nearest, ErrorFeedback.of(inputs.gram))[0]

@@ -27,11 +27,11 @@ _COLUMNS = 128
 @dataclass(frozen=True)
 class ErrorFeedback:
     """How far a rounding error in one column is made good by the others: the upper Cholesky factor of the inverse Gram
-    matrix [K, K], float64, its columns in `order` int64 [K], those with the largest inputs first (GPTQ's act-order).
-
-    Layers that read the same input share it.
+    matrix [K, K], float64, its columns in `order` int64 [K], those with the largest inputs first (GPTQ's act-order);
+    and `gram`, the matrix itself.
     """
 
+    gram: Tensor
     factor: Tensor
     order: Tensor
 
@@ -48,7 +48,7 @@ class ErrorFeedback:
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if int(failed) or not bool(lower.isfinite().all()):
             raise ValueError("the Gram matrix is not positive definite; more damping would make it so")
-        return cls(torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True), order)
+        return cls(gram, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True), order)
 
     def round(self, weight: Tensor, scales: Tensor, fmt: Format) -> Tensor:
         """Return values float32 [N, K] on the format's grid in units of `scales` [N, G], for `weight` [N, K].
@@ -81,16 +81,17 @@ def _round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format)
 
 
 def round_with_feedback(
-    layer: LayerPlan, weight: Tensor, nearest: QuantizedWeight, gram: Tensor
+    layer: LayerPlan, weight: Tensor, nearest: QuantizedWeight, feedback: ErrorFeedback
 ) -> tuple[QuantizedWeight, BlockStatistics]:
     """Round `weight` [N, K] again, with error feedback on the scales of `nearest`; and what that gained.
 
-    It computes where `weight` and `gram` are. Errors are the layer's output error on the inputs that `gram` [K, K] was
-    made of, relative to its output's power. If it gained nothing, `nearest` stays.
+    It computes where `weight` and `feedback` are. Errors are the layer's output error on the inputs that this was made
+    of, relative to its output's power. If it gained nothing, `nearest` stays.
     """
     begin = time.perf_counter()
     fmt = get_format(layer.weight_format)
-    values = ErrorFeedback.of(gram).round(weight, nearest.scales.to(weight), fmt)
+    gram = feedback.gram
+    values = feedback.round(weight, nearest.scales.to(weight), fmt)
     rounded = QuantizedWeight.from_values(values, nearest.scales, fmt, nearest.input_scale)
     power = _output_power(weight, gram) or 1.0
     before, after = (_output_power(one.dequantize(fmt).to(weight) - weight, gram) / power for one in (nearest, rounded))

@@ -29,6 +29,23 @@ class InputStatistics:
         return InputStatistics(self.mean_square.to(device), self.amax, gram)
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Of the tokens seen so far: their number, the sums of their squares [K], their largest magnitude, and XᵀX [K, K]
+    of those that count for it, if any do."""
+
+    count: int
+    squares: Tensor
+    largest: float
+    gram: Tensor | None
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Of both."""
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        squares = self.squares + other.squares
+        return _Sums(self.count + other.count, squares, max(self.largest, other.largest), gram)
+
+
 class InputSums:
     """Sums over the inputs of layers, from which their statistics come.
 
@@ -38,27 +55,35 @@ class InputSums:
     def __init__(self, samples: int, largest_gram: int, shard: Shard, weights: Tensor | None) -> None:
         self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
         self._roots = None if weights is None else weights.sqrt()
-        self._squares: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._largest: dict[str, float] = {}
-        self._grams: dict[str, Tensor] = {}
-        # Layers that share an input, as q, k and v do, run one after the other and share the work.
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._sums: dict[str, _Sums] = {}
+        # By layer, in order of first execution, the one whose sums are its own, too: layers that share an input, as q,
+        # k and v do, run one after the other, and the first of them sees it for all.
+        self._first: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
 
     def add(self, name: str, x: Tensor) -> None:
-        """Take a layer's input [B, ..., K]. What comes of it is kept in main memory."""
-        before = self._counts.get(name, 0)
+        """Take a layer's input [B, ..., K]. What comes of it is kept in main memory.
+
+        If memory does not suffice for it, nothing has been added.
+        """
+        if name not in self._first and self._last is not None and self._last[1] is x:
+            self._first[name] = self._last[0]
+        if self._first.get(name, name) != name:
+            return
+        sums = self._sums_of(x, self._sums[name].count if name in self._sums else 0)
+        self._sums[name] = self._sums[name].plus(sums) if name in self._sums else sums
+        self._first[name] = name
+        self._last = name, x
+
+    def _sums_of(self, x: Tensor, before: int) -> _Sums:
+        """Of the next samples [B, ..., K], behind so many tokens."""
         tokens = self._weighted(before, x.flatten(0, -2), len(x))
         squares = tokens.square().sum(dim=0, dtype=torch.float64).cpu()
-        self._squares[name] = self._squares[name] + squares if before else squares
-        self._counts[name] = before + len(tokens)
-        self._largest[name] = max(self._largest.get(name, 0.0), float(x.abs().amax()))
-        if x.shape[-1] > self._largest_gram:
-            return
-        if self._last is None or self._last[0] is not x:
+        gram = None
+        if x.shape[-1] <= self._largest_gram:
             chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x)).to(x.device)]
-            self._last = x, (chosen.T @ chosen).cpu()
-        self._grams[name] = self._grams[name] + self._last[1] if before else self._last[1]
+            gram = (chosen.T @ chosen).cpu()
+        return _Sums(len(tokens), squares, float(x.abs().amax()), gram)
 
     def _numbers(self, before: int, samples: int, tokens: int) -> Tensor:
         """Which of all samples the next ones are, int64 [samples]: the same whoever has them, and when."""
@@ -79,18 +104,14 @@ class InputSums:
         return numbers.flatten() % _spread(self._samples * tokens) == 0
 
     def result(self) -> dict[str, InputStatistics]:
-        """The statistics of every layer that has run, of all processes."""
-        return {name: self._statistics(name) for name in self._squares}
+        """The statistics of every layer that has run, of all processes; layers with the same input have the same."""
+        made = {name: self._statistics(sums) for name, sums in self._sums.items()}
+        return {name: made[first] for name, first in self._first.items()}
 
-    def _statistics(self, name: str) -> InputStatistics:
-        squares, gram = self._shard.add_up(self._squares[name]), self._grams.get(name)
-        count = self._shard.add_up(torch.tensor(self._counts[name]))
-        return InputStatistics(
-            (squares / count).float(),
-            self._shard.largest(self._largest[name]),
-            # Layers with the same input have the same tensor.
-            None if gram is None else self._shard.add_up(gram if self._shard.world == 1 else gram.clone()),
-        )
+    def _statistics(self, sums: _Sums) -> InputStatistics:
+        squares, count = self._shard.add_up(sums.squares), self._shard.add_up(torch.tensor(sums.count))
+        gram = None if sums.gram is None else self._shard.add_up(sums.gram)
+        return InputStatistics((squares / count).float(), self._shard.largest(sums.largest), gram)
 
 
 def _spread(tokens: int) -> int:

@@ -30,7 +30,8 @@ class CalibrationRun:
 
     `store` says where activations of all samples are kept, `limit` how many samples go through a model at once, and
     `placement` where it computes. Of several processes each has every `world`-th sample. `weights` float32 [M] are what
-    the squared errors of all samples count, None for all alike.
+    the squared errors of all samples count, None for all alike. `memory` is how many bytes of Gram matrices there may
+    be at once, None for any number.
     """
 
     adapter: Adapter
@@ -41,6 +42,7 @@ class CalibrationRun:
     shard: Shard = field(default_factory=Shard)
     placement: Placement = field(default_factory=Placement)
     weights: Tensor | None = None
+    memory: int | None = None
 
     @property
     def samples(self) -> int:
@@ -90,6 +92,15 @@ class CalibrationRun:
         """Tokens of a sample."""
         channels, height, width = self.calibration_set.hidden_states.shape[1:]
         return self.adapter.tokens(model, (channels, height, width))
+
+    @torch.no_grad()
+    def order(self, model: nn.Module, layers: Iterable[str]) -> list[str]:
+        """Those of `layers` that run, in order of first execution: found with one sample."""
+        seen: dict[str, None] = {}
+        watched = [_watch(model, name, lambda layer, _: seen.setdefault(layer)) for name in layers]
+        with _removed(watched), self.placement.holds_model(model, self.adapter.blocks(model)):
+            self._forward(model, slice(0, 1))
+        return list(seen)
 
     def input_statistics(
         self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0
@@ -146,7 +157,7 @@ class _ReachedError(Exception):
     """The forward pass has come to the block whose inputs are wanted; the rest of it would be thrown away."""
 
 
-def _watch(model: nn.Module, layer: str, see: Callable[[str, Tensor], None]) -> RemovableHandle:
+def _watch(model: nn.Module, layer: str, see: Callable[[str, Tensor], object]) -> RemovableHandle:
     """Call `see(layer, input)` whenever the layer runs."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

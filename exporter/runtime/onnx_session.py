@@ -68,9 +68,9 @@ class OnnxSession:
         fold_constants: bool = True,
         shares_arena: bool = False,
     ) -> None:
-        """Load a file or a model; `threads` limits the CPU threads of one operator (default: all cores). Without
-        `fold_constants`, what depends on constants alone is computed in every run instead of being kept in memory;
-        `shares_arena`: see `exporter.runtime.arena`.
+        """Load a file, or a model of less than protobuf's 2 GiB; `threads` limits the CPU threads of one operator
+        (default: all cores). Without `fold_constants`, what depends on constants alone is computed in every run instead
+        of being kept in memory; `shares_arena`: see `exporter.runtime.arena`.
 
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.

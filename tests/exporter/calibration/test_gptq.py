@@ -108,7 +108,7 @@ def _layer() -> LayerPlan:
 def test_what_was_gained_is_the_output_s_error() -> None:
     fmt, weight, x = get_format("e2m1"), _weight(), _inputs(1)
     nearest = round_to_nearest(weight, choose_scales(weight, fmt, GROUP, "mse"), fmt)
-    rounded, gained = round_with_feedback(_layer(), weight, nearest, x.T @ x)
+    rounded, gained = round_with_feedback(_layer(), weight, nearest, ErrorFeedback.of(x.T @ x))
     power = float((x.double() @ weight.double().T).square().sum())
     values = torch.tensor(fmt.values)[rounded.codes.int()]
     assert gained.name == "blocks.0.proj"
@@ -120,6 +120,6 @@ def test_what_was_gained_is_the_output_s_error() -> None:
 def test_nearest_stays_where_nothing_is_gained() -> None:
     fmt, weight = get_format("e2m1"), _weight()
     nearest = round_to_nearest(weight, choose_scales(weight, fmt, GROUP, "mse"), fmt)
-    rounded, gained = round_with_feedback(_layer(), weight, nearest, torch.eye(COUNT))
+    rounded, gained = round_with_feedback(_layer(), weight, nearest, ErrorFeedback.of(torch.eye(COUNT)))
     assert rounded is nearest
     assert gained.error_calibrated == gained.error_start
