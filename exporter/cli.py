@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from exporter.recipe import Recipe
     from exporter.shards import Shard
 
+_STAGES_KEPT = "finished stages are kept in the work folder"
+_KEPT = {
+    "export": _STAGES_KEPT,
+    "ranges": _STAGES_KEPT,
+    "evaluate": "finished stages and images are kept",
+}
 _ALL_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -253,12 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except (KeyboardInterrupt, click.Abort):
-        note = "interrupted; finished stages are kept in the work folder: run the same command again to go on"
-        return fail(note, EXIT_INTERRUPTED, debug=debug)
+        return fail(_interruption(words), EXIT_INTERRUPTED, debug=debug)
     except click.ClickException as error:
         return fail(f"{error.format_message()} (see fp4export --help)", InputError.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: a defect must not look like bad input
         return fail(*describe_failure(error), debug=debug)
+
+
+def _interruption(words: Sequence[str]) -> str:
+    """What is said after Ctrl-C: of commands that go on where they were, that they do."""
+    name = words[0] if words and words[0] in command.commands else _job_for([*words])
+    kept = _KEPT.get(name)
+    return f"interrupted; {kept}: run the same command again to go on" if kept else "interrupted"
 
 
 def _run(words: list[str]) -> int:

@@ -53,7 +53,7 @@ Exit codes:
   2    bad input: recipe, file or flag
   3    this machine lacks something (a package, a GPU, a network); finished stages are kept
   4    the validation failed; the first deviating layer is named
-  130  interrupted; finished stages are kept
+  130  interrupted; an export's finished stages and evaluate's images are kept
 """
 
 OTHER_FORMS = (

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exporter.cli_bundle import is_bundle, validate_bundle
+from exporter.cli_bundle import is_bundle, refuse_lists, validate_bundle
 from exporter.errors import FidelityError, InputError
 from exporter.targets import SUFFIXES
-from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
+from exporter.terminal import DEBUG, QUIET, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
     from exporter.bisect.engine_findings import EngineFindings
@@ -84,7 +84,7 @@ def bisect(
 
 @click.command(short_help="Find the tensors that FP16 cannot hold.")
 @click.argument("recipe")
-@OUTPUT
+@click.option("-o", "--output", required=True, metavar="OUT", help="The engine: NAME.onnx, NAME.plan or NAME.engine.")
 @click.option("--target", metavar="TARGET", help="The machine that OUT is for, instead of the recipe's.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the calibration, instead of the recipe's.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
@@ -111,6 +111,9 @@ def ranges(
     Takes the words of the export, and shares its work folder: what an export finished is not done again, and OUT is
     not written. Names what becomes infinite in FP16, what comes near it, and how far BF16 rounds.
     """
+    if is_bundle(output):
+        raise InputError(f"{output}: ranges are measured for one target: -o NAME.onnx, or -o NAME.plan --target TARGET")
+    refuse_lists(target, output)
     from exporter.job import open_job
     from exporter.range_scan import print_scan, scan_ranges
     from exporter.recipe import load_recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from exporter.terminal import DEBUG, QUIET, open_console, open_progress
+from exporter.terminal import DEBUG, GUIDANCE, QUIET, open_console, open_progress
 
 _ABOUT = """Draw the images of a prompt list with the original and with the exported transformer, and compare them.
 
@@ -42,7 +42,7 @@ results.md, where the published rows stand above yours.
 @click.option("--count", type=click.IntRange(1), metavar="N", help="Draw only the first N of the chosen prompts.")
 @click.option("--scheduler", metavar="NAME", help="A diffusers scheduler, instead of the preset's or the recipe's.")
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.")
-@click.option("--guidance", type=click.FloatRange(0), metavar="X", help="Classifier-free guidance; 1 is none.")
+@GUIDANCE
 @click.option("--batch", type=click.IntRange(1), default=1, metavar="N", help="Images drawn at once (default: 1).")
 @click.option("--metrics", metavar="A,B", help="Only these: fid clip_score lpips psnr ssim hpsv2 image_reward.")
 @click.option("--reference-images", "references", metavar="DIR", help="Real images, for FID.")
@@ -92,7 +92,7 @@ def evaluate(
         steps=steps,
         guidance=guidance,
         batch=batch,
-        metrics=tuple(metrics.split(",")) if metrics else None,
+        metrics=tuple(name.strip() for name in metrics.split(",")) if metrics else None,
         references=Path(references) if references else None,
         pipeline=Path(pipeline) if pipeline else None,
         device=device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from exporter.terminal import DEBUG, QUIET, open_progress
+from exporter.terminal import DEBUG, GUIDANCE, QUIET, open_progress
 
 _ABOUT = """Draw with OUT, an .onnx, .plan or .engine that fp4export wrote, in its diffusers pipeline.
 
@@ -19,8 +19,9 @@ Examples:
   fp4export sample pixart.onnx -o cat.png --prompt "a cat" --pipeline PixArt-XL-2-512x512
   fp4export sample pixart.plan -o latents.safetensors --prompts embeddings.safetensors
 
-A folder gets one PNG for every image and samples.json with its seed; image i has the seed --seed + i and prompt i, in
-turn. With --compare the original is drawn, too (its weights are needed): a picture of all pairs, with the PSNR of each.
+A folder gets one PNG for every image, as soon as its batch is drawn, and samples.json with its seed; image i has the
+seed --seed + i and prompt i, in turn. With --compare the original is drawn, too (its weights are needed): a picture of
+all pairs, with the PSNR of each.
 """
 
 
@@ -39,8 +40,10 @@ turn. With --compare the original is drawn, too (its weights are needed): a pict
 @click.option("--count", type=click.IntRange(1), metavar="N", help="Images to draw (default: one a prompt, up to 16).")
 @click.option("--scheduler", metavar="NAME", help="A diffusers scheduler, such as DDIMScheduler.")
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.")
-@click.option("--guidance", type=click.FloatRange(0), metavar="X", help="Classifier-free guidance; 1 is none.")
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the first image (default: 0).")
+@GUIDANCE
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", help="Seed of the first image (default: 0)."
+)
 @click.option("--batch", type=click.IntRange(1), default=4, metavar="N", help="Images drawn at once (default: 4).")
 @click.option("--compare", is_flag=True, help="Draw with the original, too, and show the pairs with their PSNR.")
 @click.option("--pipeline", metavar="DIR", help="The original's folder in diffusers' layout, instead of the recipe's.")

@@ -145,14 +145,14 @@ def exactness(plan: Plan) -> list[str]:
 
 
 def transforms_text(layers: Sequence[LayerPlan]) -> str:
-    """How many layers read a rotated input, have a branch of low rank, and round their result; "" where none does."""
+    """How many layers read a rotated input, have a branch of low rank, and round their output; "" where none does."""
     rotated = sum(bool(layer.hadamard) for layer in layers)
     branched = sum(bool(layer.low_rank) for layer in layers)
-    results = Counter(_result_text(layer) for layer in layers if layer.output_format != HIGH_PRECISION)
+    outputs = Counter(_layer_output(layer) for layer in layers if layer.output_format != HIGH_PRECISION)
     parts = (
         f"{rotated} rotated" * bool(rotated),
         f"{branched} with a branch of low rank" * bool(branched),
-        *(f"{count} with a result in {result}" for result, count in results.items()),
+        *(f"{count} with an output in {output}" for output, count in outputs.items()),
     )
     return ", ".join(part for part in parts if part)
 
@@ -188,12 +188,17 @@ def _row(layer: LayerPlan, target: Target) -> tuple[str, ...]:
 
 def _activations_text(layer: LayerPlan) -> str:
     rotation = f", rotated by {layer.hadamard}" if layer.hadamard else ""
-    result = "" if layer.output_format == HIGH_PRECISION else f", result {_result_text(layer)}"
-    return f"{layer.activation_format}{rotation}{result}"
+    output = "" if layer.output_format == HIGH_PRECISION else f", output {_layer_output(layer)}"
+    return f"{layer.activation_format}{rotation}{output}"
 
 
-def _result_text(layer: LayerPlan) -> str:
-    return layer.output_format + (f"/{layer.output_group}" if layer.output_group else "")
+def _layer_output(layer: LayerPlan) -> str:
+    return output_text(layer.output_format, layer.output_group)
+
+
+def output_text(fmt: str, group_size: int) -> str:
+    """How a layer's output is rounded: ``e4m3``, or with a scale for so many neighbours ``e4m3/72``."""
+    return fmt + (f"/{group_size}" if group_size else "")
 
 
 def _high_precision_table(plan: Plan) -> Table:

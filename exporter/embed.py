@@ -13,6 +13,7 @@ from torch import Tensor
 from exporter.errors import InputError
 from exporter.evaluation.prompts import read_prompts
 from exporter.files import atomic_path, check_parent
+from exporter.model_section import LABELLED_FAMILIES
 from exporter.models.families import adapter_of
 from exporter.models.loading import skeleton
 from exporter.models.location import CONFIG, find_model, locate_pipeline, read_config
@@ -54,10 +55,7 @@ def embed(
     adapter = adapter_of(config, transformer / CONFIG)
     conditions = adapter.conditions(skeleton(config, adapter, transformer / CONFIG))
     if all(condition.kind == "label" for condition in conditions):
-        raise InputError(
-            f"{model}: family {adapter.family} draws class labels and needs no embeddings; a recipe lists them as "
-            "calibration.classes"
-        )
+        raise InputError(_no_embeddings(model, adapter.family))
     tensors: dict[str, Tensor] = {}
     lengths = {condition.key: condition.shape[0] for condition in conditions}
     for part in adapter.text_encoders(str(read_pipeline(pipeline).get("_class_name"))):
@@ -89,11 +87,19 @@ def read_texts(file: Path) -> list[str]:
     return [str(text) for text in texts]
 
 
+def _no_embeddings(model: str, family: str) -> str:
+    return f"{model}: family {family} draws class labels and needs no embeddings; a recipe lists calibration.classes"
+
+
 def _pipeline(model: str) -> Path:
-    """The folder of the pipeline that `model` names."""
+    """The folder of the pipeline that `model` names. Raises `InputError` for a recipe whose family takes no captions,
+    before the Hub is asked for anything."""
     if Path(model).is_dir():
         return locate_pipeline(model, Path.cwd())
     if Path(model).suffix in (".yaml", ".yml") or "/" not in model:
         recipe = load_recipe(model)
-        return locate_pipeline(recipe.model.weights, recipe.source_dir)
+        family = recipe.model.family
+        if family in LABELLED_FAMILIES:
+            raise InputError(_no_embeddings(model, family))
+        return locate_pipeline(recipe.model.weights, recipe.source_dir, recipe.model.revision)
     return locate_pipeline(model, Path.cwd())

@@ -43,10 +43,29 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         _remove(temporary)
 
 
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`, for files that the body alone needs; it is removed whatever ends the body."""
+    # Named as `remove_leftovers` expects it of a killed process.
+    folder = parent / f".scratch.{uuid.uuid4().hex[:8]}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
 def check_parent(path: Path) -> None:
     """Raise `InputError` unless the folder that `path` is to be written in exists."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder does not exist; make it first: mkdir -p {path.parent}")
+
+
+def refuse_file(folder: Path, wanted: str) -> None:
+    """Raise `InputError`, which asks for what is `wanted`, where `folder` or what it is to be made in is a file."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{place}: is a file; give {wanted}")
 
 
 def _open_to_others(path: Path) -> None:
@@ -65,7 +84,7 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `atomic_path` was writing anywhere below `folder` when its process was killed."""
+    """Remove what `atomic_path` was writing, and scratch folders, anywhere below `folder` when a process was killed."""
     for path in [path for path in folder.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
         _remove(path)
 

@@ -55,7 +55,7 @@ def _check_group(where: str, pattern: str, group: int, in_features: int) -> None
 
 def _check_transforms(where: str, scheme: LayerScheme, out_features: int, in_features: int) -> None:
     """Raise `InputError` for a rank that the weight itself may not exceed, for rotations that do not fit a row, and for
-    groups that do not divide the result."""
+    groups that do not divide the output."""
     largest = min(in_features, out_features) - 1
     if scheme.low_rank > largest:
         raise InputError(

@@ -55,7 +55,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class OutputEntry:
-    """One quantized result of a graph: the tensor `input` of the layer is rounded to the tensor `output`.
+    """One quantized output of a graph: the tensor `input` of the layer is rounded to the tensor `output`.
 
     `layer` is its module path in the model as it was loaded, `group_size` as in recipes (0: a scale per token).
     """
@@ -76,7 +76,7 @@ def write_output_table(model: onnx.ModelProto, table: Sequence[OutputEntry]) -> 
 
 
 def read_output_table(model: onnx.ModelProto) -> tuple[OutputEntry, ...]:
-    """The quantized results in a model's metadata. Raises `InputError` for a damaged table."""
+    """The quantized outputs in a model's metadata. Raises `InputError` for a damaged table."""
     return _read(model, OUTPUTS_KEY, OutputEntry)
 
 

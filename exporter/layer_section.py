@@ -61,10 +61,10 @@ class LayerRule(Section):
         default=0, description="size of the Hadamard matrices that rotate the input in front of its quantizer"
     )
     output: Annotated[str, AfterValidator(_activation_format)] = Field(
-        default=HIGH_PRECISION, description="format that the result is rounded to, for example what attention reads"
+        default=HIGH_PRECISION, description="format that the output is rounded to, for example what attention reads"
     )
     output_group: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="numbers of the result that share a scale, such as a head's; 0: the whole token"
+        default=0, description="numbers of the output that share a scale, such as a head's; 0: the whole token"
     )
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class LayerRule(Section):
             raise ValueError("`weight: none` keeps the layer in high precision: drop low_rank, hadamard and output")
         if self.output_group and self.output == HIGH_PRECISION:
             raise ValueError(
-                f"`output_group: {self.output_group}` is for results that are quantized: name their format, for "
+                f"`output_group: {self.output_group}` is for outputs that are quantized: name their format, for "
                 "example `output: e4m3`, or drop it"
             )
         if self.group and self.scales == "channel":

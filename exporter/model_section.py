@@ -28,6 +28,9 @@ class ModelSection(Section):
     variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
         default=None, description="which of the checkpoint's files, as diffusers names them, for example fp16"
     )
+    revision: Text | None = Field(
+        default=None, description="branch, tag or commit of a Hub id's repository; unset: its main branch"
+    )
     resolution: Count | None = Field(
         default=None, description="side of the latent (image side / 8); unset: the config's sample_size"
     )

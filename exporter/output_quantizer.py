@@ -1,4 +1,4 @@
-"""Results of layers rounded to a format: what attention reads, where its products should see numbers of few bits."""
+"""Outputs of layers rounded to a format: what attention reads, where its products should see numbers of few bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plugins.formats import get_format
 
 
 class OutputQuantizer(nn.Module):
-    """Rounds a layer's result [..., N] to the planned format and back, with scales of each token's own.
+    """Rounds a layer's output [..., N] to the planned format and back, with scales of each token's own.
 
     `group_size` neighbours share a scale, 0 means the whole token. `layer` is the module path in the model as it was
     loaded. While torch.export traces it, it becomes one node of the waist.
@@ -50,7 +50,7 @@ class OutputQuantizer(nn.Module):
 
 
 def quantize_outputs(model: nn.Module, layers: Iterable[LayerPlan], root: str = "") -> None:
-    """Let those of the planned layers whose results are quantized do so, in place; `root` is the path of `model`."""
+    """Let those planned layers round their outputs, in place, that are to; `root` is the path of `model`."""
     for layer in layers:
         if layer.output_format == HIGH_PRECISION:
             continue

@@ -60,7 +60,7 @@ class LayerPlan:
     see `exporter.transforms`) ends with `LINEAR`. `group_size` weights of a row share a scale, 0 means the whole row;
     `activation_format` is "none" where only the weights are quantized; `container` is the number type that the target
     multiplies in, and `asked_container` what the recipe says about it ("auto" where nothing). `output_format` is
-    "none" where the result stays as it is; else `output_group` numbers of a token share a scale, 0 means all.
+    "none" where the output stays as it is; else `output_group` numbers of a token share a scale, 0 means all.
     """
 
     name: str

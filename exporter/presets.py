@@ -22,7 +22,7 @@ class LayerScheme:
     scaling activations have groups of as many;
     `activation_format` is "none" where only weights are quantized; `container` is the number type that was asked for,
     "auto" for the target's best; `low_rank` and `hadamard` (0: none) change the layer before it is quantized, see
-    `exporter.transforms`; `output_format` is "none" where its result stays as it is, else numbers of a token in groups
+    `exporter.transforms`; `output_format` is "none" where its output stays as it is, else numbers of a token in groups
     of `output_group` (0: all of them) share a scale.
     """
 

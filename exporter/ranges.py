@@ -16,9 +16,9 @@ import torch
 from exporter.calibration.capture import CalibrationSet
 from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
-from exporter.files import write_text_atomically
+from exporter.files import scratch_folder, write_text_atomically
 from exporter.job import Job
-from exporter.onnx_files import read_model
+from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.compute_type import AMAX_PREFIX, probe_amax
 from exporter.passes.driver import run_passes
 from exporter.passes.surgery import has_given_name
@@ -78,18 +78,25 @@ def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported
 def measure_amax(exported: Path, target: Target, feeds: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[Amax, ...]:
     """The largest magnitude of every tensor that FP16 would store, in the graph's order, over all `feeds`.
 
-    NaN where one is. The graph itself reduces its tensors, so none of them is held.
+    NaN where one is. The graph itself reduces its tensors, so none of them is held; it runs from a file beside
+    `exported`, since it may be too large for a message of its own.
     """
-    model = read_model(exported)
-    probed, _ = run_passes(model, (probe_amax,), target)
-    session = OnnxSession(probed)
-    highest = np.zeros(len(session.outputs), np.float32)
-    for feed in feeds:
-        known = {spec.name: feed[spec.name] for spec in session.inputs}
-        highest = np.maximum(highest, np.stack(list(session.run(known).values())))
+    with scratch_folder(exported.parent) as folder:
+        session = _probed_session(exported, target, folder / "probed.onnx")
+        highest = np.zeros(len(session.outputs), np.float32)
+        for feed in feeds:
+            known = {spec.name: feed[spec.name] for spec in session.inputs}
+            highest = np.maximum(highest, np.stack(list(session.run(known).values())))
     names = [spec.name.removeprefix(AMAX_PREFIX) for spec in session.outputs]
-    producers = {name: node for node in model.graph.node for name in node.output}
+    nodes = read_model(exported, external_data=False).graph.node
+    producers = {name: node for node in nodes for name in node.output}
     return tuple(Amax(name, _place(name, producers), float(amax)) for name, amax in zip(names, highest, strict=True))
+
+
+def _probed_session(exported: Path, target: Target, path: Path) -> OnnxSession:
+    """The graph with the probes in it, written to `path`, where large weights are read from."""
+    save_onnx(run_passes(read_model(exported), (probe_amax,), target)[0], path)
+    return OnnxSession(path)
 
 
 def check_amax(recipe: str, found: Iterable[Amax], target: Target) -> Amax:

@@ -66,7 +66,7 @@ def _symbolic_quantized_input(module: QuantLinear, x: Tensor) -> Tensor:
 
 
 def symbolic_fake_quantize(x: Tensor, layer: str, fmt: str, group_size: int) -> Tensor:
-    """x [..., N] → rounded to the format and back: what becomes of the result of `layer`."""
+    """x [..., N] → rounded to the format and back: what becomes of the output of `layer`."""
     fake_quantize = FakeQuantize(fmt, group_size)
     return symbolic(
         f"{DOMAIN}::{fake_quantize.op_type}",

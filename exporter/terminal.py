@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
 # Tables keep their columns when the output is piped to a file or a pager.
 _PIPED_WIDTH = 160
 
+
+class FiniteRange(click.FloatRange):
+    """A range of floats without NaN, which compares as inside of every range, and without infinities."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number that `value` says. Raises `click.BadParameter`."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
+
+
+GUIDANCE = click.option("--guidance", type=FiniteRange(0), metavar="X", help="Classifier-free guidance; 1 is none.")
 QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 OUTPUT = click.option(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -103,19 +102,10 @@ def capture_trajectories(
     they do not fit the memory. `placement` says what computes, without one the CPU. Raises `InputError` when a latent
     is no longer finite.
     """
-    placement = placement or Placement()
-    parts: list[CalibrationSet] = []
-    places: list[Tensor] = []
-
-    def keep(call: DenoiserCall) -> None:
-        steps = torch.full_like(call.prompts, call.step)
-        latents, timesteps = call.inputs.hidden_states.cpu(), call.inputs.timestep.cpu()
-        parts.append(CalibrationSet(latents, timesteps, call.prompts, steps))
-        places.append((2 * steps + (call.prompts >= 0)) * trajectories + call.samples)
+    placement, calls = placement or Placement(), _Calls(trajectories)
 
     def sampled(at_once: int) -> None:
-        parts.clear()
-        places.clear()
+        calls.clear()
         sample(
             partial(adapter.predict_noise, model),
             prompts.to(placement.device),
@@ -127,7 +117,7 @@ def capture_trajectories(
             latent_shape=latent_shape,
             progress=progress,
             batch_size=at_once,
-            record=keep,
+            record=calls.keep,
             finish=False,
         )
 
@@ -136,16 +126,37 @@ def capture_trajectories(
     with placement.holds_model(model, adapter.blocks(model)):
         while not limit.fits(at_once, tokens, partial(sampled, at_once)):
             at_once = limit.samples(at_once, tokens)
-    captured = _in_order(parts, torch.cat(places))
+    captured = calls.in_order()
     _refuse_lost_latents(captured)
     return captured
 
 
-def _in_order(parts: Sequence[CalibrationSet], places: Tensor) -> CalibrationSet:
-    """All parts as one set, its inputs sorted by their `places` int64 [M]."""
-    order = places.argsort()
-    whole = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CalibrationSet)}
-    return CalibrationSet(**whole).at(order)
+@dataclass(frozen=True)
+class _Calls:
+    """The denoiser's calls along `trajectories`, as they come: their inputs, and each input's place in the order."""
+
+    trajectories: int
+    parts: list[CalibrationSet] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget all calls: those of samples that did not fit the memory are made again."""
+        self.parts.clear()
+        self.places.clear()
+
+    def keep(self, call: DenoiserCall) -> None:
+        """Add one."""
+        steps = torch.full_like(call.prompts, call.step)
+        latents, timesteps = call.inputs.hidden_states.cpu(), call.inputs.timestep.cpu()
+        self.parts.append(CalibrationSet(latents, timesteps, call.prompts, steps))
+        self.places.append((2 * steps + (call.prompts >= 0)) * self.trajectories + call.samples)
+
+    def in_order(self) -> CalibrationSet:
+        """All inputs as one set: by step, in each the unconditional ones first, then by trajectory."""
+        order = torch.cat(self.places).argsort()
+        names = [one.name for one in fields(CalibrationSet)]
+        whole = {name: torch.cat([getattr(part, name) for part in self.parts]) for name in names}
+        return CalibrationSet(**whole).at(order)
 
 
 def _refuse_lost_latents(captured: CalibrationSet) -> None:

@@ -38,7 +38,7 @@ _FEWEST_SAMPLES = 32
 @dataclass(frozen=True)
 class LayerFormats:
     """What the candidates of an open layer cost: format → squared error of the block's output relative to its power,
-    with this layer's weight quantized and all inputs and results of the block's quantized layers as planned; and the
+    with this layer's weight quantized and all inputs and outputs of the block's quantized layers as planned; and the
     formats that were `refused`, with the reason. `unit` is the block (for a layer outside the blocks the layer
     itself)."""
 

@@ -83,11 +83,13 @@ def _file(prompt: Prompt) -> str:
 def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) -> None:
     """Note in `folder` what its images are drawn from, and make a folder in it for every model.
 
-    Raises `InputError` if it holds images of something else.
+    Raises `InputError` if it holds images of something else, or of nobody knows what.
     """
     file = folder / SETTINGS
     drawn = any(next((folder / model).glob("*.png"), None) is not None for model in models)
-    if drawn and file.is_file():
+    if drawn and not file.is_file():
+        raise InputError(f"{folder}: holds images, but no {SETTINGS} that says what they are of; give another folder")
+    if drawn:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -99,6 +101,6 @@ def claim_folder(folder: Path, settings: dict[str, Any], models: Sequence[str]) 
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        write_text_atomically(file, json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for model in models:
         (folder / model).mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,9 @@ from exporter.evaluation.metrics import CLIP_MODEL, Metric, Pictures, Tools, mea
 from exporter.evaluation.presets import Preset, get_preset
 from exporter.evaluation.prompts import Prompt, read_prompts, select
 from exporter.evaluation.results import Results
-from exporter.files import sha256_of
-from exporter.generation.conditions import Conditions
-from exporter.generation.generate import Settings, largest_batch
+from exporter.files import refuse_file, sha256_of
+from exporter.generation.conditions import Conditions, Texts
+from exporter.generation.generate import Settings, fitting_batch
 from exporter.generation.source import DrawingSource
 from exporter.onnx_files import checksum_of
 from exporter.progress import NullProgress, Progress
@@ -61,14 +62,16 @@ def evaluate_output(
     preset = get_preset(options.preset)
     shard = Shard.of_environment()
     prompts = _prompts(options, preset)
+    refuse_file(folder, "a folder for the images and the results: -o DIR")
     if options.references is not None and not options.references.is_dir():
         raise InputError(f"{options.references}: no such folder; --reference-images has the real images")
     reports = progress if shard.is_first else NullProgress()
     with shard.joined():
         output = _exported(subject, folder, shard, reports)
         plan, transformer = _plan(output, prompts, preset, options, shard)
-        settings = _settings(output, plan, options, preset)
+        settings: dict[str, Any] = {}
         if shard.is_first:
+            settings = _settings(output, plan, options, preset, progress)
             claim_folder(folder, settings, (ORIGINAL, QUANTIZED))
         shard.wait()
         draw_images(plan, folder / ORIGINAL, plan.source.original, shard, reports)
@@ -123,7 +126,7 @@ def _plan(
         seeds=[preset.seed_of(prompt) for prompt in prompts],
         scheduler=_first(options.scheduler, preset.scheduler, defaults.scheduler),
         settings=settings,
-        batch=largest_batch(options.batch, transformer.engine.largest_batch, settings),
+        batch=fitting_batch(options.batch, transformer.engine, settings),
         device=transformer.device,
     )
     return plan, transformer
@@ -150,8 +153,11 @@ def conditions_of(options: EvaluateOptions, source: DrawingSource, tokens: int |
     return embedded
 
 
-def _settings(output: Path, plan: DrawingPlan, options: EvaluateOptions, preset: Preset) -> dict[str, Any]:
+def _settings(
+    output: Path, plan: DrawingPlan, options: EvaluateOptions, preset: Preset, progress: Progress
+) -> dict[str, Any]:
     """All that the images depend on."""
+    files = plan.source.files_drawn_with(text=isinstance(plan.conditions, Texts))
     return {
         "output": output.name,
         "output_sha256": checksum_of(output),
@@ -165,8 +171,19 @@ def _settings(output: Path, plan: DrawingPlan, options: EvaluateOptions, preset:
         "latent_size": list(plan.settings.latent_size),
         "batch": plan.batch,
         "pipeline": str(plan.source.folder.root.resolve()),
+        "pipeline_sha256": _checksum(files, progress),
         "device": plan.device.type,
     }
+
+
+def _checksum(files: Sequence[Path], progress: Progress) -> str:
+    """SHA-256 of the files' names and contents."""
+    digest = hashlib.sha256()
+    with progress.task("checking the pipeline's files", len(files)) as task:
+        for file in files:
+            digest.update(f"{sha256_of(file)} {file.parent.name}/{file.name}\n".encode())
+            task.advance()
+    return digest.hexdigest()
 
 
 def _measured(

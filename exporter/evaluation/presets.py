@@ -72,6 +72,10 @@ class Preset:
 
 _CPU_NOISE = "noise is drawn by PyTorch's CPU generator; the published runs drew it on the GPU"
 _PRECISION = "the published originals ran in FP16, ours in FP32"
+_CAPTIONS = (
+    "captions are drawn as they are; the published runs left clean_caption to diffusers, which rewrites captions where "
+    "bs4 and ftfy are installed"
+)
 _FP4DIT = "FP4DiT (arXiv 2503.15465), its code: scripts/pixart_sigma_brecq.py, qdiff/caption_util.py, README"
 _NO_TABLE = "the paper's tables could not be obtained, so no published rows are shown"
 _DEEPCOMPRESSOR = (
@@ -137,7 +141,7 @@ def _deepcompressor(
         guidance=4.5,
         fid_mode="clean",
         published=published,
-        deviations=(_PRECISION, note),
+        deviations=(_PRECISION, _CAPTIONS, note),
     )
 
 

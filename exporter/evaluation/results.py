@@ -28,7 +28,7 @@ class Results:
     def write(self, folder: Path, metrics: Sequence[Metric]) -> tuple[Path, Path]:
         """Write both files; returns their paths."""
         json_path, text_path = folder / "results.json", folder / "results.md"
-        write_text_atomically(json_path, json.dumps(self._facts(), indent=1) + "\n")
+        write_text_atomically(json_path, json.dumps(self._facts(), indent=1, allow_nan=False) + "\n")
         write_text_atomically(text_path, self.markdown(metrics))
         return json_path, text_path
 

@@ -21,9 +21,9 @@ from exporter.gate.linears import (
     judge_linears,
     linear_feeds,
 )
+from exporter.gate.outputs import compare_outputs
 from exporter.gate.records import LinearRecord, Reference
 from exporter.gate.reference import EXACT_DB
-from exporter.gate.results import compare_results
 from exporter.gate.runs import quiet, repeat_command, save_feeds, save_reference
 from exporter.gate.segments import is_large
 from exporter.gate.subgraphs import CutError
@@ -122,11 +122,11 @@ class _Compared:
         """All rows and the commands. Raises `FidelityError` as `compare_graph` does."""
         try:
             linears, rest = self.in_segments(advance) if self.is_large else self.whole(advance)
-            results = self.results()
+            outputs = self.outputs()
             commands = () if self.is_large and self.stage == "exported" else self.repeat_commands(linears)
         except CutError as error:
             raise FidelityError(f"{self.path}: {error}") from error
-        return GateResult((*linears.rows, *results, *rest), commands)
+        return GateResult((*linears.rows, *outputs, *rest), commands)
 
     @property
     def is_large(self) -> bool:
@@ -163,11 +163,11 @@ class _Compared:
         advance()
         return linears, (*blocks, *tiles, end)
 
-    def results(self) -> tuple[GateRow, ...]:
-        """Compare the quantizers of layers' results, which no command repeats."""
+    def outputs(self) -> tuple[GateRow, ...]:
+        """Compare the quantizers of layers' outputs, which no command repeats."""
         entries, records = read_output_table(self.plain), self.reference.outputs
-        cut = self.cut_path("results")
-        return compare_results(self.plain, entries, records, self.stage, cut, optimized=self.optimized)
+        cut = self.cut_path("outputs")
+        return compare_outputs(self.plain, entries, records, self.stage, cut, optimized=self.optimized)
 
     def in_segments(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """The same of a large graph, segment by segment."""

@@ -17,6 +17,7 @@ from exporter.gate.subgraphs import given_name
 from exporter.gate.table import GateRow, Stage
 from exporter.gate.whole import boundary_rows, computed_boundaries, end_to_end_row, model_feeds, read_by, tiles_row
 from exporter.passes.layer_table import LayerEntry
+from exporter.runtime.arena import renew_arena
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def compare_segments(
     for names, constants in with_constants(walk.graph, segment_outputs(plain, reference.blocks)):
         walk.through(names, constants)
         advance()
+    # The one that it has run in is as large as its largest segment.
+    renew_arena()
     return walk.result()
 
 

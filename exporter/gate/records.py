@@ -67,8 +67,8 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class OutputRecord:
-    """One layer's quantized result on R token rows: x [R, N] before, values [R, N] and scales [R, N/G] of it; `rank`
-    as the axes of the result in the model."""
+    """One layer's quantized output on R token rows: x [R, N] before, values [R, N] and scales [R, N/G] of it; `rank`
+    as the axes of the output in the model."""
 
     layer: str
     format: str
@@ -116,8 +116,8 @@ class Reference:
     thresholds: boundary name → least SNR in dB when the reference's inputs are given; `end_to_end_threshold` the same
     for the free-running model. `blocks`: module paths in order. The worst over timesteps of the output's SNR:
     `quantization_db` against the original model's, `sensitivity_db` against its own on inputs changed as little as
-    rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32. `outputs` are the results
-    that are quantized.
+    rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32. `outputs` are those of
+    layers that are quantized.
     """
 
     linears: tuple[LinearRecord, ...]

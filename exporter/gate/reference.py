@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
+from exporter.gate.outputs import LayerOutputs
 from exporter.gate.records import OUTPUT, SHARED_PREFIX, ModelRecord, Reference, Rounding
-from exporter.gate.results import LayerResults
 from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
@@ -54,21 +54,21 @@ def record_reference(
     """
     blocks = adapter.blocks(quantized)
     rows = LinearInputs.of(quantized, len(batches), compute, products)
-    results = LayerResults.of(quantized, len(batches), compute)
+    outputs = LayerOutputs.of(quantized, len(batches), compute)
     measured, costs = [], []
     with progress.task("recording the reference", len(batches) + 1) as task:
         for batch in batches:
             inputs = adapter.with_conditions(quantized, batch)
-            with rows.collected(), results.collected(), _boundaries(blocks) as seen:
+            with rows.collected(), outputs.collected(), _boundaries(blocks) as seen:
                 seen[OUTPUT] = adapter.forward(quantized, inputs)
             measured.append(_measure(original, quantized, adapter, inputs, seen))
             costs += [] if compute == "fp32" else [_rounding(compute, products, quantized, adapter, inputs, seen)]
             task.advance()
-        linears, outputs = tuple(rows.records()), tuple(results.records())
+        linears, rounded_outputs = tuple(rows.records()), tuple(outputs.records())
         task.advance()
     names = tuple(name for name, _ in blocks)
     rounding = [record.layer for record in linears if record.activation_format != "none"]
-    rounding += [record.layer for record in outputs]
+    rounding += [record.layer for record in rounded_outputs]
     thresholds = {}
     for name in measured[0].record.boundaries:
         part = next((block for block in names if name == f"{block}.output"), None)
@@ -83,7 +83,7 @@ def record_reference(
         quantization_db=min(one.quantization_db for one in free),
         sensitivity_db=min(one.sensitivity_db for one in free),
         rounding=_worst(costs),
-        outputs=outputs,
+        outputs=rounded_outputs,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,18 +42,39 @@ def chosen_rows(length: int, most: int) -> Tensor:
 
 
 @dataclass
-class LinearInputs:
-    """Token rows of every quantized linear's input, rounded to `compute`, gathered over several batches.
+class TokenRows:
+    """Token rows of what `modules`, by layer, read, rounded to `compute`, gathered over several batches: at most
+    `per_batch` of each. `ranks` are the axes of the tensors that they are of."""
 
-    `products` is what the lowered graph rounds the linears' products to.
-    """
-
-    modules: dict[str, QuantLinear]
+    modules: Mapping[str, nn.Module]
     per_batch: int
-    compute: Compute = "fp32"
-    products: Compute = "fp32"
+    compute: Compute
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Collect while the model runs once."""
+        with ExitStack() as hooks:
+            for layer, module in self.modules.items():
+                hooks.callback(module.register_forward_pre_hook(partial(self._keep, layer)).remove)
+            yield
+
+    def _keep(self, layer: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        flat = args[0].reshape(-1, args[0].shape[-1])
+        chosen = chosen_rows(len(flat), self.per_batch)
+        self.rows.setdefault(layer, []).append(rounded(flat[chosen].clone(), self.compute))
+        self.ranks[layer] = args[0].ndim
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """Token rows of every quantized linear's input; `products` is what the lowered graph rounds the linears' products
+    to."""
+
+    modules: Mapping[str, QuantLinear]
+    seen: TokenRows
+    products: Compute = "fp32"
 
     @classmethod
     def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32", products: Compute = "fp32") -> LinearInputs:
@@ -60,33 +82,21 @@ class LinearInputs:
         modules = {module.layer: module for module in model.modules() if isinstance(module, QuantLinear)}
         per_row = sum(2 * module.in_features + module.out_features for module in modules.values())
         rows = min(TOKEN_ROWS, max(_FEWEST_ROWS, _MOST_NUMBERS // max(per_row, 1)))
-        return cls(modules, max(1, rows // batches), compute, products)
+        return cls(modules, TokenRows(modules, max(1, rows // batches), compute), products)
 
-    @contextmanager
-    def collected(self) -> Iterator[None]:
+    def collected(self) -> AbstractContextManager[None]:
         """Collect while the model runs once."""
-        with ExitStack() as hooks:
-            for module in self.modules.values():
-                hooks.callback(module.register_forward_pre_hook(self._keep).remove)
-            yield
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, QuantLinear):
-            raise TypeError(f"{type(module).__name__} is no QuantLinear")
-        flat = args[0].reshape(-1, args[0].shape[-1])
-        chosen = chosen_rows(len(flat), self.per_batch)
-        self.rows.setdefault(module.layer, []).append(rounded(flat[chosen].clone(), self.compute))
-        self.ranks[module.layer] = args[0].ndim
+        return self.seen.collected()
 
     def records(self) -> Iterator[LinearRecord]:
         """One record per linear that ran, in the order in which they first ran."""
 
         def recorded(layer: str) -> LinearRecord:
-            rows = torch.cat(self.rows[layer])
-            record = linear_record(self.modules[layer], rows, self.ranks[layer], self.compute)
+            rows = torch.cat(self.seen.rows[layer])
+            record = linear_record(self.modules[layer], rows, self.seen.ranks[layer], self.seen.compute)
             return replace(record, products=self.products)
 
-        return on_every_core(recorded, self.rows)
+        return on_every_core(recorded, self.seen.rows)
 
 
 def linear_record(module: QuantLinear, captured: Tensor, rank: int, compute: Compute = "fp32") -> LinearRecord:

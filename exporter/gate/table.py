@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from rich.table import Table
 
 Stage: TypeAlias = Literal["exported", "lowered"]
-Kind: TypeAlias = Literal["linear", "result", "stem", "block", "tail", "tiles", "end_to_end"]
+Kind: TypeAlias = Literal["linear", "output", "stem", "block", "tail", "tiles", "end_to_end"]
 
 # Written for a deviation of exactly zero, because JSON has no infinity; float32 itself ends near 150 dB.
 SNR_CEILING_DB = 200.0
@@ -107,7 +107,7 @@ class RowGroup:
 
 _COMPARED: Mapping[Kind, str] = {
     "linear": "linears",
-    "result": "quantized results",
+    "output": "quantized outputs",
     "stem": "before the blocks",
     "block": "blocks",
     "tail": "after the blocks",
@@ -123,7 +123,7 @@ def grouped(rows: Iterable[GateRow]) -> list[RowGroup]:
         groups.setdefault((row.stage, row.kind), []).append(row)
     return [
         RowGroup(
-            compared=f"{len(group)} {_COMPARED[kind]}" if kind in ("linear", "result", "block") else _COMPARED[kind],
+            compared=f"{len(group)} {_COMPARED[kind]}" if kind in ("linear", "output", "block") else _COMPARED[kind],
             worst=min(group, key=lambda row: (row.passed, row.snr_db - row.threshold_db)),
             passed=all(row.passed for row in group),
             code_mismatches=sum(row.code_mismatches for row in group),

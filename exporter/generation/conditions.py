@@ -26,8 +26,8 @@ class Conditions(Protocol):
     def count(self) -> int:
         """How many prompts."""
 
-    def arguments(self, pipeline: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """The pipeline's arguments for the prompts at `rows`."""
+    def arguments(self, pipeline: Any, rows: Sequence[int], *, guided: bool) -> dict[str, Any]:
+        """The pipeline's arguments for the prompts at `rows`; `guided`: it also takes what to guide away from."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class Embedded:
         """The labels, none where embeddings are drawn from."""
         return self.tensors[CLASS_LABELS].tolist() if CLASS_LABELS in self.tensors else []
 
-    def arguments(self, pipeline: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """The tensors that the pipeline takes, of these rows. Raises `InputError` when it takes none of them."""
+    def arguments(self, pipeline: Any, rows: Sequence[int], *, guided: bool) -> dict[str, Any]:
+        """The tensors that the pipeline takes, of these rows.
+
+        Raises `InputError` when it takes none of them, and when guidance lacks its negative embeddings.
+        """
         accepted = inspect.signature(type(pipeline).__call__).parameters
         index = torch.tensor(list(rows))
         given = {
@@ -58,6 +61,12 @@ class Embedded:
         }
         if not given:
             raise InputError(f"{self.source}: holds nothing that {type(pipeline).__name__} draws from")
+        for name in [f"negative_{name}" for name in given if name.startswith(_PROMPT_EMBEDS)]:
+            if guided and name not in given:
+                raise InputError(
+                    f"{self.source}: {name} is missing, and guidance leads away from it; make the file with fp4export "
+                    "embed, or draw without guidance: --guidance 1"
+                )
         if CLASS_LABELS in given:
             return {CLASS_LABELS: [int(label) for label in given[CLASS_LABELS]]}
         # The pipelines make the negative embeddings of an empty text otherwise, which needs the text encoder.
@@ -82,8 +91,8 @@ class Texts:
         """How many prompts."""
         return len(self.prompts)
 
-    def arguments(self, pipeline: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """The texts of these rows."""
+    def arguments(self, pipeline: Any, rows: Sequence[int], *, guided: bool) -> dict[str, Any]:
+        """The texts of these rows, always with the negative one, which the pipeline leaves out if not `guided`."""
         texts = [self.prompts[row] for row in rows]
         arguments: dict[str, Any] = {"prompt": texts, "negative_prompt": [self.negative] * len(texts)}
         if self.tokens is not None and "max_sequence_length" in inspect.signature(type(pipeline).__call__).parameters:
@@ -99,7 +108,8 @@ def class_labels(labels: Sequence[int]) -> Embedded:
 def read_conditions(path: Path) -> Embedded:
     """The embeddings in a safetensors file as `fp4export embed` or the pipeline's `encode_prompt` give them.
 
-    Raises `InputError` for a file that is missing or holds no prompts, or whose tensors do not belong together.
+    Raises `InputError` for a file that is missing or holds no prompts, or whose tensors do not belong together or are
+    not finite.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file with {_PROMPT_EMBEDS} [prompts, …]")
@@ -113,6 +123,8 @@ def read_conditions(path: Path) -> Embedded:
     for name, tensor in tensors.items():
         if tensor.ndim == 0 or len(tensor) not in ((1, count) if name.startswith("negative_") else (count,)):
             raise InputError(f"{path}: {name} is {list(tensor.shape)}, but {first} has {count} rows")
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: {name} holds NaN or infinite numbers; make the file again with fp4export embed")
     labels = tensors.get(CLASS_LABELS)
     if labels is not None and (labels.ndim != 1 or labels.dtype not in _INTEGERS):
         dtype = str(labels.dtype).removeprefix("torch.")

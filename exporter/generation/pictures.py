@@ -48,9 +48,9 @@ class Kind:
         return "PSNR" if self.is_image else "SNR"
 
     def pixels(self, samples: Tensor) -> Pixels:
-        """8-bit RGB pixels [n, H, W, 3]."""
+        """8-bit RGB pixels [n, H, W, 3] of finite samples."""
         values = samples[:, : len(self.low)].numpy(force=True).astype(np.float64).transpose(0, 2, 3, 1)
-        scaled = np.clip(np.nan_to_num((values - self.low) / np.maximum(self.high - self.low, 1e-12)), 0, 1)
+        scaled = np.clip((values - self.low) / np.maximum(self.high - self.low, 1e-12), 0, 1)
         gray = np.rint(scaled * 255).astype(np.uint8)
         return gray if gray.shape[-1] == 3 else np.repeat(gray[..., :1], 3, axis=-1)
 

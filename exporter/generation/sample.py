@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.errors import InputError
-from exporter.files import atomic_path, check_parent, write_text_atomically
+from exporter.files import atomic_path, check_parent, refuse_file, write_text_atomically
 from exporter.generation.conditions import Conditions, Texts
-from exporter.generation.generate import Image, Settings, batches, generate, largest_batch
+from exporter.generation.generate import Image, Settings, batches, fitting_batch, generate
 from exporter.generation.pictures import Kind, Pixels, comparison, contact_sheet, kind_of, psnr, save_png
 from exporter.generation.source import DrawingSource
 from exporter.progress import Progress
@@ -24,6 +24,7 @@ from exporter.runtime.transformer import EngineTransformer
 
 LATENTS = ".safetensors"
 PICTURE = ".png"
+_FACTS = "samples.json"
 _MOST_BY_DEFAULT = 16
 
 
@@ -57,9 +58,10 @@ class SampleResult:
 def sample_output(output: Path, destination: Path, options: SampleOptions, progress: Progress) -> SampleResult:
     """Draw with the exported file `output` and write to `destination`.
 
-    A folder gets one PNG an image (or latents.safetensors) and samples.json, NAME.png all images in one picture,
-    NAME.safetensors the tensors. Image i is drawn from prompt i (in turn) and seed `options.seed` + i. Raises
-    `InputError`, and `EnvironmentLacksError` where a runtime, a device or a package is missing.
+    A folder gets one PNG an image, as soon as its batch is drawn (or latents.safetensors), and samples.json; NAME.png
+    all images in one picture; NAME.safetensors the tensors. Image i is drawn from prompt i (in turn) and seed
+    `options.seed` + i. Raises `InputError`, and `EnvironmentLacksError` where a runtime, a device or a package is
+    missing.
     """
     if options.texts and options.prompts is not None:
         raise InputError("--prompt and --prompts: give texts or a file of embeddings, not both")
@@ -76,34 +78,37 @@ def sample_output(output: Path, destination: Path, options: SampleOptions, progr
     )
     count = options.count or min(conditions.count, _MOST_BY_DEFAULT)
     images = [Image(index % conditions.count, options.seed + index) for index in range(count)]
-    batch = largest_batch(options.batch, transformer.engine.largest_batch, settings)
+    batch = fitting_batch(options.batch, transformer.engine, settings)
     scheduler = options.scheduler or source.defaults.scheduler
     draw = _Drawing(source, scheduler, conditions, settings, images, batch, transformer.device)
-    ours = draw.with_transformer(transformer, output.name, progress)
+    single = destination.suffix in (PICTURE, LATENTS)
+    folder = None if single else _Folder(destination, decoded=source.folder.has_vae)
+    ours = draw.with_transformer(transformer, output.name, progress, None if folder is None else folder.add)
     original = draw.with_transformer(source.original(), "original", progress) if options.compare else None
     kind = kind_of(ours if original is None else original, decoded=source.folder.has_vae)
     if not kind.is_image:
         progress.note(f"{source.folder.root} has no autoencoder (vae/): {kind.caption}")
     decibels = () if original is None else tuple(psnr(a, b, kind) for a, b in zip(original, ours, strict=True))
-    written = _Writing(destination, output.name, kind, images, decibels).write(ours, original)
+    writing = _Writing(output.name, kind, images, decibels)
+    if folder is None:
+        return SampleResult((writing.write(destination, ours, original),), kind.measure, decibels)
     facts = {"output": str(output), "scheduler": draw.scheduler, **asdict(settings), "batch": batch}
-    if destination.suffix not in (PICTURE, LATENTS):
-        file = destination / "samples.json"
-        write_text_atomically(file, json.dumps({**facts, "images": _rows(images, decibels)}, indent=1) + "\n")
-        written.append(file)
+    written = [*folder.images, *writing.complete(folder.path, ours, original), folder.path / _FACTS]
+    text = json.dumps({**facts, "images": _rows(images, decibels)}, indent=1, allow_nan=False)
+    write_text_atomically(written[-1], f"{text}\n")
     return SampleResult(tuple(written), kind.measure, decibels)
 
 
 def _check_destination(destination: Path) -> None:
     """Raise `InputError` for a place that cannot be written to, before anything is drawn."""
     if destination.suffix in (PICTURE, LATENTS):
+        if destination.is_dir():
+            raise InputError(f"{destination}: is a folder; give another NAME{destination.suffix}")
         check_parent(destination)
     elif destination.suffix:
         raise InputError(f"{destination}: expected a folder, NAME{PICTURE} or NAME{LATENTS}")
     else:
-        for place in (destination, *destination.parents):
-            if place.exists() and not place.is_dir():
-                raise InputError(f"{place}: is a file; give a folder, NAME{PICTURE} or NAME{LATENTS}")
+        refuse_file(destination, f"a folder, NAME{PICTURE} or NAME{LATENTS}")
 
 
 def _conditions(source: DrawingSource, options: SampleOptions, transformer: EngineTransformer) -> Conditions:
@@ -124,44 +129,62 @@ class _Drawing:
     batch: int
     device: torch.device
 
-    def with_transformer(self, transformer: nn.Module, name: str, progress: Progress) -> Tensor:
-        """All images, drawn by `transformer`."""
+    def with_transformer(
+        self, transformer: nn.Module, name: str, progress: Progress, keep: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """All images, drawn by `transformer`; `keep` is given every batch of them, in order."""
         text = isinstance(self.conditions, Texts)
         pipeline = self.source.pipeline(transformer, self.scheduler, self.settings.steps, device=self.device, text=text)
         parts = batches(self.images, self.batch)
         with progress.task(f"drawing with {name}", len(parts) * self.settings.steps) as task:
-            drawn = [generate(pipeline, self.conditions, part, self.settings, task.advance) for part in parts]
+            drawn = []
+            for part in parts:
+                drawn.append(generate(pipeline, self.conditions, part, self.settings, task.advance))
+                if keep is not None:
+                    keep(drawn[-1])
         return torch.cat(drawn)
 
 
 @dataclass(frozen=True)
-class _Writing:
-    """Where generated images go."""
+class _Folder:
+    """A folder of `images`, written batch by batch; `decoded`: an autoencoder makes them."""
 
-    destination: Path
+    path: Path
+    decoded: bool
+    images: list[Path] = field(default_factory=list)
+
+    def add(self, drawn: Tensor) -> None:
+        """Write a batch of images, in a folder that is made if need be; latents are no images."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # That of an earlier run says nothing of these images.
+        (self.path / _FACTS).unlink(missing_ok=True)
+        kind = kind_of(drawn, decoded=self.decoded)
+        for pixels in kind.pixels(drawn) if kind.is_image else ():
+            self.images.append(self.path / f"{len(self.images):05d}{PICTURE}")
+            save_png(pixels, self.images[-1])
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """What is written of all images at once."""
+
     name: str
     kind: Kind
     images: Sequence[Image]
     decibels: Sequence[float]
 
-    def write(self, ours: Tensor, original: Tensor | None) -> list[Path]:
-        """Write all files; returns their paths."""
-        if self.destination.suffix == LATENTS:
-            return [self._tensors(self.destination, ours, original)]
-        if self.destination.suffix == PICTURE:
-            sheet = contact_sheet(self.kind.pixels(ours)) if original is None else self._compared(ours, original)
-            save_png(sheet, self.destination)
-            return [self.destination]
-        self.destination.mkdir(parents=True, exist_ok=True)
-        written = []
-        if self.kind.is_image:
-            for index, pixels in enumerate(self.kind.pixels(ours)):
-                written.append(self.destination / f"{index:05d}{PICTURE}")
-                save_png(pixels, written[-1])
-        else:
-            written.append(self._tensors(self.destination / f"latents{LATENTS}", ours, original))
+    def write(self, file: Path, ours: Tensor, original: Tensor | None) -> Path:
+        """Write the tensors or one picture, as the file's suffix says; returns its path."""
+        if file.suffix == LATENTS:
+            return self._tensors(file, ours, original)
+        save_png(contact_sheet(self.kind.pixels(ours)) if original is None else self._compared(ours, original), file)
+        return file
+
+    def complete(self, folder: Path, ours: Tensor, original: Tensor | None) -> list[Path]:
+        """Write what a folder gets beside its images; returns the paths."""
+        written = [] if self.kind.is_image else [self._tensors(folder / f"latents{LATENTS}", ours, original)]
         if original is not None:
-            written.append(self.destination / f"compare{PICTURE}")
+            written.append(folder / f"compare{PICTURE}")
             save_png(self._compared(ours, original), written[-1])
         return written
 

@@ -17,9 +17,10 @@ from exporter.models.adapter import Adapter
 from exporter.models.families import adapter_of
 from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.loading import load_transformer, skeleton
-from exporter.models.location import CONFIG, TEXT_PARTS, ModelFiles, find_model, locate_model, read_config
+from exporter.models.location import CONFIG, PART_FILES, TEXT_PARTS, ModelFiles, find_model, locate_model, read_config
 from exporter.models.prompts import spread_labels
-from exporter.models.weight_files import only_variant
+from exporter.models.text_encoders import MODEL_INDEX
+from exporter.models.weight_files import only_variant, weight_files
 from exporter.recipe import load_recipe
 from exporter.runtime.open import check_output_file
 from exporter.runtime.transformer import EngineTransformer
@@ -93,8 +94,25 @@ class DrawingSource:
 
     def original(self) -> nn.Module:
         """The original transformer, from its weights. Raises `InputError` when they are not here."""
-        folder = self.files.transformer
-        return load_transformer(folder, self.adapter, self.defaults.variant or only_variant(folder))
+        return load_transformer(self.files.transformer, self.adapter, self._variant)
+
+    def files_drawn_with(self, *, text: bool) -> list[Path]:
+        """The pipeline's files that an image depends on; `text`: it is drawn from a caption, by text encoders.
+
+        Raises `InputError` when the original's weights are not here.
+        """
+        transformer, root = self.files.transformer, self.folder.root
+        parts = ("vae", *(TEXT_PARTS if text else ()))
+        return [
+            transformer / CONFIG,
+            *weight_files(transformer, self._variant),
+            *(file for file in (root / MODEL_INDEX, self.files.scheduler) if file is not None and file.is_file()),
+            *sorted(file for part in parts for pattern in PART_FILES for file in root.glob(f"{part}/{pattern}")),
+        ]
+
+    @property
+    def _variant(self) -> str | None:
+        return self.defaults.variant or only_variant(self.files.transformer)
 
     def engine(self, output: Path, device: str | None) -> EngineTransformer:
         """The exported file in the transformer's place. Raises `InputError` if it stands for another model."""

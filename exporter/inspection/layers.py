@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import onnx
 from onnx import TensorProto
 
+from exporter.describe import output_text
 from exporter.layer_entries import layer_of, makers_of
 from exporter.layer_rules import LINEAR
 from exporter.onnx_input.constants import type_name
@@ -36,9 +37,9 @@ _BITS: Mapping[int, int] = {
 class LayerView:
     """One layer: what a `LayerEntry` says, and its weight as the file stores it.
 
-    `encoding` is how its quantized activations travel, `result` the format that its result is rounded to, in groups
-    as `e4m3/64`. `weight_bytes` and `stored_type` are those of the constant
-    that holds the weight's codes or numbers; scales and bias are not counted.
+    `encoding` is how its quantized activations travel, `output` the format that its output is rounded to (with
+    groups as `e4m3/64`). `weight_bytes` and `stored_type` are those of the constant that holds the weight's codes or
+    numbers; scales and bias are not counted.
     """
 
     layer: str
@@ -52,7 +53,7 @@ class LayerView:
     weight_bytes: int
     stored_type: str
     encoding: str
-    result: str = UNKNOWN
+    output: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,16 @@ def bytes_of(tensor: TensorProto) -> int:
     return -(-int(math.prod(tensor.dims)) * _BITS.get(tensor.data_type, 8) // 8)
 
 
-def with_results(view: LayersView, model: onnx.ModelProto) -> LayersView:
-    """The view with the formats that results of its layers are rounded to, by the graph's table or, without one, by its
+def with_outputs(view: LayersView, model: onnx.ModelProto) -> LayersView:
+    """The view with the formats that outputs of its layers are rounded to, by the graph's table or, without one, by its
     nodes."""
-    results = read_output_table(model) or [
+    entries = read_output_table(model) or [
         OutputEntry(layer_of(node), variant.format, variant.group_size, node.input[0], node.output[0])
         for node in model.graph.node
         if is_ours(node) and (variant := FakeQuantize.parse(node.op_type)) is not None
     ]
-    formats = {entry.layer: entry.format + (f"/{entry.group_size}" if entry.group_size else "") for entry in results}
-    layers = (replace(layer, result=formats.get(layer.layer.removesuffix(LINEAR), UNKNOWN)) for layer in view.layers)
+    formats = {entry.layer: output_text(entry.format, entry.group_size) for entry in entries}
+    layers = (replace(layer, output=formats.get(layer.layer.removesuffix(LINEAR), UNKNOWN)) for layer in view.layers)
     return replace(view, layers=tuple(layers))
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from exporter.errors import InputError
 from exporter.inspection.engine import look_at_engine
-from exporter.inspection.layers import LayersView, LayerView, plain_layers, table_layers, unfused_layers, with_results
+from exporter.inspection.layers import LayersView, LayerView, plain_layers, table_layers, unfused_layers, with_outputs
 from exporter.onnx_files import nodes_of, read_model, total_bytes
 from exporter.onnx_input.model import GraphState, state_of
 from exporter.passes.history import PassResult, read_pass_history
@@ -85,7 +85,7 @@ def _of_graph(file: Path, graph: Path, header: str, note: str) -> Inspection:
         view = plain_layers(read_model(graph))
     else:
         view = table_layers(untiled(light), table) if table else unfused_layers(light)
-        view = with_results(view, light)
+        view = with_outputs(view, light)
     operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in _nodes(light))
     target = next((entry.value for entry in light.metadata_props if entry.key == TARGET_KEY), "")
     return Inspection(

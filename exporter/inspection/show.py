@@ -47,8 +47,8 @@ def _layer_table(found: Inspection) -> Table:
     title = f"{count} quantized layers" if count else f"{len(found.layers)} linear layers, none quantized by fp4export"
     table = Table(title=title, title_justify="left")
     table.add_column("layer", no_wrap=True)
-    rounds = any(layer.result != UNKNOWN for layer in found.layers)
-    for heading in ("weights", "activations", *["result"] * rounds, "scales", "group", "container"):
+    rounds = any(layer.output != UNKNOWN for layer in found.layers)
+    for heading in ("weights", "activations", *["output"] * rounds, "scales", "group", "container"):
         table.add_column(heading)
     for heading in ("in x out", "stored"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -59,7 +59,7 @@ def _layer_table(found: Inspection) -> Table:
             layer.layer,
             layer.weight_format,
             layer.activation_format,
-            *[layer.result] * rounds,
+            *[layer.output] * rounds,
             layer.scales,
             str(layer.group_size or "row"),
             layer.container,

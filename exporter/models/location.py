@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import EnvironmentLacksError, InputError
+from exporter.model_section import ModelSection
 from exporter.models.weight_files import has_weights, weight_patterns
 from exporter.recipe import Recipe
 
@@ -21,8 +22,11 @@ _HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*/[\w-][\w.-]*")
 _LARGEST_CONFIG = 1 << 20
 TEXT_PARTS = ("text_encoder*", "tokenizer*")
 """A pipeline's folders that turn captions into embeddings, as patterns."""
-_PART_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-_CONFIG_PATTERNS = (f"{TRANSFORMER}/{CONFIG}", "scheduler/*.json", "model_index.json")
+PART_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+"""What such folders, and an autoencoder's, hold that is read, as patterns."""
+# A repository is a pipeline, or a transformer alone with its files at the root.
+_TRANSFORMER_PLACES = (f"{TRANSFORMER}/", "")
+_CONFIG_PATTERNS = (*(f"{place}{CONFIG}" for place in _TRANSFORMER_PLACES), "scheduler/*.json", "model_index.json")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def locate_model(recipe: Recipe, parts: Sequence[str] = ()) -> ModelFiles:
     """
     directory = _local_directory(recipe)
     if directory is None:
-        directory = _download(recipe.model.weights, recipe.model.variant, parts=parts)
+        directory = _download(recipe.model, parts=parts)
     return find_model(directory)
 
 
@@ -68,20 +72,23 @@ def locate_config(recipe: Recipe) -> FoundConfig:
         transformer = find_model(directory).transformer
         missing = None if has_weights(transformer) else f"{transformer} holds no safetensors, only a config"
         return FoundConfig(transformer / CONFIG, read_config(transformer), missing)
-    hub_id = recipe.model.weights
-    name = Path(hub_id, TRANSFORMER, CONFIG)
-    cached = _cached_config(hub_id)
+    cached = _cached_config(recipe.model)
     if cached is not None:
-        transformer = find_model(cached).transformer
-        missing = None if has_weights(transformer) else f"{hub_id} will be downloaded from the Hub"
-        return FoundConfig(name, read_config(transformer), missing)
+        return _hub_config(recipe.model, cached)
     with tempfile.TemporaryDirectory() as cache:
-        transformer = find_model(_download(hub_id, config_only=True, cache=cache)).transformer
-        return FoundConfig(name, read_config(transformer), f"{hub_id} will be downloaded from the Hub")
+        return _hub_config(recipe.model, _download(recipe.model, config_only=True, cache=cache))
 
 
-def locate_pipeline(given: str, start: Path) -> Path:
-    """The folder of a whole pipeline, text encoders included: a directory (relative to `start`) or a Hub id.
+def _hub_config(model: ModelSection, snapshot: Path) -> FoundConfig:
+    transformer = find_model(snapshot).transformer
+    missing = None if has_weights(transformer) else f"{model.weights} will be downloaded from the Hub"
+    name = Path(model.weights, transformer.relative_to(snapshot), CONFIG)
+    return FoundConfig(name, read_config(transformer), missing)
+
+
+def locate_pipeline(given: str, start: Path, revision: str | None = None) -> Path:
+    """The folder of a whole pipeline, text encoders included: a directory (relative to `start`) or a Hub id, of which
+    the `revision` (None: the main branch) is taken.
 
     A transformer's own folder stands for the pipeline around it. Raises as `locate_model` does.
     """
@@ -90,7 +97,8 @@ def locate_pipeline(given: str, start: Path) -> Path:
         if not _HUB_ID.fullmatch(given):
             raise InputError(f"{path}: no such directory")
         advice = "download it where there is a network and give its folder instead"
-        return fetch_snapshot("pipeline", given, (*_CONFIG_PATTERNS, *_part_patterns(TEXT_PARTS)), advice)
+        patterns = (*_CONFIG_PATTERNS, *_part_patterns(TEXT_PARTS))
+        return fetch_snapshot("pipeline", given, patterns, advice, revision=revision)
     return path.parent if path.resolve().name == TRANSFORMER else path
 
 
@@ -99,6 +107,11 @@ def _local_directory(recipe: Recipe) -> Path | None:
     given = recipe.model.weights
     path = recipe.resolve_path(given)
     if path.is_dir():
+        if recipe.model.revision is not None:
+            raise InputError(
+                f"{recipe.name}: model.revision: {path} is a directory, and only a Hub id's repository has revisions; "
+                "leave it out"
+            )
         return path
     if path.is_file():
         raise InputError(f"{path}: is a file; model.weights is the directory that holds {CONFIG}")
@@ -108,8 +121,8 @@ def _local_directory(recipe: Recipe) -> Path | None:
 
 
 def find_model(directory: Path) -> ModelFiles:
-    """The transformer in `directory`: itself, or its folder transformer/. Raises `InputError`."""
-    for folder in (directory, directory / TRANSFORMER):
+    """The transformer in `directory`: its folder transformer/, or itself. Raises `InputError`."""
+    for folder in (directory / TRANSFORMER, directory):
         if (folder / CONFIG).is_file():
             return ModelFiles(root=directory, transformer=folder)
     if not directory.is_dir():
@@ -138,44 +151,60 @@ def read_config(transformer: Path) -> dict[str, Any]:
     return data
 
 
-def _cached_config(hub_id: str) -> Path | None:
+def _cached_config(model: ModelSection) -> Path | None:
     """The folder that the Hub's cache already has of this model, None if it has none with a config."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, f"{TRANSFORMER}/{CONFIG}")
-    return Path(found).parents[1] if isinstance(found, str) else None
+    for place in _TRANSFORMER_PLACES:
+        found = try_to_load_from_cache(model.weights, f"{place}{CONFIG}", revision=model.revision)
+        if isinstance(found, str):
+            return Path(found).parents[place.count("/")]
+    return None
 
 
 def _part_patterns(parts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{part}/{name}" for part in parts for name in _PART_FILES)
+    return tuple(f"{part}/{name}" for part in parts for name in PART_FILES)
 
 
 def _download(
+    model: ModelSection, *, parts: Sequence[str] = (), config_only: bool = False, cache: str | None = None
+) -> Path:
+    names = () if config_only else weight_patterns(model.variant)
+    weights = [f"{place}{name}" for place in _TRANSFORMER_PLACES for name in names]
+    advice = "download it where there is a network and give the folder: --set model.weights=DIR"
+    return fetch_snapshot(
+        "model.weights",
+        model.weights,
+        (*_CONFIG_PATTERNS, *weights, *_part_patterns(parts)),
+        advice,
+        revision=model.revision,
+        cache=cache,
+    )
+
+
+def fetch_snapshot(
+    what: str,
     hub_id: str,
-    variant: str | None = None,
+    patterns: Sequence[str],
+    advice: str,
     *,
-    parts: Sequence[str] = (),
-    config_only: bool = False,
+    revision: str | None = None,
     cache: str | None = None,
 ) -> Path:
-    weights = () if config_only else weight_patterns(variant)
-    patterns = (*_CONFIG_PATTERNS, *(f"{TRANSFORMER}/{name}" for name in weights), *_part_patterns(parts))
-    advice = "download it where there is a network and give the folder: --set model.weights=DIR"
-    return fetch_snapshot("model.weights", hub_id, patterns, advice, cache)
-
-
-def fetch_snapshot(what: str, hub_id: str, patterns: Sequence[str], advice: str, cache: str | None = None) -> Path:
     """The folder with the repository's files that fit `patterns`, fetched where the Hub's cache lacks them.
 
-    `what` begins, and `advice` ends, the message of an `InputError` (no Hub id) or `EnvironmentLacksError` (no Hub).
+    `revision` is a branch, tag or commit, None the main branch. `what` begins, and `advice` ends, the message of an
+    `InputError` (no Hub id, no such revision) or `EnvironmentLacksError` (no Hub).
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), cache_dir=cache))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), cache_dir=cache))
     except HFValidationError as error:
         raise InputError(f"{what}: {hub_id}: neither a directory nor a Hub id") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{what}: the Hub's repository {hub_id} has no revision {revision!r}") from error
     except HfHubHTTPError as error:
         status = "with an error" if error.response is None else error.response.status_code
         raise EnvironmentLacksError(

@@ -46,7 +46,7 @@ OPSETS = (21, 22, 23)
 
 @dataclass(frozen=True)
 class _Tables:
-    """The quantized layers and the quantized results of a graph."""
+    """The quantized layers and the quantized outputs of a graph."""
 
     layers: tuple[LayerEntry, ...]
     outputs: tuple[OutputEntry, ...]

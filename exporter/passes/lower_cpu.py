@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from exporter.passes.cpu_quantizer import append_numerators, zero_point
 from exporter.passes.cpu_weights import append_float_weight, append_integer_weight, append_unscaled_weight
-from exporter.passes.lowering import Activation, Layer, Quantizer, Rounding, append_epilogue, lower
+from exporter.passes.lowering import Activation, FakeQuantizer, Layer, Quantizer, append_epilogue, lower
 from exporter.passes.surgery import Splicer
 from exporter.targets import Target
 from plugins.block_quantize.function_body import append_per_block, append_quantize_blocks
@@ -31,12 +31,12 @@ def lower_to_cpu(graph: gs.Graph, target: Target) -> int:
     Weights of 4 bits stay 4 bits in the file and are expanded when the runtime loads it. "<layer>.values" becomes the
     uint8 tensor, with the format's largest numerator as zero point.
     """
-    return lower(graph, _quantize, partial(_multiply, in_bytes=False), Rounding.nodes)
+    return lower(graph, _quantize, partial(_multiply, in_bytes=False), FakeQuantizer.nodes)
 
 
 def lower_to_cpu_in_bytes(graph: gs.Graph, target: Target) -> int:
     """`lower_to_cpu`, with weights stored as the INT8 constants that their expansion would give."""
-    return lower(graph, _quantize, partial(_multiply, in_bytes=True), Rounding.nodes)
+    return lower(graph, _quantize, partial(_multiply, in_bytes=True), FakeQuantizer.nodes)
 
 
 def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Activation]:

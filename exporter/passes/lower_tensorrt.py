@@ -13,7 +13,7 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes.encodings import unit_of
 from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
-from exporter.passes.lowering import Activation, Layer, Quantizer, Rounding, append_epilogue, lower
+from exporter.passes.lowering import Activation, FakeQuantizer, Layer, Quantizer, append_epilogue, lower
 from exporter.passes.surgery import Splicer, low_bit_constant
 from exporter.targets import Target
 from plugins.body import Body
@@ -35,7 +35,7 @@ def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
     token's scale. "<layer>.values" becomes the INT8 or FP8 tensor. For fp4 and mxfp8 see `lower_blocks`; a graph with
     them becomes one of operator version 23, the first that has FP4.
     """
-    lowered = lower(graph, _quantize, _multiply, partial(_round_result, target))
+    lowered = lower(graph, _quantize, _multiply, partial(_fake_quantize, target))
     if any(node.op in EXTENSIONS for node in graph.nodes):
         graph.opset, graph.import_domains = BLOCKS_OPSET, None
     return lowered
@@ -60,9 +60,9 @@ def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Ac
     return splicer.nodes(body, tensors), Activation(tensors[numbers], quantizer.scales)
 
 
-def _round_result(target: Target, rounding: Rounding, splicer: Splicer) -> list[gs.Node]:
+def _fake_quantize(target: Target, quantizer: FakeQuantizer, splicer: Splicer) -> list[gs.Node]:
     """In a container of the target that rounds as the format does, else by ordinary operators."""
-    fmt = rounding.format
+    fmt = quantizer.format
     container = next((name for name in target.containers if name in _CONVERTED_TO and _container_rounds(fmt, name)), "")
 
     def online(body: Body, x: str) -> tuple[str, str]:
@@ -72,7 +72,7 @@ def _round_result(target: Target, rounding: Rounding, splicer: Splicer) -> list[
             return _append_conversions(body, t, f"{body.prefix}values"), scales
         return _append_rounding(body, t, fmt, 1.0), scales
 
-    return rounding.nodes(splicer, online, **({"zero": splicer.shared(_zero(container))} if container else {}))
+    return quantizer.nodes(splicer, online, **({"zero": splicer.shared(_zero(container))} if container else {}))
 
 
 def _append_quotient(body: Body, x: str, scales: str, fmt: Format, container: str) -> str:
@@ -170,7 +170,7 @@ def _contiguous(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _exactly(numbers: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The numbers in a smaller type. Raises ValueError if one of them changes."""
-    stored = np.ascontiguousarray(numbers.astype(dtype))
-    if not np.array_equal(stored.astype(numbers.dtype), numbers):
+    stored = np.ascontiguousarray(numbers.astype(dtype, copy=False))
+    if numbers.dtype != dtype and not np.array_equal(stored.astype(numbers.dtype), numbers):
         raise ValueError(f"the weights are not exact in {dtype}")
     return stored

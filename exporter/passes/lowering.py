@@ -107,8 +107,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """One FloatFakeQuantize node, which rounds the result `x` of `layer` to `y`."""
+class FakeQuantizer:
+    """One FloatFakeQuantize node, which rounds the output `x` of `layer` to `y`."""
 
     layer: str
     variant: FakeQuantize
@@ -129,12 +129,12 @@ class Rounding:
 
 QuantizeFn: TypeAlias = Callable[[Quantizer, Splicer], tuple[list[gs.Node], Activation]]
 MultiplyFn: TypeAlias = Callable[[Layer, Activation | None, Splicer], list[gs.Node]]
-RoundFn: TypeAlias = Callable[[Rounding, Splicer], list[gs.Node]]
+FakeQuantizeFn: TypeAlias = Callable[[FakeQuantizer, Splicer], list[gs.Node]]
 
 
-def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn, round_result: RoundFn) -> int:
+def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn, fake_quantize: FakeQuantizeFn) -> int:
     """Replace quantizers by `quantize` (once per container that reads them), FloatGemm nodes by `multiply` and
-    FloatFakeQuantize nodes by `round_result`.
+    FloatFakeQuantize nodes by `fake_quantize`.
 
     A quantizer with other readers than FloatGemm, and a FloatGemm whose weight is not constant or whose activation is
     not quantized here, stay, for `refuse_unsupported` to name.
@@ -145,7 +145,7 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn, round_res
     lowered = 0
     for node in list(graph.nodes):
         new: list[gs.Node] = []
-        layer, rounding = layer_of(node), rounding_of(node)
+        layer, fake_quantizer = layer_of(node), fake_quantizer_of(node)
         if online_quantizer(node) is not None and read_by_gemms(graph, node):
             values = node.outputs[0]
             for quantizer in _quantizers(node):
@@ -158,12 +158,12 @@ def lower(graph: gs.Graph, quantize: QuantizeFn, multiply: MultiplyFn, round_res
                 node.inputs.clear()
                 node.outputs.clear()
                 new = multiply(layer, activation_of_layer, splicer)
-        elif rounding is not None:
+        elif fake_quantizer is not None:
             node.inputs.clear()
             node.outputs.clear()
             # Inference does not find it through the reshapes of groups; attention is looked for by it.
-            rounding.y.shape = rounding.x.shape
-            new = round_result(rounding, splicer)
+            fake_quantizer.y.shape = fake_quantizer.x.shape
+            new = fake_quantize(fake_quantizer, splicer)
         lowered += bool(new)
         nodes += new or [node]
     graph.nodes = nodes
@@ -228,10 +228,10 @@ def layer_of(node: gs.Node) -> Layer | None:
     )
 
 
-def rounding_of(node: gs.Node) -> Rounding | None:
+def fake_quantizer_of(node: gs.Node) -> FakeQuantizer | None:
     """The node taken apart, if it is a FloatFakeQuantize."""
     variant = variant_of(node, FakeQuantize)
-    return None if variant is None else Rounding(node.attrs["layer"], variant, node.inputs[0], node.outputs[0])
+    return None if variant is None else FakeQuantizer(node.attrs["layer"], variant, node.inputs[0], node.outputs[0])
 
 
 def append_epilogue(body: Body, product: str, factors: Sequence[str], *, has_bias: bool) -> None:

@@ -50,6 +50,11 @@ class Engine(ABC):
         self._bound: dict[tuple[tuple[int, ...], ...], Buffers] = {}
 
     @property
+    def smallest_batch(self) -> int:
+        """The smallest batch that it takes."""
+        return 1
+
+    @property
     @abstractmethod
     def largest_batch(self) -> int | None:
         """The largest batch that it takes, None without a limit."""

@@ -69,6 +69,11 @@ class TensorRtEngine(Engine):
         super().__init__(str(path), tuple(self._spec(name) for name in inputs), self._spec(outputs[0]), device)
 
     @property
+    def smallest_batch(self) -> int:
+        """The profile's minimum; 1 when nothing is dynamic and the signature says the batch."""
+        return self._smallest or 1
+
+    @property
     def largest_batch(self) -> int | None:
         """The profile's maximum; None when nothing is dynamic and the signature says the batch."""
         return self._largest

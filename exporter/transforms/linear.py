@@ -15,7 +15,7 @@ class TransformedLinear(nn.Module):
     `linear` is the layer that gets quantized, its weight that of the original less up·down, then rotated; it has the
     bias. H is block-diagonal, its blocks the one matrix of that size, so that layers which read the same input share
     the product in the graph. Without `hadamard` there is no rotation, without `low_rank` no branch. Once the layer is
-    quantized, `quantizer` may round its result, which otherwise stays as it is.
+    quantized, `quantizer` may round its output, which otherwise stays as it is.
     """
 
     rotation: Tensor | None

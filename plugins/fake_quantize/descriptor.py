@@ -53,7 +53,7 @@ class FakeQuantize:
         return ("x_hat",)
 
     def attributes(self, layer: str) -> dict[str, AttributeValue]:
-        """All attributes of a node that rounds the result of `layer` (a module path)."""
+        """All attributes of a node that rounds the output of `layer` (a module path)."""
         return {"layer": layer, "format": self.format, "group_size": self.group_size, **plugin_attributes()}
 
     def function(self, opset: int = BODY_OPSET) -> onnx.FunctionProto:

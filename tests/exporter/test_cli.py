@@ -184,6 +184,13 @@ def test_every_end_has_its_code_and_one_line(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_only_commands_that_go_on_say_so(folder: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out.onnx").write_bytes(b"")
+    pipeline.end = raising(KeyboardInterrupt())
+    assert main(["validate", "out.onnx"]) == 130
+    assert capsys.readouterr().err.strip() == "error: interrupted"
+
+
 @pytest.mark.usefixtures("folder", "pipeline")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -197,6 +204,7 @@ def test_every_end_has_its_code_and_one_line(
         (["digitz", "-o", "out.onnx"], "digitz: no such recipe; did you mean 'digits'?"),
         (["r.yaml", "-o", "out.trt"], "out.trt: unknown suffix '.trt'; an output ends in .onnx"),
         (["r.yaml", "-o", "out"], "no suffix"),
+        (["ranges", "r.yaml", "-o", "out.bundle"], "out.bundle: ranges are measured for one target: -o NAME.onnx"),
         (["r.yaml", "-o", "out.onnx", "--target", "rtx-sm89"], "target rtx-sm89 is written as .plan or .engine"),
         (["r.yaml", "-o", "out.plan", "--target", "cpu"], "target cpu is written as .onnx"),
         (["r.yaml", "-o", "out.plan", "--target", "rtx"], "unknown target 'rtx'"),

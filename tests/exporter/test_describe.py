@@ -103,10 +103,10 @@ def test_published_activations_of_eight_bits_run_on_the_cpu(config_only: Path) -
     assert {layer.activation_format for layer in description.plan.layers} == {"e3m4"}
 
 
-def test_quantized_results_are_printed_with_their_groups(config_only: Path) -> None:
+def test_quantized_outputs_are_printed_with_their_groups(config_only: Path) -> None:
     rules = "layers=[{match: '*.to_?', activation: e4m3, output: e4m3, output_group: 72}, {match: '*.to_out.0'}]"
     text = printed(described("pixart_alpha_w4a6", config_only, config_only.parent / "x.onnx", rules))
-    assert "transforms 12 with a result in e4m3/72" in text
+    assert "transforms 12 with an output in e4m3/72" in text
     assert text.count("e4m3/72") == 1 + 12
 
 

@@ -187,6 +187,9 @@ def test_class_labels_need_no_embedding(tmp_path: Path, texts: Path) -> None:
     ).save_pretrained(tmp_path / "model" / "transformer")
     with pytest.raises(InputError, match=r"draws class labels and needs no embeddings.*calibration\.classes"):
         embed(str(tmp_path / "model"), texts, tmp_path / "p.safetensors")
+    # Known from the recipe, without the Hub that has the model.
+    with pytest.raises(InputError, match="dit_xl_2_256_w4a6: family dit draws class labels"):
+        embed("dit_xl_2_256_w4a6", texts, tmp_path / "p.safetensors")
 
 
 def _pickled(model: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import InputError
-from exporter.files import atomic_path, sha256_of, write_text_atomically
+from exporter.files import atomic_path, remove_leftovers, scratch_folder, sha256_of, write_text_atomically
 
 
 def test_the_file_appears_only_when_the_body_is_done(tmp_path: Path) -> None:
@@ -65,3 +65,14 @@ def test_sha256_reads_in_pieces(tmp_path: Path) -> None:
     data = b"0123456789" * 300_000
     (tmp_path / "data").write_bytes(data)
     assert sha256_of(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+def test_nothing_is_left_of_a_scratch_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), scratch_folder(tmp_path) as folder:
+        (folder / "large").with_name("absent").read_text()
+    assert list(tmp_path.iterdir()) == []
+    with scratch_folder(tmp_path) as folder:
+        # As after a run that was killed.
+        (folder / "large").write_text("for a while")
+        remove_leftovers(tmp_path)
+        assert not folder.exists()

@@ -1,4 +1,4 @@
-"""Results rounded in the torch model, and in which runs they are."""
+"""Outputs rounded in the torch model, and in which runs they are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_module_rounds_as_the_operator_is_defined(fmt: str, group: int) -> N
     assert torch.equal(values * scales.repeat_interleave(group or 64, dim=-1), expected)
 
 
-def test_a_float16_result_is_rounded_in_float32_and_stays_float16() -> None:
+def test_a_float16_output_is_rounded_in_float32_and_stays_float16() -> None:
     y, module = tokens().half(), OutputQuantizer(PLAN)
     assert torch.equal(module(y), module(y.float()).half())
 

@@ -168,7 +168,7 @@ def test_transformed_layers_are_planned_inside_of_what_takes_their_place() -> No
     assert plan.expected_bytes - plain.expected_bytes == 4 * (2 * 8 * 512 + 64 * 64)
 
 
-def test_layers_with_quantized_results_are_transformed_ones_that_take_no_more_room() -> None:
+def test_layers_with_quantized_outputs_are_transformed_ones_that_take_no_more_room() -> None:
     rules = [{"match": "*.to_q", "output": "e4m3", "output_group": 64}]
     plan, plain = planned(preset="w4a6", layers=rules), planned(preset="w4a6")
     found = {layer.original_name: (layer.name, layer.output_format, layer.output_group) for layer in plan.layers}

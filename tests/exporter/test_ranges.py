@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
+from exporter import ranges
 from exporter.errors import InputError
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.emulate import emulation_passes
 from exporter.ranges import Amax, check_amax, measure_amax
+from exporter.runtime import OnnxSession
 from exporter.targets import TARGETS
 from tests.exporter.passes.waist_graphs import WaistGraph, make_weight, reference, run, tokens
 
@@ -74,6 +76,23 @@ def test_a_product_too_large_is_named_where_the_bias_hides_it(tmp_path: Path) ->
         InputError, match=r"^r: compute: fp16: blocks\.0\.fc\.product reaches.*rtx-sm75 has nothing wider"
     ):
         check_amax("r", found, turing)
+
+
+def test_the_probed_graph_is_a_file_of_any_size(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime takes no model of 2 GiB that is not in a file."""
+    opened: list[object] = []
+
+    class Session(OnnxSession):
+        def __init__(self, source: Path) -> None:
+            opened.append(source)
+            super().__init__(source)
+
+    monkeypatch.setattr(ranges, "OnnxSession", Session)
+    measure_amax(exported, RTX, [{"x": tokens()}])
+    (path,) = opened
+    assert isinstance(path, Path)
+    assert path.parent.parent == exported.parent
+    assert list(exported.parent.iterdir()) == [exported]
 
 
 def test_nan_is_kept(exported: Path) -> None:

@@ -142,7 +142,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
             "layers=[{match: a, output: e4m3, output_group: -1}]",
             r"layers\[0\]\.output_group: must be at least 0, got -1",
         ),
-        ("layers=[{match: a, output_group: 64}]", "`output_group: 64` is for results that are quantized"),
+        ("layers=[{match: a, output_group: 64}]", "`output_group: 64` is for outputs that are quantized"),
         ("method.balance=2", r"method\.balance: unknown balance 2; valid: false, true, exact"),
         ("layers=[{match: a, low_rank: -1}]", r"layers\[0\]\.low_rank: must be at least 0, got -1"),
         ("layers=e2m1", "layers: expected a list, got 'e2m1'"),

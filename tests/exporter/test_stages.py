@@ -85,7 +85,7 @@ def test_formats_are_chosen_once_and_by_the_first_process(tiny_job: Path, tmp_pa
     assert formats_chosen(searched, source, captured).formats != chosen.formats
 
 
-def test_a_rule_that_says_nothing_of_results_leaves_the_key_of_calibrations_as_it_was(
+def test_a_rule_that_says_nothing_of_outputs_leaves_the_key_of_calibrations_as_it_was(
     tiny_job: Path, tmp_path: Path
 ) -> None:
     found = []

@@ -239,7 +239,7 @@ def test_blocks_are_calibrated_on_scales_that_ship(
     assert len(static) == (2 if scaling.has_tensor_scale else 0)
 
 
-def test_rounding_is_learned_on_quantized_results_where_activations_are_quantized_meanwhile(
+def test_rounding_is_learned_on_quantized_outputs_where_activations_are_quantized_meanwhile(
     model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
 ) -> None:
     plan = plan_for("transformer_blocks.0.attn1.to_", activation="e4m3")
@@ -255,7 +255,7 @@ def test_rounding_is_learned_on_quantized_results_where_activations_are_quantize
                 changed, results, calibration, method, 0, NullProgress()
             )
     assert _same(found[False, "none"], found[False, "e2m1"])
-    # What the block's output loses to its quantized results is part of its error, or is not.
+    # What the block's output loses to its quantized outputs is part of its error, or is not.
     errors = {key: result.blocks[0].error_start for key, result in found.items()}
     assert errors[False, "e2m1"] == errors[False, "none"]
     assert errors[True, "e2m1"] > 1.2 * errors[True, "none"]

@@ -98,7 +98,7 @@ def test_errors_are_the_blocks_with_one_weight_changed(
     assert load_formats(tmp_path / "formats.json") == (found,)
 
 
-def test_results_of_the_block_s_layers_are_rounded_as_planned(
+def test_outputs_of_the_block_s_layers_are_rounded_as_planned(
     model: nn.Module, run: CalibrationRun, plan_for: Planner
 ) -> None:
     plan, name = plan_for("transformer_blocks.1"), "transformer_blocks.1.attn1.to_v"

@@ -48,7 +48,7 @@ def export(tiny_export: Path, pipeline_folder: Path, tmp_path_factory: pytest.Te
 
 
 def _words(export: Path, embeddings: Path, folder: Path) -> list[str]:
-    settings = ["--steps", "2", "--batch", "2", "--metrics", "psnr,ssim,fid", "--quiet"]
+    settings = ["--steps", "2", "--batch", "2", "--metrics", "psnr, ssim,fid", "--quiet"]
     return ["evaluate", str(export), "--prompts", str(embeddings), "-o", str(folder), *settings]
 
 
@@ -121,6 +121,7 @@ def test_folder_of_other_images_is_refused(
         (["--preset", "deepcompressor"], "holds 5 prompts, but preset deepcompressor draws from MJHQ-30K's"),
         (["--metrics", "psnr,fit"], "unknown metric 'fit'; did you mean 'fid'"),
         (["--reference-images", "nowhere"], "nowhere: no such folder"),
+        (["--guidance", "nan"], "--guidance': 'nan' is no finite number"),
         (["--python", "hpsv2"], "expected METRIC=PATH"),
         (["--python", "fid=python"], "'fid' runs in no process of its own"),
     ],
@@ -164,6 +165,43 @@ def test_images_of_another_pipeline_are_not_kept(
     shutil.copytree(pipeline_folder, other)
     assert main([*_words(export, embeddings, evaluated), "--pipeline", str(other)]) == 2
     assert "holds images drawn with another pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_images_of_weights_that_were_replaced_are_not_kept(
+    export: Path,
+    embeddings: Path,
+    evaluated: Path,
+    pipeline_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+) -> None:
+    file = pipeline_folder / part / "diffusion_pytorch_model.safetensors"
+    right = file.read_bytes()
+    file.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    try:
+        assert main(_words(export, embeddings, evaluated)) == 2
+    finally:
+        file.write_bytes(right)
+    assert "holds images drawn with another pipeline_sha256" in capsys.readouterr().err
+
+
+def test_images_of_nobody_knows_what_are_not_adopted(
+    export: Path, embeddings: Path, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in ("original", "quantized"):
+        shutil.copytree(evaluated / model, tmp_path / "q" / model)
+    assert main(_words(export, embeddings, tmp_path / "q")) == 2
+    assert "holds images, but no settings.json that says what they are of" in capsys.readouterr().err
+    assert sorted(file.name for file in (tmp_path / "q").iterdir()) == ["original", "quantized"]
+
+
+def test_a_file_is_no_folder_for_images(
+    export: Path, embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q").write_text("")
+    assert main(_words(export, embeddings, tmp_path / "q")) == 2
+    assert f"error: {tmp_path / 'q'}: is a file; give a folder for the images" in capsys.readouterr().err
 
 
 def test_every_process_has_its_own_gpu() -> None:

@@ -159,5 +159,6 @@ def test_table_puts_our_rows_under_the_published() -> None:
     assert lines.index("| **original** | 16.61 | – | – |") + 1 == lines.index("| **ours.onnx** | – | 19.25 | 0.8125 |")
     assert "- FID: no weights (ours.onnx)" in lines
     assert "the published originals ran in FP16, ours in FP32" in text
+    assert "the published runs left clean_caption to diffusers" in text
     assert "FID of 5000" not in text
     assert "FID of 9 images depends on their number" in Results(OWN_SETUP, SETTINGS, 9, measured).markdown(metrics)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from exporter.errors import InputError
-from exporter.gate.records import MANIFEST, LinearRecord, Reference
+from exporter.gate.records import MANIFEST, LinearRecord, OutputRecord, Reference
 from tests.exporter.gate.hand_made import Example
 
 
-def assert_same(record: LinearRecord, other: LinearRecord) -> None:
+def assert_same(record: LinearRecord | OutputRecord, other: LinearRecord | OutputRecord) -> None:
     for field in fields(record):
         assert np.array_equal(getattr(record, field.name), getattr(other, field.name)), field.name
 
@@ -29,11 +29,16 @@ def test_round_trip(example: Example, tmp_path: Path) -> None:
         rank=2,
         products="fp16",
     )
-    reference = replace(example.reference, linears=(*example.reference.linears, weight_only))
+    first = example.reference.linears[0]
+    output = OutputRecord("blocks.0.fc", "e2m3", 3, first.x, first.values, first.scales)
+    reference = replace(example.reference, linears=(*example.reference.linears, weight_only), outputs=(output,))
     reference.save(tmp_path)
     back = Reference.load(tmp_path)
     for record, other in zip(reference.linears, back.linears, strict=True):
         assert_same(record, other)
+    (kept,) = back.outputs
+    assert_same(output, kept)
+    assert np.array_equal(kept.rounded, first.values * first.scales)
     for model, other in zip(reference.models, back.models, strict=True):
         assert model.timestep == other.timestep
         assert model.inputs.keys() == other.inputs.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -15,8 +16,8 @@ from torch import nn
 from exporter.errors import InputError
 from exporter.evaluation.job import EvaluateOptions, conditions_of
 from exporter.gate.snr import snr_db
-from exporter.generation.conditions import Embedded, Texts
-from exporter.generation.generate import Image, Settings, generate
+from exporter.generation.conditions import Embedded, Texts, read_conditions
+from exporter.generation.generate import Image, Settings, fitting_batch, generate
 from exporter.generation.pipelines import PIPELINES, PipelineFolder, open_pipeline
 from exporter.generation.source import DrawingDefaults, DrawingSource
 from exporter.models.adapter import LINEAR_NOISE
@@ -26,8 +27,18 @@ from exporter.models.loading import load_transformer
 from exporter.models.location import find_model
 from exporter.models.pixart import PixArtAdapter
 from exporter.runtime import EngineTransformer
+from exporter.runtime.engine import Buffers, Engine, Shapes
+from exporter.runtime.signature import TensorSpec
 from exporter.to_onnx import to_onnx
-from tests.exporter.models.small_families import HUNYUAN_KEYS, SIDE, T5_TOKENS, hunyuan, prompt_tensors
+from tests.exporter.models.small_families import (
+    HUNYUAN_KEYS,
+    PIXART_KEYS,
+    SIDE,
+    T5_TOKENS,
+    hunyuan,
+    pixart,
+    prompt_tensors,
+)
 from tests.exporter.test_embed import pixart as pixart_with_encoder
 
 CLASSES = 1000
@@ -83,6 +94,69 @@ def test_parts_that_are_stored_in_fp16_draw_with_the_original_in_fp32(tmp_path: 
     drawn = generate(pipeline, Texts(("a red fox",)), [Image(0, 1)], Settings(2, 4.0, (8, 8)))
     assert drawn.shape == (1, 3, 8, 8)
     assert bool(drawn.isfinite().all())
+
+
+def test_no_picture_is_made_of_numbers_that_are_not_finite(pipeline_folder: Path, tiny_job: Path) -> None:
+    """A model that loses its numbers in the second step, then an autoencoder that has none."""
+    model = load_transformer(pipeline_folder / "transformer", PixArtAdapter(), None)
+    folder = PipelineFolder(pipeline_folder, None)
+    conditions = read_conditions(tiny_job / "prompts.safetensors")
+    images, settings = [Image(1, 5), Image(0, 6)], Settings(3, 4.5, (4, 4))
+    pipeline = open_pipeline(folder, model, "DDIMScheduler", 3, LINEAR_NOISE)
+    assert bool(generate(pipeline, conditions, images, settings).isfinite().all())
+
+    def lose(_module: nn.Module, _args: object, kwargs: dict[str, torch.Tensor], output: tuple[torch.Tensor]) -> None:
+        # Rows: both without their prompts, then both with them.
+        output[0][3, 0] += torch.where(kwargs["timestep"][0] < 500, torch.inf, 0.0)
+
+    hook = model.register_forward_hook(lose, with_kwargs=True)
+    with pytest.raises(InputError, match=r"^the original: prompt 0, seed 6: the noise prediction .* in step 2 of 3; "):
+        generate(pipeline, conditions, images, settings)
+    hook.remove()
+    torch.nn.init.constant_(pipeline.vae.decoder.conv_out.bias, torch.nan)
+    with pytest.raises(InputError, match=r"^prompt 1, seed 5: the noise predictions are finite.*autoencoder \(vae/\)"):
+        generate(pipeline, conditions, images, settings)
+
+
+class _Narrow(Engine):
+    """The torch model, with 4 to 7 rows as the only batches, as an engine's profile may have it."""
+
+    smallest_batch, largest_batch = 4, 7
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        names = PixArtAdapter().input_names(model)
+        inputs = tuple(TensorSpec(name, None, ("batch",)) for name in names)
+        super().__init__("narrow.plan", inputs, TensorSpec("sample", None, ("batch",)), torch.device("cpu"))
+
+    def _bind(self, inputs: Shapes, output: tuple[int, ...]) -> Buffers:
+        raise NotImplementedError
+
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        assert self.smallest_batch <= len(tensors["hidden_states"]) <= self.largest_batch
+        predicted: torch.Tensor = self._model(**tensors, return_dict=False)[0]
+        return predicted
+
+
+def test_a_batch_too_small_for_the_engine_is_filled_up(tmp_path: Path) -> None:
+    model = pixart()
+    engine = _Narrow(model)
+    conditions = Embedded(Path("test"), prompt_tensors(PIXART_KEYS))
+    folder, images = PipelineFolder(tmp_path, None), [Image(0, 1), Image(1, 2), Image(0, 3)]
+    drawn = []
+    for guidance, fitting in ((4.0, (2, 3)), (1.0, (4, 7))):
+        settings = Settings(2, guidance, (SIDE, SIDE))
+        assert tuple(fitting_batch(wanted, engine, settings) for wanted in (1, 9)) == fitting
+        for transformer in (EngineTransformer(engine, {**model.config, "_class_name": type(model).__name__}), model):
+            pipeline = open_pipeline(folder, transformer, "DDIMScheduler", 2, LINEAR_NOISE)
+            drawn.append(
+                torch.cat([generate(pipeline, conditions, part, settings) for part in (images[:2], images[2:])])
+            )
+            assert len(drawn[-1]) == len(images)
+        torch.testing.assert_close(drawn[-2], drawn[-1], atol=1e-3, rtol=1e-3)
+    engine.smallest_batch = engine.largest_batch = 3
+    with pytest.raises(InputError, match=r"narrow\.plan: takes batches of 3 to 3, and a guided image is 2"):
+        fitting_batch(1, engine, Settings(2, 4.0, (SIDE, SIDE)))
 
 
 def test_dit_draws_classes_by_their_numbers(tmp_path: Path) -> None:

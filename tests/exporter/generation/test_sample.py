@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
+from exporter.generation.sample import SampleOptions, sample_output
 from tests.exporter.models.small_families import hunyuan
+from tests.exporter.progresses import InterruptedProgress
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -42,6 +44,17 @@ def test_folder_gets_one_image_a_prompt_from_its_own_seed(tiny_export: Path, tmp
     assert main([*common, "-o", str(tmp_path / "b"), "--count", "1", "--seed", "6"]) == 0
     assert (tmp_path / "b" / "00000.png").read_bytes() == (tmp_path / "a" / "00002.png").read_bytes()
     assert not np.array_equal(_pixels(tmp_path / "a" / "00000.png"), _pixels(tmp_path / "a" / "00002.png"))
+
+
+def test_what_was_drawn_before_an_interruption_is_kept(tiny_export: Path, tmp_path: Path) -> None:
+    """Without samples.json, which says what all images of the folder are."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "samples.json").write_text("of an earlier run")
+    options = SampleOptions(count=3, batch=1, steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        sample_output(tiny_export, folder, options, InterruptedProgress(steps=5))
+    assert sorted(file.name for file in folder.iterdir()) == ["00000.png", "00001.png"]
 
 
 def test_comparison_shows_both_and_says_how_far_apart(
@@ -93,12 +106,17 @@ def test_lone_file_needs_only_a_pipeline_and_prompts(
     [
         (["-o", "x.jpg"], "expected a folder, NAME.png or NAME.safetensors"),
         (["-o", "nowhere/x.png"], "mkdir -p nowhere"),
+        (["-o", "../folder.png"], "../folder.png: is a folder; give another NAME.png"),
         (["-o", "x.png", "--scheduler", "DDIMSchedular"], "did you mean 'DDIMScheduler'"),
         (["-o", "x.png", "--prompts", "none.safetensors"], "no such file"),
         (["-o", "x.png", "--prompt", "a cat"], "holds no text encoder"),
         (["-o", "x.png", "--prompt", "a cat", "--prompts", "p.safetensors"], "not both"),
         (["-o", "x.png", "--negative-prompt", "fog"], "goes with --prompt"),
         (["-o", "x.png", "--steps", "0"], "0 is not in the range"),
+        (["-o", "x.png", "--seed", str(2**64 - 1)], "18446744073709551615 is not in the range"),
+        (["-o", "x.png", "--guidance", "nan"], "--guidance': 'nan' is no finite number"),
+        (["-o", "x.png", "--guidance", "inf"], "--guidance': 'inf' is no finite number"),
+        (["-o", "x.png", "--guidance", "-1"], "-1.0 is not in the range"),
         (["-o", "x.png", "--steps", "1"], "take at least 2 steps"),
     ],
 )
@@ -110,9 +128,11 @@ def test_bad_words(
     words: list[str],
     message: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert message in _error(capsys, str(tiny_export), *words)
-    assert list(tmp_path.iterdir()) == []
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_prompts_that_do_not_fit(
@@ -130,12 +150,33 @@ def test_prompts_that_do_not_fit(
             **good,
             "prompt_attention_mask": torch.ones(3, 6),
         },
+        "p.safetensors: prompt_embeds holds NaN or infinite numbers": {
+            **good,
+            "prompt_embeds": good["prompt_embeds"] / torch.tensor([1.0, 0.0])[:, None, None],
+        },
+        # Finite, but not in the model; the second image alone.
+        "tiny.onnx: prompt 1, seed 1: the noise prediction is NaN or infinite in step 1 of 3; fp4export bisect": {
+            **good,
+            "prompt_embeds": good["prompt_embeds"] * torch.tensor([1.0, 1e38])[:, None, None],
+        },
+        "p.safetensors: negative_prompt_embeds is missing": {
+            name: tensor for name, tensor in good.items() if not name.startswith("negative")
+        },
         "holds nothing that PixArtAlphaPipeline draws from": {"class_labels": torch.arange(2)},
     }
     for message, tensors in bad.items():
         save_file(tensors, tmp_path / "p.safetensors")
         words = [str(tiny_export), "-o", str(tmp_path / "x.png"), "--prompts", str(tmp_path / "p.safetensors")]
         assert message in _error(capsys, *words, "--quiet"), message
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_without_guidance_no_negative_prompt_is_needed(tiny_job: Path, tiny_export: Path, tmp_path: Path) -> None:
+    good = load_file(tiny_job / "prompts.safetensors")
+    positive = {name: tensor for name, tensor in good.items() if not name.startswith("negative")}
+    save_file(positive, tmp_path / "p.safetensors")
+    words = ["sample", str(tiny_export), "-o", str(tmp_path / "x.png"), "--prompts", str(tmp_path / "p.safetensors")]
+    assert main([*words, "--guidance", "1", "--steps", "2", "--quiet"]) == 0
 
 
 def test_a_file_of_another_model_is_not_drawn_with(

@@ -47,20 +47,21 @@ def dit() -> DiTTransformer2DModel:
     ).eval()
 
 
-def pixart() -> PixArtTransformer2DModel:
-    """Two blocks without micro-conditions, which the pipeline gives to models of its largest size alone."""
+def pixart(*, sizes: bool = False) -> PixArtTransformer2DModel:
+    """Two blocks; `sizes`: with micro-conditions, which the pipeline gives to models of its largest size alone."""
     torch.manual_seed(3)
     return PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=32,
+        # A multiple of 3 with micro-conditions, of which there are three numbers.
+        attention_head_dim=48 if sizes else 32,
         in_channels=3,
         out_channels=6,
         num_layers=2,
-        cross_attention_dim=64,
+        cross_attention_dim=96 if sizes else 64,
         caption_channels=T5_WIDTH,
-        sample_size=SIDE,
-        patch_size=2,
-        use_additional_conditions=False,
+        sample_size=128 if sizes else SIDE,
+        patch_size=16 if sizes else 2,
+        use_additional_conditions=sizes,
     ).eval()
 
 

@@ -28,7 +28,6 @@ from exporter.sampling import make_scheduler, sample
 from tests.exporter.models.small_families import (
     HUNYUAN_KEYS,
     PIXART_KEYS,
-    SIDE,
     dit,
     hunyuan,
     pixart,
@@ -138,8 +137,9 @@ def test_dit(tmp_path: Path) -> None:
     torch.testing.assert_close((images / 2 + 0.5).clamp(0, 1), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_pixart(tmp_path: Path) -> None:
-    model, tensors = pixart(), prompt_tensors(PIXART_KEYS)
+@pytest.mark.parametrize("sizes", [True, False], ids=["1024", "smaller"])
+def test_pixart(tmp_path: Path, sizes: bool) -> None:
+    model, tensors = pixart(sizes=sizes), prompt_tensors(PIXART_KEYS)
     strengthen(model)
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.0001, beta_end=0.02, beta_schedule="linear", prediction_type="epsilon"
@@ -152,8 +152,8 @@ def test_pixart(tmp_path: Path) -> None:
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(SEED)],
-        height=8 * SIDE,
-        width=8 * SIDE,
+        height=8 * model.config.sample_size,
+        width=8 * model.config.sample_size,
         use_resolution_binning=False,
         output_type="latent",
         return_dict=False,

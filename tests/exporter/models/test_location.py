@@ -18,10 +18,10 @@ from exporter.recipe import Recipe
 HUB_ID = "somebody/pixart-xl"
 
 
-def recipe_for(weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def recipe_for(weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None = None) -> Recipe:
     """A recipe in `folder` with these weights."""
     monkeypatch.chdir(folder)
-    data = {"model": {"weights": weights}, "preset": "w4a6", "calibration": {"prompts": "p"}}
+    data = {"model": {"weights": weights, "revision": revision}, "preset": "w4a6", "calibration": {"prompts": "p"}}
     return Recipe.model_validate(data)
 
 
@@ -131,8 +131,10 @@ def test_of_a_hub_model_the_parts_that_are_asked_for_are_fetched(
 ) -> None:
     asked: list[list[str]] = []
 
-    def snapshot_download(_hub_id: str, *, allow_patterns: list[str], cache_dir: str | None) -> str:
-        assert cache_dir is None
+    def snapshot_download(
+        _hub_id: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None
+    ) -> str:
+        assert cache_dir is revision is None
         asked.append(allow_patterns)
         write_pipeline(tmp_path / "snapshot")
         return str(tmp_path / "snapshot")
@@ -147,11 +149,69 @@ def test_of_a_hub_model_the_parts_that_are_asked_for_are_fetched(
 
 
 @pytest.mark.usefixtures("empty_hub")
+def test_a_repository_may_be_a_transformer_alone_and_have_revisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the Hub has is filtered as its client does it; its files are at the root."""
+    there = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+
+    def snapshot_download(
+        _hub_id: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None
+    ) -> str:
+        folder = Path(cache_dir or tmp_path) / str(revision)
+        folder.mkdir()
+        for name in huggingface_hub.utils.filter_repo_objects(there, allow_patterns=allow_patterns):
+            (folder / name).write_text("{}")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    recipe = recipe_for(HUB_ID, tmp_path, monkeypatch, revision="v2")
+    assert str(locate_config(recipe).file) == f"{HUB_ID}/config.json"
+    files = locate_model(recipe)
+    assert files.transformer == files.root == tmp_path / "v2"
+    assert sorted(file.name for file in files.root.iterdir()) == there[1:]
+
+
+def test_what_the_cache_has_of_a_revision_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laid out as the Hub's client does it, without its links."""
+    cache = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    for branch, place in (("main", "transformer"), ("v2", "")):
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / branch).write_text(f"commit-{branch}")
+        (cache / "snapshots" / f"commit-{branch}" / place).mkdir(parents=True)
+        config = {"_class_name": branch}
+        (cache / "snapshots" / f"commit-{branch}" / place / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision, branch in ((None, "main"), ("v2", "v2")):
+        found = locate_config(recipe_for(HUB_ID, tmp_path, monkeypatch, revision=revision))
+        assert found.content == {"_class_name": branch}
+
+
+def test_revisions_belong_to_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pipeline(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.revision: .*/model is a directory"):
+        locate_config(recipe_for("model", tmp_path, monkeypatch, revision="main"))
+
+
+@pytest.mark.usefixtures("empty_hub")
+def test_a_revision_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    response: Any = SimpleNamespace(status_code=404, headers={}, request=None)
+    absent = answering(RevisionNotFoundError("none", response=response))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(InputError, match=f"repository {HUB_ID} has no revision 'v3'"):
+        locate_model(recipe_for(HUB_ID, tmp_path, monkeypatch, revision="v3"))
+
+
+@pytest.mark.usefixtures("empty_hub")
 def test_a_dry_run_keeps_nothing_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Path] = []
 
-    def snapshot_download(hub_id: str, *, allow_patterns: list[str], cache_dir: str | None) -> str:
-        assert hub_id == HUB_ID
+    def snapshot_download(
+        hub_id: str, *, revision: str | None, allow_patterns: list[str], cache_dir: str | None
+    ) -> str:
+        assert (hub_id, revision) == (HUB_ID, None)
         assert not any("safetensors" in pattern for pattern in allow_patterns)
         used.append(Path(str(cache_dir)))
         write_pipeline(Path(str(cache_dir)) / "snapshot")

@@ -104,7 +104,7 @@ def _open(plan: Path, trt: _TensorRt, *, cuda_graphs: bool = False) -> TensorRtE
 
 def test_numbers_pass_through_the_bound_buffers(plan: Path) -> None:
     engine = _open(plan, _TensorRt(_Engine("FLOAT")))
-    assert engine.largest_batch == 6
+    assert (engine.smallest_batch, engine.largest_batch) == (2, 6)
     assert [(spec.name, spec.shape) for spec in engine.inputs] == [("x", ("batch", WIDTH)), ("bias", (WIDTH,))]
     bias = torch.arange(WIDTH)
     for batch in (2, 6, 2):

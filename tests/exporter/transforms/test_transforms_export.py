@@ -137,18 +137,18 @@ def test_plugins_take_up_a_branch_and_the_gate_holds_every_layer(traced: Traced,
     names = [row.name for row in result.rows if (row.kind, row.stage) == ("linear", "lowered")]
     assert len(names) == len(plugins)
     assert {f"{BLOCK}.{short}.linear" for short in (*ROTATED, *BRANCHED)} <= set(names)
-    assert_results_are_exact(result)
+    assert_outputs_are_exact(result)
 
 
-def assert_results_are_exact(result: GateResult) -> None:
-    rows = [row for row in result.rows if row.kind == "result"]
+def assert_outputs_are_exact(result: GateResult) -> None:
+    rows = [row for row in result.rows if row.kind == "output"]
     names = [f"{BLOCK}.{short}" for short in ROUNDED]
     assert [(row.stage, row.name) for row in rows] == [(stage, n) for stage in ("exported", "lowered") for n in names]
     assert all((row.snr_db, row.code_mismatches) == (200.0, 0) and row.code_count for row in rows)
 
 
 @pytest.mark.parametrize("target", [ADA, TURING], ids=lambda target: target.name)
-def test_results_are_rounded_in_a_container_that_rounds_alike_or_by_ordinary_operators(
+def test_outputs_are_rounded_in_a_container_that_rounds_alike_or_by_ordinary_operators(
     traced: Traced, tmp_path: Path, target: Target
 ) -> None:
     exported, _ = traced.lowered(target)
@@ -159,7 +159,7 @@ def test_results_are_rounded_in_a_container_that_rounds_alike_or_by_ordinary_ope
     float8 = TensorProto.FLOAT8E4M3FN if target == ADA else None
     assert values == {"attn1.to_q": float8, "attn1.to_k": TensorProto.INT8, "attn1.to_v": None, "attn2.to_q": float8}
     assert not any(f"{BLOCK}.{short}.quantizer.values" in made for short in ROUNDED if values[short] is None)
-    assert_results_are_exact(traced.gate(target, tmp_path))
+    assert_outputs_are_exact(traced.gate(target, tmp_path))
 
 
 def test_attention_on_a_cpu_stays_one_operator_each(traced: Traced) -> None:
@@ -170,19 +170,19 @@ def test_attention_on_a_cpu_stays_one_operator_each(traced: Traced) -> None:
     assert {entry.output for entry in read_output_table(lowered)} <= read
 
 
-def test_a_quantizer_of_results_that_is_wrong_or_missing_is_named(traced: Traced, tmp_path: Path) -> None:
-    """A largest value that is a little off, so that scales are; a result that is not rounded."""
+def test_a_quantizer_of_outputs_that_is_wrong_or_missing_is_named(traced: Traced, tmp_path: Path) -> None:
+    """A largest value that is a little off, so that scales are; an output that is not rounded."""
     exported, lowered = traced.lowered(CPU)
     # By which scales are divided, and at which quotients are clipped.
     (largest,) = (tensor for tensor in lowered.graph.initializer if not tensor.dims and as_number(tensor) == 448.0)
     largest.CopyFrom(numpy_helper.from_array(np.float32(440.0), largest.name))
-    with pytest.raises(FidelityError, match=rf"result {BLOCK}.attn1.to_q \(lowered graph\): .* codes differ"):
+    with pytest.raises(FidelityError, match=rf"output {BLOCK}.attn1.to_q \(lowered graph\): .* codes differ"):
         traced.gate(CPU, tmp_path, lowered)
     for entry in exported.metadata_props:
         if entry.key == OUTPUTS_KEY:
             entry.value = json.dumps(json.loads(entry.value)[1:])
     with pytest.raises(
-        FidelityError, match=rf"exported graph: the quantizer of {BLOCK}.attn1.to_q's result is missing"
+        FidelityError, match=rf"exported graph: the quantizer of {BLOCK}.attn1.to_q's output is missing"
     ):
         traced.gate(CPU, tmp_path, exported=exported)
 
@@ -192,10 +192,10 @@ def as_number(tensor: onnx.TensorProto) -> float:
     return float(array) if array.dtype == np.float32 else 0.0
 
 
-def test_inspection_names_the_formats_of_results(traced: Traced, tmp_path: Path) -> None:
+def test_inspection_names_the_formats_of_outputs(traced: Traced, tmp_path: Path) -> None:
     onnx.save(traced.lowered(CPU)[1], tmp_path / "lowered.onnx")
     for path in (traced.path, tmp_path / "lowered.onnx"):
-        found = {view.layer: view.result for view in inspect_path(path).layers}
+        found = {view.layer: view.output for view in inspect_path(path).layers}
         assert found[f"{BLOCK}.attn1.to_q.linear"] == f"e4m3/{HEAD}"
         assert found[f"{BLOCK}.attn1.to_k.linear"] == "int8"
         assert found[f"{BLOCK}.attn2.to_k"] == "-"

@@ -1,25 +1,23 @@
-"""Results of layers that are quantized: recorded of the torch model, and compared on the same numbers bit for bit."""
+"""Outputs of layers that are quantized: recorded of the torch model, and compared on the same numbers bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
 from exporter.gate.codes import compare_codes
 from exporter.gate.linears import LINEAR_DB
 from exporter.gate.records import Floats, OutputRecord
-from exporter.gate.rounding import rounded
-from exporter.gate.rows import as_array, chosen_rows
+from exporter.gate.rows import TokenRows, as_array
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, given_name
 from exporter.gate.table import GateRow, Stage, bounded_db
@@ -28,51 +26,36 @@ from exporter.output_quantizer import OutputQuantizer
 from exporter.passes.layer_table import OutputEntry
 from plugins.formats import get_format
 
-# Tokens of each result that are compared: a quantizer has no weights that only some of them would show.
+# Tokens of each output that are compared: a quantizer has no weights that only some of them would show.
 TOKEN_ROWS = 64
 
 
-@dataclass
-class LayerResults:
-    """Token rows of what every `OutputQuantizer` reads, rounded to `compute`, gathered over several batches."""
+@dataclass(frozen=True)
+class LayerOutputs:
+    """Token rows of what every `OutputQuantizer` reads."""
 
-    modules: dict[str, OutputQuantizer]
-    per_batch: int
-    compute: Compute = "fp32"
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    modules: Mapping[str, OutputQuantizer]
+    seen: TokenRows
 
     @classmethod
-    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LayerResults:
-        """For `model`, which is going to run `batches` times."""
+    def of(cls, model: nn.Module, batches: int, compute: Compute = "fp32") -> LayerOutputs:
+        """For `model`, which is going to run `batches` times; the rows are rounded to `compute`."""
         modules = {module.layer: module for module in model.modules() if isinstance(module, OutputQuantizer)}
-        return cls(modules, max(1, TOKEN_ROWS // batches), compute)
+        return cls(modules, TokenRows(modules, max(1, TOKEN_ROWS // batches), compute))
 
-    @contextmanager
-    def collected(self) -> Iterator[None]:
+    def collected(self) -> AbstractContextManager[None]:
         """Collect while the model runs once."""
-        with ExitStack() as hooks:
-            for module in self.modules.values():
-                hooks.callback(module.register_forward_pre_hook(self._keep).remove)
-            yield
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, OutputQuantizer):
-            raise TypeError(f"{type(module).__name__} is no OutputQuantizer")
-        flat = args[0].reshape(-1, args[0].shape[-1])
-        chosen = flat[chosen_rows(len(flat), self.per_batch)].clone()
-        self.rows.setdefault(module.layer, []).append(rounded(chosen, self.compute))
-        self.ranks[module.layer] = args[0].ndim
+        return self.seen.collected()
 
     def records(self) -> Iterator[OutputRecord]:
-        """One record per result, in the order in which they were first made."""
-        for layer, rows in self.rows.items():
+        """One record per output, in the order in which they were first made."""
+        for layer, rows in self.seen.rows.items():
             module, x = self.modules[layer], torch.cat(rows)
             values, scales = map(as_array, module.quantize(x))
-            yield OutputRecord(layer, module.format, self.ranks[layer], as_array(x), values, scales)
+            yield OutputRecord(layer, module.format, self.seen.ranks[layer], as_array(x), values, scales)
 
 
-def compare_results(
+def compare_outputs(
     model: onnx.ModelProto,
     entries: Sequence[OutputEntry],
     records: Sequence[OutputRecord],
@@ -81,10 +64,10 @@ def compare_results(
     *,
     optimized: bool,
 ) -> tuple[GateRow, ...]:
-    """Cut `model` around every quantizer of a result, write the cut graph to `path`, run it and compare.
+    """Cut `model` around every quantizer of an output, write the cut graph to `path`, run it and compare.
 
     Raises:
-        FidelityError: the graph quantizes other results than the reference, or cannot be run.
+        FidelityError: the graph quantizes other outputs than the reference, or cannot be run.
     """
     by_layer = {record.layer: record for record in records}
     _check_layers({entry.layer for entry in entries}, by_layer, stage)
@@ -100,14 +83,14 @@ def compare_results(
 def _check_layers(present: set[str], records: Mapping[str, OutputRecord], stage: Stage) -> None:
     for layer in records:
         if layer not in present:
-            raise FidelityError(f"{stage} graph: the quantizer of {layer}'s result is missing")
+            raise FidelityError(f"{stage} graph: the quantizer of {layer}'s output is missing")
     for layer in present:
         if layer not in records:
-            raise FidelityError(f"{stage} graph: the result of {layer} is quantized here but not in the reference")
+            raise FidelityError(f"{stage} graph: the output of {layer} is quantized here but not in the reference")
 
 
 def _as_in_model(record: OutputRecord) -> Floats:
-    """The rows before they are rounded, with as many axes as the result has in the model."""
+    """The rows before they are rounded, with as many axes as the output has in the model."""
     return record.x.reshape((1,) * (record.rank - 2) + record.x.shape)
 
 
@@ -116,7 +99,7 @@ def _row(record: OutputRecord, entry: OutputEntry, found: Arrays, stage: Stage) 
     numbers, which a wrong scale would not let."""
     fmt, expected, raw = get_format(record.format), record.rounded, found[entry.output]
     if raw.size != expected.size:
-        raise FidelityError(f"{entry.layer}: {raw.size} numbers of its result, the reference has {expected.size}")
+        raise FidelityError(f"{entry.layer}: {raw.size} numbers in its output, the reference has {expected.size}")
     numbers = raw.reshape(expected.shape).astype(np.float32)
     quotients = numbers.reshape(*record.scales.shape, -1) / record.scales[..., None]
     values = fmt.round(np.nan_to_num(quotients.reshape(expected.shape)))
@@ -129,7 +112,7 @@ def _row(record: OutputRecord, entry: OutputEntry, found: Arrays, stage: Stage) 
     failures = [failure for failure in failures if failure]
     return GateRow(
         stage=stage,
-        kind="result",
+        kind="output",
         name=entry.layer,
         snr_db=bounded_db(snr),
         threshold_db=LINEAR_DB,
