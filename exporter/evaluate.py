@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.replay import Recorded, Replay
 from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
-from exporter.memory import return_freed_memory
+from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import read_model
 from exporter.passes.layer_table import read_layer_table
@@ -31,7 +32,8 @@ from exporter.quality import (
     noise_prediction_snr,
 )
 from exporter.runtime import OnnxSession
-from exporter.sampling import Denoiser, make_scheduler, sample, samples_at_once
+from exporter.runtime.arena import renew_arena
+from exporter.sampling import Denoiser, DenoiserCall, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
 from exporter.stages import capture
@@ -56,16 +58,16 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
     held_out = held_out_inputs(job, source)
     judged = settings.samples if settings.classifier is not None else settings.grid
     count = max(judged, settings.grid)
-    original = original_samples(job, source, count)
+    original = Recorded(source.denoiser)
     engine = graph_denoiser(source, cache(partial(open_graph, source, lowered)))
     at_once = min(BATCH, samples_at_once(_tokens(source), guidance=1.0))
     with collected_rows(source.model, source.plan, math.ceil(len(held_out) / at_once)) as inputs:
-        noise = noise_prediction_snr(
-            source.denoiser, engine, held_out, source.prompts, job.progress, batch_size=at_once
-        )
+        noise = noise_prediction_snr(original, engine, held_out, source.prompts, job.progress, batch_size=at_once)
+    theirs = original_samples(job, source, count, Replay(held_out, original.predictions))
     ours = samples(job, source, engine, count)
     # A large graph's weights leave the memory before the layers' come.
     del engine
+    renew_arena()
     return_freed_memory()
     layers = layer_quality(source.model, quantized, source.plan, inputs)
     scales = compare_scales(source.model, source.plan.layers, inputs, job.recipe.method, job.target)
@@ -73,8 +75,8 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
         noise=noise,
         layers=layers,
         scales=scales,
-        grids=sample_grids(original[: settings.grid], ours[: settings.grid]),
-        accuracy_original=accuracy(job, source, original[:judged]),
+        grids=sample_grids(theirs[: settings.grid], ours[: settings.grid]),
+        accuracy_original=accuracy(job, source, theirs[:judged]),
         accuracy_quantized=accuracy(job, source, ours[:judged]),
     )
 
@@ -111,8 +113,12 @@ def graph_denoiser(source: Source, session: Callable[[], OnnxSession | Segmented
     return denoise
 
 
-def original_samples(job: Job, source: Source, count: int) -> Tensor:
-    """`samples` of the original model, sealed in the work folder, since they are the same for every target."""
+def original_samples(job: Job, source: Source, count: int, replay: Replay) -> Tensor:
+    """`samples` of the original model, sealed in the work folder, since they are the same for every target.
+
+    The first begin where the held-out trajectories do, whose noise predictions are known; the model makes the others.
+    """
+    known = min(count, job.recipe.evaluation.trajectories)
     key = key_of(
         stage="samples",
         model=source.identity,
@@ -120,29 +126,44 @@ def original_samples(job: Job, source: Source, count: int) -> Tensor:
         settings=job.recipe.calibration.sampler,
         seed=_held_out_seed(job),
         count=count,
+        known=known,
     )
 
     def make(path: Path) -> None:
-        save_file({"samples": samples(job, source, source.denoiser, count)}, path)
+        parts = [samples(job, source, replay, known, record=replay.note)]
+        if count > known:
+            parts.append(samples(job, source, source.denoiser, count, first=known))
+            # A large original leaves the memory before the other model runs on.
+            release_mapped_weights()
+        save_file({"samples": torch.cat(parts)}, path)
 
     path, _ = job.work.obtain("samples.safetensors", key, make)
     return load_file(path)["samples"]
 
 
-def samples(job: Job, source: Source, denoiser: Denoiser, count: int) -> Tensor:
-    """`count` guided samples float32 [count, C, H, W], prompts taken in turn, from held-out seeds."""
+def samples(
+    job: Job,
+    source: Source,
+    denoiser: Denoiser,
+    count: int,
+    *,
+    first: int = 0,
+    record: Callable[[DenoiserCall], None] | None = None,
+) -> Tensor:
+    """Guided samples float32 [count − first, C, H, W], prompts taken in turn, from held-out seeds; see `sample`."""
     settings = job.recipe.calibration
     return sample(
         denoiser,
         source.prompts,
-        prompt_order(source, count),
+        prompt_order(source, count)[first:],
         make_scheduler(settings.scheduler, source.files.scheduler, settings.steps, source.adapter.training_noise),
         steps=settings.steps,
         guidance=settings.guidance,
-        seed=_held_out_seed(job),
+        seed=_held_out_seed(job) + first,
         latent_shape=source.latent_shape,
         progress=job.progress,
         batch_size=samples_at_once(_tokens(source), settings.guidance),
+        record=record,
     )
 
 

@@ -10,27 +10,25 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.codes import encode_grid_values, nearest_codes
 from exporter.cuda.linear import PackedOnGpu
 from exporter.decoded_weights import unpacked_codes, unpacked_weight
 from exporter.errors import InputError
 from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, Plan
-from exporter.rounding import InputQuantizer, dequantize, round_to_format
+from exporter.rounding import InputQuantizer, dequantize
 from exporter.symbolic import symbolic_linear
 from exporter.tensor_files import atomic_tensor_path
 from plugins.formats import Format, get_format
 from plugins.packing import pack, unpack
 
 _METADATA = "fp4export.quantized"
-# Formats with more steps up to their largest value are encoded by search instead of by table.
-_LARGEST_TABLE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,6 @@ class QuantizedWeight:
         return values
 
 
-def encode_grid_values(values: Tensor, fmt: Format) -> Tensor:
-    """Codes uint8 of float32 `values` that lie on the format's grid: what `fmt.encode` gives, without its search."""
-    if fmt.max_numerator > _LARGEST_TABLE:
-        return torch.from_numpy(fmt.encode(values.numpy()))
-    largest = fmt.max_numerator
-    numerators = np.arange(-largest, largest + 1, dtype=np.float64)
-    table = torch.from_numpy(fmt.encode((numerators * fmt.step).astype(np.float32)))
-    indices = (values / fmt.step).to(torch.int32).add_(largest)
-    return table.index_select(0, indices.flatten()).view(values.shape)
-
-
 def expand_scales(scales: Tensor, count: int) -> Tensor:
     """Repeat group scales [N, G] along the row so that they meet a weight's `count` = K columns: [N, K]."""
     return scales.repeat_interleave(count // scales.shape[1], dim=1)
@@ -78,8 +65,9 @@ def expand_scales(scales: Tensor, count: int) -> Tensor:
 
 def round_to_nearest(weight: Tensor, scales: Tensor, fmt: Format, input_scale: Tensor | None = None) -> QuantizedWeight:
     """Quantize `weight` [N, K] by rounding to nearest on `scales` [N, G]; zeros are positive."""
-    values = round_to_format(weight / expand_scales(scales, weight.shape[1]), fmt)
-    return QuantizedWeight.from_values(values.add_(0.0), scales, fmt, input_scale)
+    ratios = (weight.reshape(*scales.shape, -1) / scales.unsqueeze(-1)).flatten(1)
+    codes = nearest_codes(ratios.detach(), fmt)
+    return QuantizedWeight(codes.cpu(), scales.detach().cpu().contiguous(), input_scale)
 
 
 def input_quantizer(plan: LayerPlan, input_scale: Tensor | None) -> InputQuantizer | None:

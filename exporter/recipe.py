@@ -68,8 +68,8 @@ class CalibrationSection(Section):
     seed: Seed = 0
     memory: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="GB for all samples' activations, which are files beyond that, and before them for Gram matrices, which are "
-        "made in parts beyond that; unset: half of what is free",
+        description="GB for all samples' activations, which are files beyond that, and before them for Gram matrices, "
+        "which are made in parts beyond that; unset: half of what is free",
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
         default="auto", description="what calibrates: cpu, cuda, cuda:N, or auto: a GPU if PyTorch sees one"

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ _BUILDER = (
     "An rtx target's build is TensorRT-RTX's own builder, in a process of its own beside the waiting exporter: that "
     "time, and most of that memory, is no stage's of ours."
 )
+_GATE = "validate"
 # The stage that writes the output; what comes behind it evaluates it for the report.
 _WRITES = "build"
 # Stages that are named where a budget is missed.
@@ -52,13 +53,15 @@ class StageUse:
 @dataclass(frozen=True)
 class ExportUse:
     """One export from scratch. `seconds` and `peak_bytes` are those of the whole process, its start included;
-    `written_seconds` those until the output stood, validated, and only the report's evaluation was left."""
+    `written_seconds` those until the output stood, validated, and only the report's evaluation was left.
+    `builder_bytes` is the most resident memory of the processes that it started: TensorRT's builder, if any."""
 
     target: str
     seconds: float
     written_seconds: float
     peak_bytes: int
     output_bytes: int
+    builder_bytes: int
     stages: tuple[StageUse, ...]
 
 
@@ -93,28 +96,30 @@ def measured_export(folder: Path, target: str) -> ExportUse:
         raise click.ClickException(f"the export for {target} ended with exit code {process.returncode}")
     spans = json.loads(spans_file.read_text(encoding="utf-8"))
     stages = tuple(
-        StageUse(name, end - begin, max((size for when, size in samples if begin <= when <= end), default=0))
+        StageUse(name, end - begin, max((size for when, size, _ in samples if begin <= when <= end), default=0))
         for name, begin, end in spans
     )
     size = total_bytes(output) if output.suffix == ".onnx" else output.stat().st_size
     written = next(end for name, _, end in spans if name == _WRITES) - start
-    return ExportUse(target, seconds, written, max(size for _, size in samples), size, stages)
+    peak, builder = (max(sample[place] for sample in samples) for place in (1, 2))
+    return ExportUse(target, seconds, written, peak, size, builder, stages)
 
 
-def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, int]]:
-    """(time.monotonic, resident bytes of the process and all its descendants), until the process ends."""
+def watch(process: subprocess.Popen[bytes]) -> list[tuple[float, int, int]]:
+    """(time.monotonic, resident bytes of the process and its descendants, of these alone), until the process ends."""
     samples = []
     parent = psutil.Process(process.pid)
     while process.poll() is None:
-        samples.append((time.monotonic(), _resident(parent)))
+        below = _resident(lambda: parent.children(recursive=True))
+        samples.append((time.monotonic(), _resident(lambda: [parent]) + below, below))
         time.sleep(_SECONDS_BETWEEN_SAMPLES)
     return samples
 
 
-def _resident(parent: psutil.Process) -> int:
+def _resident(processes: Callable[[], Iterable[psutil.Process]]) -> int:
     total = 0
     try:
-        for process in (parent, *parent.children(recursive=True)):
+        for process in processes():
             total += process.memory_info().rss
     except psutil.NoSuchProcess:
         # One of them has just ended; the next sample does without it.
@@ -159,9 +164,21 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
             f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
             f"| {_verdict(size, _MOST_OF_FP32, '.3f', '', _why_large(use.target))} |",
         ]
-    if any(get_target(use.target).engine == "tensorrt-rtx" for use in exports):
-        lines += ["", _BUILDER]
+    for use in exports:
+        if get_target(use.target).engine == "tensorrt-rtx":
+            lines += ["", _BUILDER + _why_behind_the_gate(model, use)]
     return "\n".join(lines)
+
+
+def _why_behind_the_gate(model: FullSize, use: ExportUse) -> str:
+    """Why the builder does not run beside the gate, where memory is the reason."""
+    gate = next(stage.peak_bytes for stage in use.stages if stage.name == _GATE)
+    if use.builder_bytes + gate <= model.most_bytes:
+        return ""
+    return (
+        f" It begins when the gate has passed: the builder's {use.builder_bytes / _GB:.1f} GB beside the gate's "
+        f"{gate / _GB:.1f} GB would be more than the {model.most_bytes / _GB:.1f} GB of the budget."
+    )
 
 
 def _verdict(found: float, most: float, digits: str, unit: str, why_not: str) -> str:

@@ -102,6 +102,11 @@ class BlockInputs:
         squares = (float(sample.square().sum(dtype=torch.float64)) for sample in outputs)
         return sum(weight * square for weight, square in zip(weights, squares, strict=True))
 
+    def roots(self, part: slice, axes: int) -> Tensor:
+        """The roots of what the samples of `part` count, [B, 1, ...] with so many axes, on the device."""
+        counted = torch.ones(len(self))[part] if self.weights is None else self.weights[part]
+        return counted.sqrt().view(-1, *[1] * (axes - 1)).to(self.device)
+
     def advanced(self, hidden: Tensor) -> BlockInputs:
         """Return the next block's inputs, without skips: `hidden` is the output of this one."""
         return replace(self, hidden=hidden, skips={})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from exporter.calibration.finished import FinishedUnits, NothingKept
 from exporter.calibration.first_rounding import feeds_back, largest_gram, looks_at_inputs
 from exporter.calibration.input_parts import InputParts
 from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration.layer_reconstruction import LayerError, reconstruct_layer
 from exporter.calibration.layerwise import LayerUnits
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
 from exporter.errors import InputError
 from exporter.method_section import MethodSection
 from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, Plan
-from exporter.progress import Progress
+from exporter.progress import Progress, Task
 from exporter.quantize import (
     BlockStatistics,
     CalibrationResult,
@@ -147,9 +148,13 @@ class _Walk:
         found = self._restored(unit)
         if found is not None:
             return found
-        original = self._layer_inputs(self._model, name)
-        targets = self._outputs(original, self._model.get_submodule(name))
-        return self._learn(unit, self._layer_inputs(self._quantized, name), targets)
+        original, quantized = (self._layer_inputs(network, name) for network in (self._model, self._quantized))
+
+        def learn(_: torch.Generator, task: Task) -> BlockStatistics:
+            error = LayerError.of(self.layers[name], original, quantized, self._run.limit, self._run.shard)
+            return reconstruct_layer(unit, error, self._method, task)
+
+        return self._learn(unit, learn)
 
     def _layer_inputs(self, model: nn.Module, name: str) -> BlockInputs:
         inputs = self._run.layer_inputs(model, name)
@@ -179,7 +184,7 @@ class _Walk:
             layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
             unit = Unit(name, self._quantized.get_submodule(name), layers)
             if layers:
-                statistics.append(self._restored(unit) or self._learn(unit, quantized, original.hidden))
+                statistics.append(self._restored(unit) or self._learn_block(unit, quantized, original.hidden))
             quantized = quantized.advanced(self._outputs(quantized, unit.module))
             if name in wanted:
                 kept[name] = (original.hidden, quantized.hidden)
@@ -198,11 +203,17 @@ class _Walk:
         (statistics,) = found.blocks
         return statistics
 
-    def _learn(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> BlockStatistics:
+    def _learn_block(self, unit: Unit, inputs: BlockInputs, targets: Tensor) -> BlockStatistics:
+        def learn(generator: torch.Generator, task: Task) -> BlockStatistics:
+            return reconstruct(unit, inputs, targets, self._method, generator, self._execution, task)
+
+        return self._learn(unit, learn)
+
+    def _learn(self, unit: Unit, learn: Callable[[torch.Generator, Task], BlockStatistics]) -> BlockStatistics:
         generator = torch.Generator().manual_seed(_unit_seed(self._seed, unit.name))
         begun = self._progress.task(f"calibrate {unit.name}", self._method.iterations)
         with begun as task, self._run.placement.holds(unit.module):
-            statistics = reconstruct(unit, inputs, targets, self._method, generator, self._execution, task)
+            statistics = learn(generator, task)
         weights = {name: layer.quantized for name, layer in unit.layers.items()}
         learned = CalibrationResult(weights, (statistics,))
         # By all processes, and in main memory, where what was learned on a GPU is not yet.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ from plugins.formats import get_format
 # Where an output channel's error is below this share of its power, it is what float32 makes of the order of sums: 1e-15
 # to 1e-14. What quantization leaves is orders of magnitude more, down to 1e-5 with 8 bits, less where a residual stream
 # adds power without error.
-_ROUNDING_NOISE = 1e-12
+ROUNDING_NOISE = 1e-12
 
 
 class RoundingLinear(nn.Module):
@@ -40,17 +40,17 @@ class RoundingLinear(nn.Module):
         super().__init__()
         self.format = get_format(plan.weight_format)
         self._input = input_quantizer(plan, quantized.input_scale) if activations else None
-        self._original = linear.weight.detach()
+        self.original = linear.weight.detach()
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
         self.quantized = quantized
-        self.register_buffer("dequantized", quantized.dequantize(self.format).to(self._original), persistent=False)
+        self.register_buffer("dequantized", quantized.dequantize(self.format).to(self.original), persistent=False)
         self.rounding: LearnedRounding | None = None
         self.penalty: Penalty | None = None
 
     def start(self, method: MethodSection) -> LearnedRounding:
         """Make the rounding soft, on the scales that the weight already has, and with its values if so asked."""
         # The original weight is needed on a GPU only to begin with.
-        original = self._original.to(self.dequantized)
+        original = self.original.to(self.dequantized)
         values = None
         if method.start != "nearest":
             values = torch.tensor(self.format.values)[self.quantized.codes.int()].to(original)
@@ -73,9 +73,15 @@ class RoundingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N]."""
-        if self._input is not None:
-            x = self._input.fake_quantize(x)
         weight = self.dequantized if self.rounding is None else self.rounding.soft_weight(self.penalty)
+        return self.linear(self.quantized_input(x), weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """x [..., K] as the layer rounds its inputs while it is being learned."""
+        return x if self._input is None else self._input.fake_quantize(x)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer makes of inputs x [..., K] with another weight [N, K]."""
         return F.linear(x, weight, self.bias)
 
 
@@ -122,15 +128,31 @@ def reconstruct(
     is quantized up to here. The unit is on the inputs' device. Several processes, each with its own samples of both,
     learn the same together. If what was learned is worse than the first roundings, these stay.
     """
-    begin = time.perf_counter()
 
     def error_now() -> float:
         return execution.mean(inputs.squared_error(unit.module, targets, execution.forward), targets.numel())
 
+    def optimize(error_start: float) -> None:
+        _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
+
     power = execution.mean(inputs.square_sum(targets), targets.numel()) or 1.0
+    return keep_if_better(unit, method, task, power, error_now, optimize)
+
+
+def keep_if_better(
+    unit: Unit,
+    method: MethodSection,
+    task: Task,
+    power: float,
+    error_now: Callable[[], float],
+    optimize: Callable[[float], None],
+) -> BlockStatistics:
+    """Let `optimize` learn the unit's roundings, given the error of the first ones. If what was learned is worse by
+    `error_now`, these stay. Errors are reported relative to `power`."""
+    begin = time.perf_counter()
     error_start = error = error_now()
     if error_start > 0.0:
-        _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
+        optimize(error_start)
         before = {name: layer.decide(keep=True) for name, layer in unit.layers.items()}
         learned = error_now()
         # Written so that a NaN counts as worse.
@@ -196,7 +218,7 @@ def _channels_with_error(
     sums = inputs.channel_errors(unit.module, targets, indices, execution.forward)
     errors, powers = execution.shard.add_up(sums)
     # Written so that a NaN counts as an error.
-    channels = (~(errors <= _ROUNDING_NOISE * powers)).to(targets.dtype)
+    channels = (~(errors <= ROUNDING_NOISE * powers)).to(targets.dtype)
     return None if bool(channels.all()) else channels
 
 

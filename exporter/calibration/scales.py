@@ -94,22 +94,25 @@ def _choose_rows(
     weight: Tensor, fmt: Format, size: int, search: ScaleSearch, importance: Tensor, allowed: tuple[int, ...]
 ) -> Tensor:
     """Choose scales [n, G] for a few rows [n, K], computing in units of each row's power of two."""
-    unit = power_of_two_below(weight.abs().amax(dim=1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
-    grouped = (weight / unit).abs_().reshape(len(weight), -1, size)
-    importance = importance.reshape(-1, size)
-    groups = grouped.shape[1]
+    groups = weight.shape[1] // size
     if len(allowed) == 1:  # one multiplier only: a channel scale, said G times
-        grouped, importance = grouped.reshape(len(weight), 1, -1), importance.reshape(1, -1)
-    amax = grouped.amax(dim=2)
+        size = weight.shape[1]
+    magnitudes = weight.abs().reshape(len(weight), -1, size)
+    amax = magnitudes.amax(dim=2)
+    unit = power_of_two_below(amax.amax(dim=1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
+    amax = amax / unit
     absmax = (amax / torch.full_like(amax, fmt.max)).clamp_(min=SMALLEST_SCALE)
-    error = RoundingError(grouped, fmt, importance)
+    error = None
+    # "absmax" needs no more of the weights than their largest.
+    if search == "mse":
+        error = RoundingError(magnitudes / unit.unsqueeze(2), fmt, importance.reshape(-1, size))
     zero = amax == 0
     if len(allowed) > 1:
         wanted = torch.where(zero, absmax.amax(dim=1, keepdim=True), absmax)
-        chosen = _hold(wanted, allowed) if search == "absmax" else _fold(error, wanted, allowed)
+        chosen = _hold(wanted, allowed) if error is None else _fold(error, wanted, allowed)
         zero = zero.all(dim=1, keepdim=True)
     else:
-        chosen = round_significand(absmax if search == "absmax" else _search_clipping(error, absmax))
+        chosen = round_significand(absmax if error is None else _search_clipping(error, absmax))
     return torch.where(zero, ZERO_GROUP_SCALE, (chosen * unit).clamp_(min=SMALLEST_SCALE)).expand(-1, groups)
 
 

@@ -34,6 +34,7 @@ from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.layer_table import LayerEntry, read_layer_table, read_output_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
+from exporter.runtime.arena import renew_arena
 from exporter.targets import Target
 
 
@@ -49,7 +50,9 @@ def compare_graph(
     """
     compared = _Compared.open(path, stage, reference, folder, target)
     with progress.task(f"comparing the {stage} graph", compared.steps) as task:
-        return compared.result(task.advance)
+        result = compared.result(task.advance)
+    renew_arena()
+    return result
 
 
 def compare_graphs(
@@ -81,6 +84,7 @@ def compare_graphs(
                 # Else an interrupted export would wait for the end of both.
                 ended.set()
                 running[-1].cancel()
+    renew_arena()
     return GateResult(first.rows + second.rows, second.commands)
 
 

@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from exporter.errors import FidelityError, InputError
 from exporter.files import atomic_path
 from exporter.memory import return_freed_memory
+from exporter.runtime.arena import share_arena
 
 if TYPE_CHECKING:
     from polygraphy.comparator import IterationResult, RunResults
@@ -63,6 +64,7 @@ class Part:
         """
         options = ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
+        share_arena(options)
         # The next segment's constants are computed meanwhile, on a core that threads would only wait on.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.threads is not None:

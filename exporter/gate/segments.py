@@ -30,6 +30,7 @@ from exporter.gate.subgraphs import (
 )
 from exporter.passes.layer_table import LayerEntry
 from exporter.runtime import OnnxSession
+from exporter.runtime.arena import share_arena
 
 LARGEST_WHOLE = 16_000_000
 """Quantized weights of a graph that is run in one piece."""
@@ -157,6 +158,7 @@ class DividedGraph:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # The other cores run the segment before.
         options.intra_op_num_threads = 1
+        share_arena(options)
         try:
             session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             return list(session.run(names, {}))
@@ -244,6 +246,6 @@ class SegmentedSession:
         sessions = []
         for names, constants in with_constants(graph, self._segments):
             part = graph.part(state, names, constants)
-            sessions.append(OnnxSession(part.complete(), fold_constants=False, keep_arena=False))
+            sessions.append(OnnxSession(part.complete(), fold_constants=False, shares_arena=True))
             yield sessions[-1]
         self._sessions, self._graph = sessions, None

@@ -1,7 +1,7 @@
 """Weights for ONNX Runtime on a CPU: 4 bits each in the file, expanded once when the runtime loads it.
 
-The nodes that expand them have constant inputs only, so the runtime folds them. They are few and cheap, a cast, an
-addition and a table look-up, because a large model's load time is theirs.
+The nodes that expand them have constant inputs only, so the runtime folds them. They are few and cheap, a cast and a
+table look-up, because a large model's load time is theirs.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ def append_integer_weight(
 ) -> str:
     """Numerators times multipliers, int8 [K, N]: a constant if `in_bytes` or of 8 bits anyway, else expanded.
 
-    int8 = table[code + codes · multiplier], the table holding every numerator times every multiplier.
+    int8 [k, n] = table[code [k, n], n], with a table of every numerator times the multiplier for every group: a look-up
+    down its own column (GatherElements) costs ONNX Runtime a fifth of one in a table that all weights share (Gather).
     """
     if in_bytes or layer.format.bits == _BYTE_BITS:
         name = f"{layer.name}.int8"
         tensors[name] = gs.Constant(name, expanded_bytes(layer))
         return name
-    table = layer.format.numerators
     codes = _append_codes(body, layer, tensors, splicer)
+    numerators = layer.format.numerators.astype(np.int32)[:, None]
     if layer.multipliers is None:
-        return body.op("Gather", body.constant(table.astype(np.int8)), codes, axis=0)
-    products = np.arange(layer.multipliers.max() + 1)[:, None] * table
+        size = body.ints(len(numerators), len(layer.weight_scales))
+        table = body.op("Expand", body.constant(numerators.astype(np.int8)), size)
+        return body.op("GatherElements", table, codes, axis=0)
     steps = body.op("Cast", _multipliers(layer, tensors), to=TensorProto.INT32)
-    offsets = body.op("Mul", steps, body.constant(np.int32(len(table))))
-    indices = body.op("Add", codes, offsets)
-    weight = body.op("Gather", body.constant(products.ravel().astype(np.int8)), indices, axis=0)
-    return _append_whole(body, layer, weight)
+    table = body.op("Cast", body.op("Mul", steps, body.constant(numerators)), to=TensorProto.INT8)
+    return _append_whole(body, layer, body.op("GatherElements", table, codes, axis=1))
 
 
 def append_unscaled_weight(body: Body, layer: Layer, tensors: dict[str, gs.Tensor], splicer: Splicer) -> str:

@@ -171,7 +171,7 @@ def _contiguous(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _exactly(numbers: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The numbers in a smaller type. Raises ValueError if one of them changes."""
-    stored = np.ascontiguousarray(numbers.astype(dtype))
-    if not np.array_equal(stored.astype(numbers.dtype), numbers):
+    stored = np.ascontiguousarray(numbers.astype(dtype, copy=False))
+    if numbers.dtype != dtype and not np.array_equal(stored.astype(numbers.dtype), numbers):
         raise ValueError(f"the weights are not exact in {dtype}")
     return stored

@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from exporter.errors import InputError, did_you_mean
 from exporter.memory import return_freed_memory
 from exporter.onnx_files import read_model
+from exporter.runtime.arena import share_arena
 from exporter.runtime.signature import TensorSpec, check_shapes
 
 Provider = str | tuple[str, dict[str, str]]
@@ -65,18 +66,18 @@ class OnnxSession:
         threads: int | None = None,
         *,
         fold_constants: bool = True,
-        keep_arena: bool = True,
+        shares_arena: bool = False,
     ) -> None:
         """Load a file, or a model of less than protobuf's 2 GiB; `threads` limits the CPU threads of one operator
         (default: all cores). Without `fold_constants`, what depends on constants alone is computed in every run instead
-        of being kept in memory; without `keep_arena`, the memory of a run's tensors is given back during it.
+        of being kept in memory; `shares_arena`: see `exporter.runtime.arena`.
 
         Raises `InputError` for a file that is missing, unreadable or no ONNX model, and for a model that ONNX Runtime
         cannot run.
         """
         self.name = _name_of(source)
         self._session = create_session(
-            source, threads, CPU_PROVIDERS, fold_constants=fold_constants, keep_arena=keep_arena
+            source, threads, CPU_PROVIDERS, fold_constants=fold_constants, shares_arena=shares_arena
         )
         self.inputs = tuple(spec_of(value) for value in self._session.get_inputs())
         self.outputs = tuple(spec_of(value) for value in self._session.get_outputs())
@@ -116,7 +117,7 @@ def create_session(
     providers: Sequence[Provider],
     *,
     fold_constants: bool = True,
-    keep_arena: bool = True,
+    shares_arena: bool = False,
 ) -> ort.InferenceSession:
     """ONNX Runtime's session for a file or a model, without the one optimization that would change its arithmetic.
 
@@ -127,8 +128,8 @@ def create_session(
     options.log_severity_level = _ERRORS_ONLY
     # Idle threads would spin on the cores that torch computes on between two runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Not by shrinking it after a run, which spares what was allocated first: a block's decoded weights.
-    options.enable_cpu_mem_arena = keep_arena
+    if shares_arena:
+        share_arena(options)
     if threads is not None:
         options.intra_op_num_threads = threads
     dequantizes = any(node.op_type == "DequantizeLinear" for node in model.graph.node)

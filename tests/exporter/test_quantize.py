@@ -23,7 +23,6 @@ from exporter.quantize import (
     CalibrationResult,
     QuantizedWeight,
     QuantLinear,
-    encode_grid_values,
     load_quantized,
     quantize_model,
     round_to_nearest,
@@ -268,10 +267,3 @@ def test_the_static_scale_of_an_input_is_saved_and_needed(model: nn.Module, tmp_
         _rewrite(path, "0.input_scale", wrong)
         with pytest.raises(InputError, match=message):
             load_quantized(path, BLOCK_PLAN)
-
-
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
-def test_values_of_the_grid_are_encoded_without_a_search_to_the_same_codes(name: str) -> None:
-    fmt = get_format(name)
-    values = torch.from_numpy(fmt.values[fmt.valid].copy()).add_(0.0)
-    assert np.array_equal(encode_grid_values(values, fmt).numpy(), fmt.encode(values.numpy()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from exporter.calibration.activations import BatchLimit
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.finished import UnitFiles
 from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration.layer_reconstruction import LayerError
 from exporter.calibration.nearest import nearest_weight
 from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
 from exporter.method_section import MethodSection
@@ -67,6 +70,7 @@ def _learn(shard: Shard) -> dict[str, torch.Tensor]:
     given = BlockInputs(inputs[own], {}, {}, weights=weights[own])
     statistics, codes = _reconstruct(given, targets[own], shard)
     _, exact = _reconstruct(given, _original()(inputs[own]), shard)
+    error = LayerError.of(_unit().layers["0"], given, replace(given, hidden=given.hidden * 1.1), BatchLimit(), shard)
     sums = InputSums(SAMPLES, largest_gram=WIDTH, shard=shard, weights=weights)
     for part in inputs[own].split(5):
         sums.add("layer", part)
@@ -76,6 +80,8 @@ def _learn(shard: Shard) -> dict[str, torch.Tensor]:
         "errors": torch.tensor([statistics.error_start, statistics.error_calibrated], dtype=torch.float64),
         "codes": codes,
         "exact codes": exact,
+        "layer pull": error.pull,
+        "layer power": error.power,
         "mean_square": seen.mean_square,
         "gram": seen.gram,
         "amax": torch.tensor(seen.amax),
@@ -166,6 +172,8 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     assert torch.allclose(first["block errors"], alone["block errors"], rtol=1e-3)
     for codes in ("block 0 codes", "block 1 codes"):
         assert float((first[codes] != alone[codes]).float().mean()) < 1e-3
+    assert torch.allclose(first["layer pull"], alone["layer pull"], rtol=1e-4, atol=1e-3)
+    assert torch.allclose(first["layer power"], alone["layer power"], rtol=1e-5)
     assert first["amax"] == alone["amax"]
     assert torch.allclose(first["mean_square"], alone["mean_square"], rtol=1e-5)
     assert torch.allclose(first["gram"], alone["gram"], rtol=1e-4, atol=1e-3)

@@ -47,7 +47,7 @@ def expanded(block: str, hidden: str) -> tuple[onnx.TensorProto, list[onnx.NodeP
     packed = np.random.default_rng(0).integers(0, 256, WIDTH * WIDTH // 2, dtype=np.uint8).tobytes()
     return helper.make_tensor(f"{block}.u4", TensorProto.UINT4, (WIDTH, WIDTH), packed, raw=True), [
         helper.make_node("Cast", [f"{block}.u4"], [f"{block}.codes"], to=TensorProto.INT32),
-        helper.make_node("Gather", ["table", f"{block}.codes"], [f"{block}.weight"], axis=0),
+        helper.make_node("GatherElements", ["table", f"{block}.codes"], [f"{block}.weight"], axis=0),
         helper.make_node("Cast", [hidden], [f"{block}.input"], to=TensorProto.UINT8),
         helper.make_node("MatMulInteger", [f"{block}.input", f"{block}.weight"], [f"{block}.sums"]),
         helper.make_node("Cast", [f"{block}.sums"], [f"{block}.output"], to=TensorProto.FLOAT),
@@ -65,7 +65,8 @@ def decoded(block: str, hidden: str) -> tuple[onnx.TensorProto, list[onnx.NodePr
 
 def chain(path: Path, block: Block) -> Path:
     """The file of BLOCKS such products, one behind the other."""
-    tensors = [numpy_helper.from_array(np.arange(-8, 8, dtype=np.int8), "table")]
+    table = np.repeat(np.arange(-8, 8, dtype=np.int8)[:, None], WIDTH, axis=1)
+    tensors = [numpy_helper.from_array(table, "table")]
     tensors.append(numpy_helper.from_array(np.float32(0.01), "scale"))
     nodes, hidden = [], "x"
     for index in range(BLOCKS):
