@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from exporter.errors import InputError
-from exporter.layer_section import HADAMARD_SIZES, HIGH_PRECISION
+from exporter.layer_section import HADAMARD_SIZES, HIGH_PRECISION, NO_SHIFT
 from exporter.presets import LayerScheme
 from exporter.recipe import Recipe
 from exporter.targets import Target
 from plugins.block_scales import BLOCK_SCALINGS
+from plugins.formats import UNSIGNED_ACTIVATION_FORMATS
 
 if TYPE_CHECKING:
     from exporter.plan import LayerPlan
@@ -40,6 +41,19 @@ def check_compute(recipe: Recipe, layers: Sequence[LayerPlan], target: Target) -
                 f"{recipe.name}: {layer.name}: plugins multiply weights alone with fp16 or bf16 activations; use "
                 "`compute: fp16` (or bf16), or `kernels: native`"
             )
+
+
+def check_sign(layer: LayerPlan, least: float) -> None:
+    """Raise `InputError` for captured inputs down to `least`, if that is negative and their format has no sign."""
+    if layer.activation_format not in UNSIGNED_ACTIVATION_FORMATS or least >= 0:
+        return
+    advice = "behind a GELU add `shift: gelu`, elsewhere use `activation: e2m3`"
+    if layer.shift != NO_SHIFT:
+        advice = f"no {layer.shift.upper()} makes them: drop `shift: {layer.shift}` and use `activation: e2m3`"
+    raise InputError(
+        f"{layer.original_name}: `activation: {layer.activation_format}` has no sign, and captured inputs go down to "
+        f"{least:.3g}; {advice}"
+    )
 
 
 def _check_group(where: str, pattern: str, group: int, in_features: int) -> None:

@@ -98,7 +98,8 @@ def _measure(
 ) -> ScaleKind:
     layer, runs = kind
     fmt, searched, measured = get_format(layer.weight_format), rows[::2], rows[1::2]
-    statistics = InputStatistics(searched.square().mean(dim=0), float(searched.abs().amax()))
+    least, largest = (float(end) for end in searched.aminmax())
+    statistics = InputStatistics(searched.square().mean(dim=0), max(largest, -least), least)
     rounded = nearest_weight(weight, layer, statistics, method.scale_search).dequantize(fmt)
     return ScaleKind(
         kind=layer.scales,

@@ -11,6 +11,7 @@ from exporter.calibration.output_error import LARGEST_GRAM
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan, Plan
 from exporter.quantize import QuantizedWeight
+from plugins.formats import UNSIGNED_ACTIVATION_FORMATS
 
 
 def feeds_back(method: MethodSection) -> bool:
@@ -19,9 +20,11 @@ def feeds_back(method: MethodSection) -> bool:
 
 
 def looks_at_inputs(plan: Plan, method: MethodSection) -> bool:
-    """Whether rounding to nearest depends on the layers' inputs: by its search, or by a static scale of them."""
+    """Whether the layers' inputs have to be known: for the search of scales, for a static scale of them, or because
+    their format has no sign."""
     static = any(layer.scaling is not None and layer.scaling.has_tensor_scale for layer in plan.layers)
-    return static or method.scale_search != "absmax"
+    unsigned = any(layer.activation_format in UNSIGNED_ACTIVATION_FORMATS for layer in plan.layers)
+    return static or unsigned or method.scale_search != "absmax"
 
 
 def largest_gram(plan: Plan, method: MethodSection) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
+from exporter.layer_checks import check_sign
 from exporter.plan import LayerPlan
 
 _FLOAT32 = 4
@@ -43,7 +44,7 @@ class InputParts:
 
     def of(self, layers: Sequence[LayerPlan]) -> Iterator[tuple[Sequence[LayerPlan], Mapping[str, InputStatistics]]]:
         """Go through `layers`, some at a time and in order of the parts, with what is known of their inputs, by layer;
-        a layer that never runs has no entry."""
+        a layer that never runs has no entry. Raises `InputError` for negative inputs in a format that has no sign."""
         for part in self._parts:
             names = set(part)
             here = [layer for layer in layers if layer.name in names]
@@ -54,6 +55,9 @@ class InputParts:
                 self._made, self._statistics = [], {}
                 self._statistics = self._run.input_statistics(self._model, part, self._largest_gram)
                 self._made = part
+                for layer in here:
+                    if layer.name in self._statistics:
+                        check_sign(layer, self._statistics[layer.name].least)
             yield here, self._statistics
 
 

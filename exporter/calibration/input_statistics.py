@@ -16,26 +16,28 @@ _GRAM_TOKENS = 1 << 17
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """A layer's input X over the calibration set: mean square per channel [K], its largest magnitude, and the Gram
-    matrix XᵀX [K, K] where one was made; both count the samples as the run does."""
+    """A layer's input X over the calibration set: mean square per channel [K], its largest magnitude, its least number,
+    and the Gram matrix XᵀX [K, K] where one was made; squares and products count the samples as the run does."""
 
     mean_square: Tensor
     amax: float
+    least: float
     gram: Tensor | None = None
 
     def to(self, device: torch.device) -> InputStatistics:
         """The same on a device."""
         gram = None if self.gram is None else self.gram.to(device)
-        return InputStatistics(self.mean_square.to(device), self.amax, gram)
+        return InputStatistics(self.mean_square.to(device), self.amax, self.least, gram)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of the tokens seen so far: their number, the sums of their squares [K], their largest magnitude, and XᵀX [K, K]
-    of those that count for it, if any do."""
+    """Of the tokens seen so far: their number, the sums of their squares [K], their least and largest number, and XᵀX
+    [K, K] of those that count for it, if any do."""
 
     count: int
     squares: Tensor
+    least: float
     largest: float
     gram: Tensor | None
 
@@ -43,7 +45,8 @@ class _Sums:
         """Of both."""
         gram = None if self.gram is None or other.gram is None else self.gram + other.gram
         squares = self.squares + other.squares
-        return _Sums(self.count + other.count, squares, max(self.largest, other.largest), gram)
+        least, largest = min(self.least, other.least), max(self.largest, other.largest)
+        return _Sums(self.count + other.count, squares, least, largest, gram)
 
 
 class InputSums:
@@ -83,7 +86,8 @@ class InputSums:
         if x.shape[-1] <= self._largest_gram:
             chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x)).to(x.device)]
             gram = (chosen.T @ chosen).cpu()
-        return _Sums(len(tokens), squares, float(x.abs().amax()), gram)
+        least, largest = x.aminmax()
+        return _Sums(len(tokens), squares, float(least), float(largest), gram)
 
     def _numbers(self, before: int, samples: int, tokens: int) -> Tensor:
         """Which of all samples the next ones are, int64 [samples]: the same whoever has them, and when."""
@@ -111,7 +115,8 @@ class InputSums:
     def _statistics(self, sums: _Sums) -> InputStatistics:
         squares, count = self._shard.add_up(sums.squares), self._shard.add_up(torch.tensor(sums.count))
         gram = None if sums.gram is None else self._shard.add_up(sums.gram)
-        return InputStatistics((squares / count).float(), self._shard.largest(sums.largest), gram)
+        below, above = self._shard.largest(-sums.least), self._shard.largest(sums.largest)
+        return InputStatistics((squares / count).float(), max(above, below), -below, gram)
 
 
 def _spread(tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from exporter.calibration_stages import formats_chosen
+from exporter.errors import InputError
 from exporter.job import open_job
 from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress
@@ -34,6 +36,33 @@ def test_targets_with_other_group_multipliers_keep_their_own_weights(tiny_job: P
     assert multipliers[0] != multipliers[1] == multipliers[2], "else this test says nothing"
     assert [len(files) for files in written] == [1, 2, 2, 2]
     assert written[0].items() <= written[1].items() == written[2].items() == written[3].items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("match", "shift", "message"),
+    [
+        ("*.ff.net.2", "gelu", ""),
+        (
+            "*.ff.net.2",
+            "none",
+            r"blocks\.0\.ff\.net\.2: `activation: ue2m4` has no sign, .* to -0\.1.*add `shift: gelu`",
+        ),
+        ("*.attn2.to_q", "gelu", r"blocks\.0\.attn2\.to_q: .* no GELU makes them: drop `shift: gelu` and use"),
+    ],
+)
+def test_captured_inputs_below_zero_are_refused_without_a_sign(
+    tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, match: str, shift: str, message: str
+) -> None:
+    rules = f'{{match: "{match}", group: 32, activation: ue2m4, shift: {shift}}}, {{match: "transformer_blocks.*", group: 32}}'
+    changes = [f"layers=[{rules}]", "method.name=rtn", "method.scale_search=absmax"]
+    recipe, progress = load_recipe(tiny_job / "tiny.yaml", changes, "cpu"), NullProgress()
+    begin(tmp_path / "x.work")
+    job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=progress)
+    source = load_source(job)
+    captured = captured_inputs(job, source)
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        calibrated_weights(job, transformed(job, source), captured)
 
 
 @pytest.mark.slow

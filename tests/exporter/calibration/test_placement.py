@@ -85,7 +85,7 @@ def test_scales_are_searched_on_a_gpu_as_on_the_cpu(scales: str) -> None:
     layer = LayerPlan("x", 4, 2 * size, False, "e2m1", "e2m1", size, scales, "int8")
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, layer.in_features, generator=generator) for rows in (4, 64))
-    inputs = InputStatistics(x.square().mean(dim=0), float(x.abs().max()), x.T @ x)
+    inputs = InputStatistics(x.square().mean(dim=0), float(x.abs().max()), float(x.min()), x.T @ x)
     here = nearest_weight(weight, layer, inputs, "output")
     with PretendedGpu() as gpu:
         there = nearest_weight(weight.to(GPU), layer, inputs.to(GPU), "output")
