@@ -54,8 +54,12 @@ def test_targets_with_other_group_multipliers_keep_their_own_weights(tiny_job: P
 def test_captured_inputs_below_zero_are_refused_without_a_sign(
     tiny_job: Path, begin: Callable[..., Path], tmp_path: Path, match: str, shift: str, message: str
 ) -> None:
-    rules = f'{{match: "{match}", group: 32, activation: ue2m4, shift: {shift}}}, {{match: "transformer_blocks.*", group: 32}}'
-    changes = [f"layers=[{rules}]", "method.name=rtn", "method.scale_search=absmax"]
+    rule = f'{{match: "{match}", group: 32, activation: ue2m4, shift: {shift}}}'
+    changes = [
+        f'layers=[{rule}, {{match: "transformer_blocks.*", group: 32}}]',
+        "method.name=rtn",
+        "method.scale_search=absmax",
+    ]
     recipe, progress = load_recipe(tiny_job / "tiny.yaml", changes, "cpu"), NullProgress()
     begin(tmp_path / "x.work")
     job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=progress)
