@@ -47,12 +47,12 @@ def check_sign(layer: LayerPlan, least: float) -> None:
     """Raise `InputError` for captured inputs down to `least`, if that is negative and their format has no sign."""
     if layer.activation_format not in UNSIGNED_ACTIVATION_FORMATS or least >= 0:
         return
-    advice = "behind a GELU add `shift: gelu`, elsewhere use `activation: e2m3`"
+    advice = "behind a GELU add `shift: gelu`, elsewhere"
     if layer.shift != NO_SHIFT:
-        advice = f"no {layer.shift.upper()} makes them: drop `shift: {layer.shift}` and use `activation: e2m3`"
+        advice = f"no {layer.shift.upper()} makes them: drop `shift: {layer.shift}` and"
     raise InputError(
         f"{layer.original_name}: `activation: {layer.activation_format}` has no sign, and captured inputs go down to "
-        f"{least:.3g}; {advice}"
+        f"{least:.3g}; {advice} use a format with a sign, such as e2m3"
     )
 
 

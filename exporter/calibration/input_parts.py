@@ -55,9 +55,9 @@ class InputParts:
                 self._made, self._statistics = [], {}
                 self._statistics = self._run.input_statistics(self._model, part, self._largest_gram)
                 self._made = part
-                for layer in here:
-                    if layer.name in self._statistics:
-                        check_sign(layer, self._statistics[layer.name].least)
+            for layer in here:
+                if layer.name in self._statistics:
+                    check_sign(layer, self._statistics[layer.name].least)
             yield here, self._statistics
 
 

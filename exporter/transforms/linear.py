@@ -12,8 +12,8 @@ from exporter.transforms.hadamard import hadamard, rotate
 from exporter.transforms.low_rank import LowRank
 
 SHIFTS: Mapping[str, float] = MappingProxyType({"none": 0.0, "gelu": 175 / 1024})
-"""What is added to an input: just above minus the least value of GELU, -0.16997, and of its tanh approximation,
--0.17004: the next number that FP16 and BF16 hold."""
+"""What is added to an input. A GELU's least value is -0.16997, that of its tanh approximation -0.17004; the shift is
+the next number beyond that FP16 and BF16 hold."""
 
 
 class TransformedLinear(nn.Module):
