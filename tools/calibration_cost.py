@@ -36,6 +36,8 @@ _OPERATIONS = 6
 _WEIGHTS = 16
 # FP32 of an H100 SXM (67 published), at six tenths.
 _RATE = 40e12
+# Of the published recipes, and of `effort: default`.
+_ITERATIONS_OF = (2500, 250)
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,21 @@ class Job:
     batch: int
     inputs: int
 
-    @property
-    def learning(self) -> float:
-        """Operations of 2500 iterations on every block: linears, and both products of self-attention."""
+    def learning(self, iterations: int) -> float:
+        """Operations of so many iterations on every block: linears, and both products of self-attention."""
         block = _OPERATIONS * self.tokens * (_WEIGHTS * self.width**2 + 2 * self.tokens * self.width)
-        return 2500.0 * self.batch * self.depth * block
+        return float(iterations) * self.batch * self.depth * block
 
     @property
-    def passes(self) -> float:
-        """Operations of the four passes of all inputs through every block: two before learning, two behind it."""
-        return 4 * self.inputs * self.learning / (2500 * self.batch * 3)
+    def one_pass(self) -> float:
+        """Operations of all inputs through every block, forward only."""
+        return self.inputs * self.learning(1) / (self.batch * 3)
+
+    def hours(self, iterations: int, processes: int) -> float:
+        """Four passes, two before learning and two behind it, and learning are shared out; the two passes that capture
+        inputs and balance them are made by the first process alone."""
+        shared = self.learning(iterations) + 4 * self.one_pass
+        return (shared / processes + 2 * self.one_pass) / _RATE / 3600
 
     def gigabytes(self, width_bytes: int = 4) -> float:
         """Activations at the peak."""
@@ -173,14 +180,15 @@ def measured_table() -> str:
 
 def extrapolated_table() -> str:
     """Operations, and the hours that they are at `_RATE`."""
-    head = ("model", "learning", "passes", "one GPU", "eight GPUs", "activations, one process", "of eight")
+    head = ("model", "learning, 2500", "a pass")
+    head += tuple(f"{gpus}, {count} iterations" for count in _ITERATIONS_OF for gpus in ("one GPU", "eight"))
     rows = []
     for job in JOBS:
-        hours = (job.learning + job.passes) / _RATE / 3600
-        sizes = (job.gigabytes(), job.gigabytes() / 8)
-        work = (f"{job.learning / 1e15:.0f} PFLOP", f"{job.passes / 1e15:.1f} PFLOP")
-        rows.append((job.name, *work, f"{hours:.1f} h", f"{hours / 8:.1f} h", *(f"{size:.0f} GB" for size in sizes)))
-    return _table(head, rows)
+        work = (f"{job.learning(_ITERATIONS_OF[0]) / 1e15:.0f} PFLOP", f"{job.one_pass / 1e15:.1f} PFLOP")
+        hours = (f"{job.hours(count, processes):.1f} h" for count in _ITERATIONS_OF for processes in (1, 8))
+        sizes = (f"{job.gigabytes() / processes:.0f} GB" for processes in (1, 8))
+        rows.append((job.name, *work, *hours, *sizes))
+    return _table((*head, "activations, one process", "of eight"), rows)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_d
 from tools.quality_cells.layers import quantize_with_zero_point, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
-from tools.quality_cells.rows import BITS, ROWS, SEEDS, W4A6, Bits, Row
-from tools.quality_cells.verdict import verdict
+from tools.quality_cells.rows import BITS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row
+from tools.quality_cells.verdict import differences, verdict
 
 MEASURED_BY = ("0123456789ab", "2.0")
-RECIPE = Path(__file__).parents[2] / "recipes" / "digits.yaml"
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "digits.yaml"
 
 
 PLANNED = LayerPlan(
@@ -102,6 +103,28 @@ def test_verdicts_need_seeds_that_agree() -> None:
         "integers closer",
         "no difference",
     ]
+
+
+# What docs/quality.md's prose says of the digits: row, bits, against zero points; of the mean and of the worst step.
+SAID = [
+    ("ours", W4A6, False, "floats closer", "floats closer"),
+    ("ours", W4A4, False, "floats closer", "floats closer"),
+    ("ours", W3A6, False, "floats closer", "floats closer"),
+    ("ours", W4A6, True, "no difference", "floats closer"),
+    ("ours", W4A4, True, "integers closer", "integers closer"),
+    ("ours", W4A8, False, "integers closer", "integers closer"),
+    ("ours", W4A8, True, "integers closer", "integers closer"),
+    ("mixed", W4A8, True, "floats closer", "floats closer"),
+]
+
+
+@pytest.mark.parametrize(("key", "bits", "zero_points", "mean", "worst"), SAID)
+def test_the_prose_says_what_the_kept_cells_say(
+    key: str, bits: Bits, zero_points: bool, mean: str, worst: str, tmp_path: Path
+) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    found = differences(laboratory, key, bits, zero_points=zero_points)
+    assert [verdict(each) for each in found] == [mean, worst]
 
 
 def test_drift_is_in_decibels() -> None:

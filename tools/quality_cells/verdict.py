@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tools.quality_cells.rows import BITS, ROWS, SEEDS, Bits, Row
 
 if TYPE_CHECKING:
-    from tools.quality_cells.cells import Laboratory
+    from tools.quality_cells.cells import Figures, Laboratory
 
 # Floats and integers that are given the same.
 _PAIRS = (
@@ -38,26 +38,35 @@ def by_method(laboratory: Laboratory) -> str:
 
 
 def against_best(laboratory: Laboratory) -> str:
-    """Some rows of floats against whichever row of integers is best at these bits."""
+    """Some rows of floats against whichever row of integers is best at these bits, and what all seeds agree on."""
     lines = []
     for title, key in _JUDGED:
-        for zero, words in ((False, "around zero"), (True, "with zero points")):
-            integers = [row for row in ROWS if row.formats == "integers" and row.zero_points == zero]
+        for zero_points, words in ((False, "around zero"), (True, "with zero points")):
             cells = []
             for bits in BITS:
-                best = _best(laboratory, integers, bits)
-                cells.append("–" if best is None else _cell(laboratory, _row(key), best, bits, judged=True))
+                found = differences(laboratory, key, bits, zero_points=zero_points)
+                found_words = [f"{spread(each, signed=True)} ({verdict(each)})" for each in found if each]
+                cells.append(", ".join(found_words) or "–")
             lines.append(f"| {title} − best integers {words} | {' | '.join(cells)} |")
     return _table("dB of the mean, of the worst step", lines)
 
 
-def verdict(differences: Sequence[float]) -> str:
+def differences(laboratory: Laboratory, key: str, bits: Bits, *, zero_points: bool) -> tuple[list[float], list[float]]:
+    """The row `key` less the best row of integers, seed by seed: mean SNR, worst step. Nothing where one is missing."""
+    integers = [row for row in ROWS if row.formats == "integers" and row.zero_points == zero_points]
+    best = _best(laboratory, integers, bits)
+    both = [] if best is None else _both(laboratory, _row(key), best, bits)
+    means = [one.snr_mean_db - other.snr_mean_db for one, other in both]
+    return means, [one.snr_worst_db - other.snr_worst_db for one, other in both]
+
+
+def verdict(found: Sequence[float]) -> str:
     """What floats minus integers, one number a seed, say: something only where all of several seeds agree."""
-    if len(differences) < 2:
+    if len(found) < 2:
         return "one seed"
-    if min(differences) > 0:
+    if min(found) > 0:
         return "floats closer"
-    return "integers closer" if max(differences) < 0 else "no difference"
+    return "integers closer" if max(found) < 0 else "no difference"
 
 
 def _table(head: str, lines: Sequence[str]) -> str:
@@ -77,14 +86,12 @@ def _best(laboratory: Laboratory, rows: Sequence[Row], bits: Bits) -> Row | None
     return _row(max(means, key=means.__getitem__)) if means else None
 
 
-def _cell(laboratory: Laboratory, ours: Row, theirs: Row, bits: Bits, *, judged: bool = False) -> str:
-    """The difference over the seeds that both have been measured with; `judged`: also of the worst step, in words."""
+def _cell(laboratory: Laboratory, ours: Row, theirs: Row, bits: Bits) -> str:
+    means = [one.snr_mean_db - other.snr_mean_db for one, other in _both(laboratory, ours, theirs, bits)]
+    return spread(means, signed=True) if means else "–"
+
+
+def _both(laboratory: Laboratory, ours: Row, theirs: Row, bits: Bits) -> list[tuple[Figures, Figures]]:
+    """The figures of the seeds that both have been measured with."""
     pairs = [(laboratory.kept(ours, bits, seed), laboratory.kept(theirs, bits, seed)) for seed in SEEDS]
-    both = [(one, other) for one, other in pairs if one is not None and other is not None]
-    if not both:
-        return "–"
-    means = [one.snr_mean_db - other.snr_mean_db for one, other in both]
-    if not judged:
-        return spread(means, signed=True)
-    worst = [one.snr_worst_db - other.snr_worst_db for one, other in both]
-    return f"{spread(means, signed=True)} ({verdict(means)}), {spread(worst, signed=True)} ({verdict(worst)})"
+    return [(one, other) for one, other in pairs if one is not None and other is not None]
