@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -63,30 +64,43 @@ def test_what_it_is_for(unsigned: str, signed: str) -> None:
     assert errors[0] < errors[1] / 2
 
 
-def shifted_layer(model: nn.Module, activation: str) -> LayerPlan:
+@dataclass(frozen=True)
+class Traced:
+    """One block with a shifted layer, the same quantized, and its traced graph."""
+
+    layer: str
+    original: nn.Module
+    quantized: nn.Module
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    path, model = tmp_path_factory.mktemp("shift") / "traced.onnx", tiny_pixart()
+    model.transformer_blocks = model.transformer_blocks[:1]
     n, k = model.get_submodule(FED).weight.shape
-    return LayerPlan(f"{FED}.linear", n, k, True, "e2m1", activation, 32, "foldable", "int8", shift="gelu")
-
-
-@pytest.mark.parametrize(("target", "activation"), [("cpu", "ue2m4"), ("cpu", "ue2m2"), ("rtx-sm89", "ue2m4")])
-def test_codes_are_exact_on_every_way_to_the_engine(tmp_path: Path, target: str, activation: str) -> None:
-    model, device = tiny_pixart(), TARGETS[target]
-    layer = shifted_layer(model, activation)
+    layer = LayerPlan(f"{FED}.linear", n, k, True, "e2m1", "ue2m4", 32, "foldable", "int8", shift="gelu")
     changed = with_transforms(model, [layer], {})
     weight = nearest_weight(changed.get_submodule(layer.name).weight, layer, None, "absmax")
     quantized = quantize_model(changed, Plan((layer,), (), 0, 0), {layer.name: weight})
-    to_onnx(quantized, ADAPTER, ADAPTER.example_inputs(quantized, 2, TOKENS), tmp_path / "traced.onnx")
-    exported, _ = run_passes(onnx.load(tmp_path / "traced.onnx"), WAIST_PASSES, device)
-    passes = (*lowering_passes(device), *emulation_passes(device))
-    lowered, _ = run_passes(exported, passes, device)
+    to_onnx(quantized, ADAPTER, ADAPTER.example_inputs(quantized, 2, TOKENS), path)
+    return Traced(layer.name, changed, quantized, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "encoding"), [("cpu", "uint8"), ("rtx-sm89", "int8")])
+def test_codes_are_exact_on_every_way_to_the_engine(traced: Traced, tmp_path: Path, target: str, encoding: str) -> None:
+    device = TARGETS[target]
+    exported, _ = run_passes(onnx.load(traced.path), WAIST_PASSES, device)
+    lowered, _ = run_passes(exported, (*lowering_passes(device), *emulation_passes(device)), device)
     (entry,) = read_layer_table(lowered)
-    assert (entry.layer, entry.container) == (layer.name, "int8")
-    assert entry.encoding == ("uint8" if target == "cpu" else "int8")
+    assert (entry.layer, entry.container, entry.encoding) == (traced.layer, "int8", encoding)
     paths = [tmp_path / f"{name}.onnx" for name in ("exported", "lowered")]
     for path, graph in zip(paths, (exported, lowered), strict=True):
         onnx.save(graph, path)
-    batches = captured_batches(captured_inputs(), two_prompts())
-    result, _ = validate_graphs(changed, quantized, ADAPTER, batches, *paths, tmp_path / "gate", device, NullProgress())
+    batches = captured_batches(captured_inputs(steps=1), two_prompts())
+    models = (traced.original, traced.quantized, ADAPTER, batches)
+    result, _ = validate_graphs(*models, *paths, tmp_path / "gate", device, NullProgress())
     rows = [row for row in result.rows if row.kind == "linear"]
-    assert [(row.name, row.code_mismatches) for row in rows] == [(layer.name, 0)] * 2
+    assert [(row.name, row.code_mismatches) for row in rows] == [(traced.layer, 0)] * 2
     assert all(row.code_count and row.snr_db > 100 for row in rows)
