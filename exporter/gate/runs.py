@@ -64,7 +64,9 @@ class Part:
         """
         options = ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
-        share_arena(options)
+        if optimized:
+            # Without fusions a run takes several times as much, most of which an arena would keep.
+            share_arena(options)
         # The next segment's constants are computed meanwhile, on a core that threads would only wait on.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.threads is not None:
