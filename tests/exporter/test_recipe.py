@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import InputError
-from exporter.method_section import MethodSection
 from exporter.recipe import Recipe, load_recipe, recipe_to_yaml
 from exporter.recipe_file import DATA_PACKAGE, find_recipe, shipped_recipes
 
@@ -288,17 +287,3 @@ def test_a_path_on_the_command_line_is_the_current_folder_s_if_it_is_there(
     recipe = load_recipe(smallest, ["model.weights=weights", "calibration.prompts=elsewhere.safetensors"])
     assert recipe.resolve_path(recipe.model.weights) == here / "weights"
     assert recipe.resolve_path(recipe.calibration.prompts) == smallest.parent / "elsewhere.safetensors"
-
-
-def test_an_effort_fills_in_what_is_not_given() -> None:
-    assert MethodSection.model_validate({"effort": "fast"}).name == "gptq"
-    method = MethodSection.model_validate({"effort": "default", "iterations": 7})
-    assert (method.name, method.start, method.iterations) == ("fp4dit", "gptq", 7)
-    assert MethodSection.model_validate({"effort": "fast", "name": "rtn"}).name == "rtn"
-    assert MethodSection() == MethodSection.model_validate({"name": "fp4dit", "start": "nearest"})
-
-
-@pytest.mark.parametrize("value", ["slow", "[]", "3"])
-def test_an_unknown_effort_is_named(value: str, smallest: Path) -> None:
-    with pytest.raises(InputError, match=r"method\.effort: "):
-        load_recipe(smallest, [f"method.effort={value}"])

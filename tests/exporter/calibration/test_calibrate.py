@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
-from exporter.errors import InputError
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
@@ -22,7 +21,6 @@ from exporter.passes.fold import fold_rows
 from exporter.plan import Plan
 from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult, quantize_model
-from exporter.shards import Shard
 from exporter.transforms.apply import with_transforms
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
@@ -261,31 +259,6 @@ def test_rounding_is_learned_on_quantized_outputs_where_activations_are_quantize
     assert errors[True, "e2m1"] > 1.2 * errors[True, "none"]
 
 
-def test_statistics_of_inputs_are_those_of_all_samples(
-    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts
-) -> None:
-    calibration = CalibrationRun(adapter, captured, prompts)
-    name = "transformer_blocks.1.ff.net.2"
-    inputs = calibration.layer_inputs(model, name).flatten(0, -2)
-    statistics = calibration.input_statistics(model, [name])[name]
-    assert statistics.amax == float(inputs.abs().max())
-    assert torch.allclose(statistics.mean_square, inputs.square().mean(dim=0), rtol=1e-5)
-
-
-def test_batches_that_cannot_be_shared_out_are_refused(
-    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
-) -> None:
-    for (batch_size, world), words in {
-        (5, 2): "5 samples cannot be shared out among 2 processes; nearest: 6",
-        (30, 2): "only 24",
-        (10, 5): "24 captured inputs cannot be shared out evenly among 5 processes",
-    }.items():
-        method = LEARNED.model_copy(update={"batch_size": batch_size})
-        run = CalibrationRun(adapter, captured, prompts, shard=Shard(0, world))
-        with pytest.raises(InputError, match=words):
-            calibrate(model, plan_for(), run, method, 0, NullProgress())
-
-
 def test_error_feedback_beats_rounding_to_nearest_by_layer_and_in_the_end(
     run: Calibrator,
     plan_for: Planner,
@@ -314,13 +287,3 @@ def test_learning_goes_on_from_error_feedback(run: Calibrator, plan_for: Planner
     (learned,) = run(plan, method.model_copy(update={"learning_rate": 0.005})).blocks
     (nearest,) = run(plan, LEARNED).blocks
     assert learned.error_calibrated < learned.error_start < 0.9 * nearest.error_start
-
-
-def test_more_processes_than_inputs_are_refused_by_each(
-    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts, plan_for: Planner
-) -> None:
-    for shard in (Shard(0, 1000), Shard(999, 1000)):
-        with pytest.raises(InputError, match=r"calibration\.samples: 1000 processes have only "):
-            calibrate(
-                model, plan_for(), CalibrationRun(adapter, captured, prompts, shard=shard), RTN, 0, NullProgress()
-            )

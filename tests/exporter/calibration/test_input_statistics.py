@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from exporter.calibration.activations import BatchLimit
 from exporter.calibration.balance import Moments
+from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.input_statistics import InputSums
+from exporter.calibration.inputs import CalibrationRun
+from exporter.models.pixart import PixArtAdapter
+from exporter.models.prompts import Prompts
 from exporter.shards import Shard
 
 SAMPLES, TOKENS, WIDTH = 8, 4, 16
@@ -90,3 +94,15 @@ def test_layers_with_one_input_share_its_sums_and_others_do_not() -> None:
     assert gram is not None
     assert other is not None
     torch.testing.assert_close(other, gram * 4)
+
+
+def test_statistics_of_inputs_are_those_of_all_samples(
+    model: nn.Module, adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts
+) -> None:
+    calibration = CalibrationRun(adapter, captured, prompts)
+    name = "transformer_blocks.1.ff.net.2"
+    inputs = calibration.layer_inputs(model, name).flatten(0, -2)
+    statistics = calibration.input_statistics(model, [name])[name]
+    assert statistics.amax == float(inputs.abs().max())
+    assert statistics.least == float(inputs.min())
+    assert torch.allclose(statistics.mean_square, inputs.square().mean(dim=0), rtol=1e-5)
