@@ -180,15 +180,15 @@ def measured_table() -> str:
 
 def extrapolated_table() -> str:
     """Operations, and the hours that they are at `_RATE`."""
-    head = ("model", "learning, 2500", "a pass")
-    head += tuple(f"{gpus}, {count} iterations" for count in _ITERATIONS_OF for gpus in ("one GPU", "eight"))
+    times = (f"{gpus}, {count} iterations" for count in _ITERATIONS_OF for gpus in ("one GPU", "eight"))
+    head = ("model", "learning, 2500", "a pass", *times, "activations, one process", "of eight")
     rows = []
     for job in JOBS:
         work = (f"{job.learning(_ITERATIONS_OF[0]) / 1e15:.0f} PFLOP", f"{job.one_pass / 1e15:.1f} PFLOP")
         hours = (f"{job.hours(count, processes):.1f} h" for count in _ITERATIONS_OF for processes in (1, 8))
         sizes = (f"{job.gigabytes() / processes:.0f} GB" for processes in (1, 8))
         rows.append((job.name, *work, *hours, *sizes))
-    return _table((*head, "activations, one process", "of eight"), rows)
+    return _table(head, rows)
 
 
 if __name__ == "__main__":

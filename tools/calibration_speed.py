@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from tools.quality_cells.published_loop import calibrate_as_published
 from tools.quality_cells.rows import ROWS, W4A6
 
 ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "docs" / "quality" / "digits"
 _ABSMAX = "method.scale_search=absmax"
 _FROM_GPTQ = ("method.name=fp4dit", "method.start=gptq", "method.iterations=250", "method.learning_rate=0.01")
 SECTION = "speed: written by tools/calibration_speed.py"
@@ -62,7 +64,7 @@ def main(iterations: int, page: Path) -> None:
     torch.set_num_threads(1)
     folder = ROOT / "build" / "quality" / "digits"
     folder.mkdir(parents=True, exist_ok=True)
-    laboratory = Laboratory(ROOT / "recipes" / "digits.yaml", folder, RichProgress(Console(stderr=True)))
+    laboratory = Laboratory(ROOT / "recipes" / "digits.yaml", folder, CELLS, RichProgress(Console(stderr=True)))
     replace_section(page, SECTION, table(race(laboratory, iterations), iterations))
 
 
@@ -81,7 +83,7 @@ def race(laboratory: Laboratory, iterations: int) -> list[Run]:
         )
     for name, changes in _OURS:
         with laboratory.progress.task(name, 1):
-            runs.append(timed(name, run, source, lambda changes=changes: ours(laboratory, run, changes)))
+            runs.append(timed(name, run, source, partial(ours, laboratory, run, changes)))
     return runs
 
 

@@ -34,7 +34,8 @@ def quantize_with_zero_point(x: Tensor, bits: int) -> Tensor:
     last = 2**bits - 1
     step = ((largest - least) / last).clamp(min=TINY)
     zero = (-least / step).round()
-    return ((x / step).round().add_(zero).clamp_(0, last) - zero) * step
+    codes = (x / step).round().add_(zero).clamp_(0, last)
+    return codes.sub_(zero).mul_(step)
 
 
 @torch.no_grad()
