@@ -1,7 +1,8 @@
 """Run the same recipe several times, kill each run (SIGKILL) at a random moment, and let the last one finish.
 
-`python -m tests.exporter.kill_runs RECIPE OUT RUNS calibrate|export` prints the moments and ends with the last run's
-exit code.
+`python -m tests.exporter.kill_runs RECIPE OUT calibrate|export MOMENT...` prints the moments and ends with the last
+run's exit code. A moment is `sealed`, a little after something more is finished than before; `sealing`, when a file of
+a calibration is written and its seal is not; or a number of seconds, of which any may be the last.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 # Imported once, lazily loaded classes too: runs are forks of this process, which computes nothing and has no threads.
@@ -24,6 +27,7 @@ from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.source import load_source
 from exporter.stages import calibrated_weights, captured_inputs
+from exporter.workdir import WorkDir
 
 SEARCH = "method.scale_search=absmax"
 """Of the recipe, for speed."""
@@ -34,10 +38,25 @@ _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 IMPORTED = (DPMSolverMultistepScheduler, PixArtTransformer2DModel)
 
 
-def calibrate(recipe: Path, output: Path, progress: Progress | None = None) -> None:
-    """What an export of `recipe` to `output` does up to the calibrated weights, its lock included."""
+@dataclass(frozen=True)
+class _KilledSealing(WorkDir):
+    """Kills its process when there are so many seals and it is to write the next one."""
+
+    seals: int = 0
+
+    def seal(self, path: Path, key: str) -> None:
+        if _seals(self.path) >= self.seals:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().seal(path, key)
+
+
+def calibrate(recipe: Path, output: Path, progress: Progress | None = None, seals: int | None = None) -> None:
+    """What an export of `recipe` to `output` does up to the calibrated weights, its lock included; killed while it
+    seals a file when there are as many `seals`."""
     quick = load_recipe(recipe, [SEARCH])
     job = open_job(quick, output, None, fresh=False, keep_graphs=False, progress=progress or NullProgress())
+    if seals is not None:
+        job = replace(job, work=_KilledSealing(job.work.path, job.work.fresh, seals))
     with job.work.locked():
         source = load_source(job)
         calibrated_weights(job, source, captured_inputs(job, source))
@@ -51,28 +70,40 @@ def export(recipe: Path, output: Path) -> None:
 RUNS: dict[str, Callable[[Path, Path], None]] = {"calibrate": calibrate, "export": export}
 
 
-def kill_runs(recipe: Path, output: Path, runs: int, run: Callable[[Path, Path], None]) -> None:
-    """Kill so many runs, each a little after it has finished something more than those before it.
-
-    What a run finishes before it is killed is thrown away, so that there is something to kill.
-    """
-    work, killed = output.with_suffix(".work"), 0
-    while killed < runs:
-        before = _seals(work)
-        child = _fork(run, recipe, output)
-        while _seals(work) <= before and os.waitid(os.P_PID, child, _ENDED) is None:
-            time.sleep(0.001)
-        delay = random.uniform(0, 0.05)
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code == -signal.SIGKILL:
-            sys.stdout.write(f"killed {delay:.3f} s after there were {before + 1} seals\n")
-            killed += 1
-        elif code == 0:
+def kill_runs(recipe: Path, output: Path, run: Callable[[Path, Path], None], moments: list[str]) -> None:
+    """Kill a run at each of the moments. What a run finishes before that is thrown away, so that there is something to
+    kill."""
+    work = output.with_suffix(".work")
+    for moment in moments:
+        while True:
+            before = _seals(work)
+            said, child = _begun(recipe, output, run, moment, before)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code == -signal.SIGKILL:
+                sys.stdout.write(f"killed {said} when there were {_seals(work)} seals\n")
+                break
+            if code:
+                sys.exit(code)
             shutil.rmtree(work)
-        else:
-            sys.exit(code)
+
+
+def _begun(recipe: Path, output: Path, run: Callable[[Path, Path], None], moment: str, before: int) -> tuple[str, int]:
+    """Begin a run that is killed, and say when."""
+    if moment == "sealing":
+        # One of the scales' and both blocks' files.
+        seals = before + random.randrange(3)
+        return moment, _fork(partial(calibrate, seals=seals), recipe, output)
+    child = _fork(run, recipe, output)
+    delay = random.uniform(0, 0.05 if moment == "sealed" else float(moment))
+    while moment == "sealed" and _seals(output.with_suffix(".work")) <= before and not _has_ended(child):
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return f"{delay:.3f} s after {moment}", child
+
+
+def _has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, _ENDED) is not None
 
 
 def _seals(work: Path) -> int:
@@ -90,5 +121,5 @@ def _fork(run: Callable[[Path, Path], None], recipe: Path, output: Path) -> int:
 
 if __name__ == "__main__":
     words = Path(sys.argv[1]), Path(sys.argv[2])
-    kill_runs(*words, int(sys.argv[3]), RUNS[sys.argv[4]])
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(_fork(RUNS[sys.argv[4]], *words), 0)[1]))
+    kill_runs(*words, RUNS[sys.argv[3]], sys.argv[4:])
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(_fork(RUNS[sys.argv[3]], *words), 0)[1]))

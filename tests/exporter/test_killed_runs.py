@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from tests.exporter.kill_runs import SEARCH, calibrate
 from tests.exporter.progresses import InterruptedProgress
 
 ROOT = Path(__file__).parents[2]
-KILLED = 2
 
 
 def _files(work: Path) -> dict[Path, bytes]:
@@ -24,8 +24,10 @@ def _files(work: Path) -> dict[Path, bytes]:
 @pytest.mark.slow
 def test_killed_at_random_moments_the_same_run_ends_with_the_same_bytes(tiny_job: Path, tmp_path: Path) -> None:
     recipe, killed, whole = tiny_job / "tiny.yaml", tmp_path / "killed.onnx", tmp_path / "whole.onnx"
+    begin = time.perf_counter()
     calibrate(recipe, whole)
-    said = _killed(recipe, killed, KILLED, "calibrate")
+    seconds = time.perf_counter() - begin
+    said = _killed(recipe, killed, "calibrate", f"{seconds:.3f}", "sealing")
     files, expected = (_files(output.with_suffix(".work")) for output in (killed, whole))
     lock = Path("lock")
     assert files.pop(lock) != expected.pop(lock)
@@ -43,19 +45,19 @@ def test_killed_behind_the_calibration_an_export_ends_with_the_same_bytes(
     for path in [*finished.glob("calibration.*"), *finished.glob("quantized.*")]:
         shutil.copy(path, work)
     begun = set(_files(work))
-    said = _killed(tiny_job / "tiny.yaml", output, 1, "export")
+    said = _killed(tiny_job / "tiny.yaml", output, "export", "sealed")
     made = {path: content for path, content in _files(work).items() if path.suffix != ".json" and path != Path("lock")}
     assert made.keys() - begun >= {Path("held_out.safetensors"), Path("samples.safetensors"), Path("lowered.cpu.onnx")}
     assert made == {path: (finished / path).read_bytes() for path in made}, said
     assert output.read_bytes() == tiny_export.read_bytes(), said
 
 
-def _killed(recipe: Path, output: Path, runs: int, work: str) -> str:
+def _killed(recipe: Path, output: Path, work: str, *moments: str) -> str:
     """What is said by so many runs that are killed, and by the one that finishes their work."""
-    command = [sys.executable, "-m", "tests.exporter.kill_runs", str(recipe), str(output), str(runs), work]
+    command = [sys.executable, "-m", "tests.exporter.kill_runs", str(recipe), str(output), work, *moments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("killed") == runs
+    assert run.stdout.count("killed") == len(moments)
     return run.stdout
 
 
