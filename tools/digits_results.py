@@ -23,10 +23,7 @@ START, END = "<!-- results: written by tools/digits_results.py -->", "<!-- end o
 _PLAIN = ("method.balance=false",)
 _NEAREST = (*_PLAIN, "method.name=rtn")
 _ADAROUND = (*_PLAIN, "method.start=nearest", "method.learning_rate=0.03")
-_INTEGERS = (
-    "layers=[{match: 'transformer_blocks.*', weight: int4, group: 128, scales: group, activation: int6}]",
-    "method.scale_search=absmax",
-)
+_INTEGERS = ("layers=[{match: 'transformer_blocks.*', weight: int4, group: 128, scales: group, activation: int6}]",)
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Row:
 
 
 ROWS = (
-    Row("W4A6 integers, INT4/INT6, round to nearest, absmax scales", (*_INTEGERS, *_NEAREST)),
+    Row("W4A6 integers, INT4/INT6, round to nearest", (*_INTEGERS, *_NEAREST)),
     Row("W4A6, E2M1/E2M3, round to nearest", _NEAREST),
     Row("W4A6, E2M1/E2M3, AdaRound", _ADAROUND),
     Row("W4A6, E2M1/E2M3, error feedback (GPTQ)", (*_PLAIN, "method.name=gptq")),
