@@ -13,6 +13,7 @@ import onnx
 from exporter.compute import COMPUTE_TYPES
 from exporter.errors import FidelityError
 from exporter.gate.codes import CodeComparison, compare_codes, encode_values
+from exporter.gate.layer_rows import as_in_model, check_same_layers, layer_row
 from exporter.gate.records import LinearRecord
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.segments import Constants, DividedGraph, is_large
@@ -75,7 +76,9 @@ def judge_linears(
     for entry in layers:
         if entry.values and entry.values not in codes:
             counted[entry.layer] = codes[entry.values] = _codes(records[entry.layer], entry, found)
-    expected: Arrays = {entry.output: _like_input(records[entry.layer].y, records[entry.layer]) for entry in layers}
+    expected: Arrays = {
+        entry.output: as_in_model(records[entry.layer].y, records[entry.layer].rank) for entry in layers
+    }
     kept = {entry.output: codes[entry.values].rows_agree for entry in layers if entry.values}
     snr = compare_snr([expected], [found], kept)
     rows = [
@@ -150,27 +153,18 @@ def linear_feeds(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecor
     Raises:
         FidelityError: the graph has other layers than the records.
     """
-    _check_layers(layers, records, stage)
+    check_same_layers(
+        {entry.layer for entry in layers},
+        records,
+        stage,
+        missing="the quantized linear {} is missing",
+        unknown="{} is quantized here but not in the reference",
+    )
     feeds: Arrays = {}
     for entry in layers:
         record = records[entry.layer]
-        feeds.setdefault(given_name(entry.input), _like_input(record.x, record))
+        feeds.setdefault(given_name(entry.input), as_in_model(record.x, record.rank))
     return feeds
-
-
-def _check_layers(layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord], stage: Stage) -> None:
-    present = {entry.layer for entry in layers}
-    for layer in records:
-        if layer not in present:
-            raise FidelityError(f"{stage} graph: the quantized linear {layer} is missing")
-    for layer in present:
-        if layer not in records:
-            raise FidelityError(f"{stage} graph: {layer} is quantized here but not in the reference")
-
-
-def _like_input(array: npt.NDArray[np.float32], record: LinearRecord) -> npt.NDArray[np.float32]:
-    """Rows [R, …] with as many axes as the layer's input has in the model."""
-    return array.reshape((1,) * (record.rank - 2) + array.shape)
 
 
 def _codes(record: LinearRecord, entry: LayerEntry, found: Arrays) -> CodeComparison:
@@ -206,25 +200,12 @@ def _row(
 ) -> GateRow:
     """`codes` is None for a weight-only layer, and where an earlier layer's row counts them."""
     kept = np.ones(len(record.x), dtype=np.bool_) if rows_agree is None else rows_agree
-    failures = [] if codes is None else [codes.failure]
-    limit = _limit_db(record)
+    failures, limit = [], _limit_db(record)
     if not snr >= limit:
         failures.append(f"output SNR {bounded_db(snr):.1f} dB, at least {limit:.0f} dB needed")
     if found.size == record.y.size:
         failures.append(_channel_failure(record, found.reshape(record.y.shape).astype(np.float64), kept))
-    failures = [failure for failure in failures if failure]
-    return GateRow(
-        stage=stage,
-        kind="linear",
-        name=record.layer,
-        snr_db=bounded_db(snr),
-        threshold_db=limit,
-        passed=not failures,
-        code_mismatches=codes.mismatches if codes else 0,
-        explained=codes.explained if codes else 0,
-        code_count=codes.count if codes else 0,
-        detail="; ".join(failures),
-    )
+    return layer_row(stage, "linear", record.layer, snr, limit, codes, failures)
 
 
 def _channel_db(record: LinearRecord) -> float:

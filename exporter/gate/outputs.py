@@ -15,8 +15,9 @@ from torch import nn
 from exporter.compute import Compute
 from exporter.errors import FidelityError
 from exporter.gate.codes import compare_codes
+from exporter.gate.layer_rows import as_in_model, check_same_layers, layer_row
 from exporter.gate.linears import LINEAR_DB
-from exporter.gate.records import Floats, OutputRecord
+from exporter.gate.records import OutputRecord
 from exporter.gate.rows import TokenRows, as_array
 from exporter.gate.runs import Arrays, compare_snr, run_graph
 from exporter.gate.subgraphs import GivenTensor, cut, given_name
@@ -70,28 +71,20 @@ def compare_outputs(
         FidelityError: the graph quantizes other outputs than the reference, or cannot be run.
     """
     by_layer = {record.layer: record for record in records}
-    _check_layers({entry.layer for entry in entries}, by_layer, stage)
+    check_same_layers(
+        {entry.layer for entry in entries},
+        by_layer,
+        stage,
+        missing="the quantizer of {}'s output is missing",
+        unknown="the output of {} is quantized here but not in the reference",
+    )
     if not entries:
         return ()
-    feeds: Arrays = {entry.input: _as_in_model(by_layer[entry.layer]) for entry in entries}
+    feeds: Arrays = {entry.input: as_in_model(by_layer[entry.layer].x, by_layer[entry.layer].rank) for entry in entries}
     given = [GivenTensor.like(name, array) for name, array in feeds.items()]
     save_onnx(cut(model, given, [entry.output for entry in entries]), path)
     (found,) = run_graph(path, [{given_name(name): array for name, array in feeds.items()}], optimized=optimized)
     return tuple(_row(by_layer[entry.layer], entry, found, stage) for entry in entries)
-
-
-def _check_layers(present: set[str], records: Mapping[str, OutputRecord], stage: Stage) -> None:
-    for layer in records:
-        if layer not in present:
-            raise FidelityError(f"{stage} graph: the quantizer of {layer}'s output is missing")
-    for layer in present:
-        if layer not in records:
-            raise FidelityError(f"{stage} graph: the output of {layer} is quantized here but not in the reference")
-
-
-def _as_in_model(record: OutputRecord) -> Floats:
-    """The rows before they are rounded, with as many axes as the output has in the model."""
-    return record.x.reshape((1,) * (record.rank - 2) + record.x.shape)
 
 
 def _row(record: OutputRecord, entry: OutputEntry, found: Arrays, stage: Stage) -> GateRow:
@@ -106,19 +99,7 @@ def _row(record: OutputRecord, entry: OutputEntry, found: Arrays, stage: Stage) 
     codes = compare_codes(record.x, record.scales, record.values, values, fmt)
     name = entry.output
     snr = compare_snr([{name: expected}], [{name: numbers}], {name: codes.rows_agree})[name]
-    failures = [codes.failure]
+    too_far = ""
     if not snr >= LINEAR_DB:
-        failures.append(f"SNR {bounded_db(snr):.1f} dB where codes agree, at least {LINEAR_DB:.0f} dB needed")
-    failures = [failure for failure in failures if failure]
-    return GateRow(
-        stage=stage,
-        kind="output",
-        name=entry.layer,
-        snr_db=bounded_db(snr),
-        threshold_db=LINEAR_DB,
-        passed=not failures,
-        code_mismatches=codes.mismatches,
-        explained=codes.explained,
-        code_count=codes.count,
-        detail="; ".join(failures),
-    )
+        too_far = f"SNR {bounded_db(snr):.1f} dB where codes agree, at least {LINEAR_DB:.0f} dB needed"
+    return layer_row(stage, "output", entry.layer, snr, LINEAR_DB, codes, [too_far])
