@@ -6,6 +6,7 @@ computed. The nodes and their attributes are described by the operators' own roo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from plugins.block_quantize.descriptor import QuantizeBlocks
+from plugins.domain import AttributeValue, Variant
 from plugins.fake_quantize.descriptor import FakeQuantize
 from plugins.float_dequantize.descriptor import DequantizeValues, DequantizeWeight
 from plugins.float_quantize.descriptor import OnlineQuantize
@@ -30,14 +32,8 @@ def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
     variant = DequantizeWeight(
         format=module.weight_format, group_size=module.group_size, count=module.in_features, packed=True
     )
-    weight = symbolic(
-        f"{DOMAIN}::{variant.op_type}",
-        [module.words, module.scales],
-        attrs={**variant.attributes(layer=module.layer, container=module.asked_container)},
-        dtype=torch.float32,
-        shape=(module.out_features, module.in_features),
-        version=OPSET_VERSION,
-    )
+    attributes = variant.attributes(layer=module.layer, container=module.asked_container)
+    weight = _node(variant, [module.words, module.scales], attributes, (module.out_features, module.in_features))
     return F.linear(x, weight, module.bias)
 
 
@@ -55,37 +51,34 @@ def _symbolic_quantized_input(module: QuantLinear, x: Tensor) -> Tensor:
         version=OPSET_VERSION,
     )
     dequantize = DequantizeValues(module.scaling.group_size if module.scaling else 0)
-    return symbolic(
-        f"{DOMAIN}::{dequantize.op_type}",
-        [values, scales],
-        attrs={**dequantize.attributes(layer=module.layer)},
-        dtype=torch.float32,
-        shape=x.shape,
-        version=OPSET_VERSION,
-    )
+    return _node(dequantize, [values, scales], dequantize.attributes(layer=module.layer), x.shape)
 
 
 def symbolic_fake_quantize(x: Tensor, layer: str, fmt: str, group_size: int) -> Tensor:
     """x [..., N] → rounded to the format and back: what becomes of the output of `layer`."""
     fake_quantize = FakeQuantize(fmt, group_size)
-    return symbolic(
-        f"{DOMAIN}::{fake_quantize.op_type}",
-        [x],
-        attrs={**fake_quantize.attributes(layer=layer)},
-        dtype=torch.float32,
-        shape=x.shape,
-        version=OPSET_VERSION,
-    )
+    return _node(fake_quantize, [x], fake_quantize.attributes(layer=layer), x.shape)
 
 
 def symbolic_boundary(x: Tensor, name: str) -> Tensor:
     """Mark `x` so that a pass can give its ONNX tensor the name `name`; the identity otherwise."""
     boundary = Boundary()
+    return _node(boundary, [x], boundary.attributes(name=name), x.shape, x.dtype)
+
+
+def _node(
+    variant: Variant,
+    inputs: Sequence[Tensor],
+    attributes: Mapping[str, AttributeValue],
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A node of the variant's type with one output."""
     return symbolic(
-        f"{DOMAIN}::{boundary.op_type}",
-        [x],
-        attrs={**boundary.attributes(name=name)},
-        dtype=x.dtype,
-        shape=x.shape,
+        f"{DOMAIN}::{variant.op_type}",
+        inputs,
+        attrs={**attributes},
+        dtype=dtype,
+        shape=shape,
         version=OPSET_VERSION,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from exporter.method_section import MethodSection
 from exporter.quantize import expand_scales
 from exporter.rounding import element_step
 from plugins.formats import Format
@@ -49,6 +50,11 @@ class Schedule:
     weight: float
     beta_start: float
     beta_end: float
+
+    @classmethod
+    def of(cls, method: MethodSection) -> Schedule:
+        """The one that a recipe's method sets."""
+        return cls(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
 
     def penalty(self, iteration: int) -> Penalty | None:
         """Return the penalty in force at `iteration`, counted from 0; None during the warm-up."""

@@ -97,7 +97,7 @@ def _optimize(
     """Minimise error + penalty as blocks do, with the gradient written down. Channels without an error wait, too."""
     rounding = layer.start(method)
     optimizer = torch.optim.Adam([rounding.alpha], lr=method.learning_rate, fused=True)
-    schedule = Schedule(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
+    schedule = Schedule.of(method)
     original = layer.original.to(layer.dequantized)
     factor = 2 * rounding.alpha.numel() / (error_start * error.count)
     sums = error.in_float32()

@@ -187,7 +187,7 @@ def _optimize(
     parameters = [rounding.alpha for rounding in roundings]
     optimizer = torch.optim.Adam(parameters, lr=method.learning_rate, fused=True)
     weights = sum(parameter.numel() for parameter in parameters)
-    schedule = Schedule(method.iterations, method.warmup, method.regularization, method.beta_start, method.beta_end)
+    schedule = Schedule.of(method)
     shard = execution.shard
     count = int(shard.add_up(torch.tensor(len(inputs))))
     channels: Tensor | None = torch.zeros(targets.shape[-1])

@@ -40,8 +40,10 @@ class TransformedLinear(nn.Module):
         if self.rotation is not None:
             weight = rotate(weight.double(), self.rotation.double()).to(weight)
         self.shift = shift
-        self.linear = _linear(weight, _shifted_bias(weight, original.bias, shift) if shift else original.bias)
-        self.low_rank = None if low_rank is None else nn.Sequential(_linear(low_rank.down), _linear(low_rank.up))
+        self.linear = frozen_linear(weight, _shifted_bias(weight, original.bias, shift) if shift else original.bias)
+        self.low_rank = (
+            None if low_rank is None else nn.Sequential(frozen_linear(low_rank.down), frozen_linear(low_rank.up))
+        )
         self.quantizer = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def _shifted_bias(weight: Tensor, bias: Tensor | None, shift: float) -> Tensor:
     return (before - shift * exact.sum(dim=1)).to(weight)
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+def frozen_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A frozen linear layer with these numbers."""
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from exporter.quantize import QuantLinear, share_copy
 from exporter.rounding import InputQuantizer
+from exporter.transforms.linear import frozen_linear
 from plugins.float_quantize.reference import TINY
 from plugins.formats import get_format
 from tools.quality_cells.published_loop import PublishedLinear
@@ -45,7 +46,7 @@ def with_zero_points(model: nn.Module) -> nn.Module:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
             quantize = partial(quantize_with_zero_point, bits=get_format(layer.activation_format).bits)
-            changed.set_submodule(name, QuantizedInput(quantize, _frozen(layer.weight, layer.bias)))
+            changed.set_submodule(name, QuantizedInput(quantize, frozen_linear(layer.weight, layer.bias)))
     return changed.eval()
 
 
@@ -56,14 +57,5 @@ def with_quantized_inputs(model: nn.Module, activation: str) -> nn.Module:
     for name, layer in model.named_modules():
         if isinstance(layer, PublishedLinear):
             quantize = InputQuantizer(get_format(activation)).fake_quantize
-            changed.set_submodule(name, QuantizedInput(quantize, _frozen(layer.quantized(), layer.bias)))
+            changed.set_submodule(name, QuantizedInput(quantize, frozen_linear(layer.quantized(), layer.bias)))
     return changed.eval()
-
-
-def _frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
