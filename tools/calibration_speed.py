@@ -33,14 +33,13 @@ from tools.quality_cells.rows import ROWS, W4A6
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "docs" / "quality" / "digits"
 _ABSMAX = "method.scale_search=absmax"
-_FROM_GPTQ = ("method.name=fp4dit", "method.start=gptq", "method.iterations=250", "method.learning_rate=0.01")
 SECTION = "speed: written by tools/calibration_speed.py"
 _PUBLISHED = "as published, straightforward"
 # Ours on the formats and scales of the published loop, so that only what decides the roundings differs.
 _SAME = (next(row for row in ROWS if row.published_loop).changes(W4A6)[0], "method.balance=false", _ABSMAX)
 _OURS = (
-    ("ours, GPTQ, same formats and scales", (*_SAME, "method.name=gptq")),
-    ("ours, GPTQ then AdaRound, same formats and scales", (*_SAME, *_FROM_GPTQ)),
+    ("ours, GPTQ, same formats and scales", (*_SAME, "method.effort=fast")),
+    ("ours, GPTQ then AdaRound, same formats and scales", (*_SAME, "method.effort=default")),
     ("ours, `method.effort: fast`", ("method.effort=fast",)),
     ("ours, `method.effort: default`", ("method.effort=default",)),
 )

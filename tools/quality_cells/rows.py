@@ -42,7 +42,7 @@ ITERATIONS = 250
 _LEARNED = ("method.name=fp4dit", f"method.iterations={ITERATIONS}")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
-_BEST = ("method.name=fp4dit", "method.start=gptq", "method.iterations=1000", "method.learning_rate=0.01")
+_BEST = ("method.effort=best",)
 _BEHIND_GELU = "*.ff.net.2"
 _ROTATED = ((_BEHIND_GELU, "hadamard: 64"),)
 # What attention reads, on the activations' grid; heads of both models are 64 wide.
