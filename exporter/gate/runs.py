@@ -30,8 +30,7 @@ Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
 REFERENCE_NAME = "torch"
 # Fusions of quantize-dequantize pairs would replace the operators that a GPU engine gets.
 UNOPTIMIZED = "ORT_DISABLE_ALL"
-# ONNX Runtime reads smaller constants while it infers shapes, so they are in the model.
-_SMALLEST_EXTERNAL = 1024
+_SMALLEST_GIVEN = 1024
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -58,11 +57,12 @@ class Part:
         return self._with([numpy_helper.from_array(array, name) for name, array in self.constants.items()])
 
     def session(self, *, optimized: bool) -> ort.InferenceSession:
-        """ONNX Runtime's session, which reads large constants where they are: they must outlive it.
+        """ONNX Runtime's session, whose inputs the `large` constants are.
 
-        They are not laid out anew for its kernels, which pays only after many runs.
+        As constants of the session they would be copied into its memory, which takes as long as many a run.
         """
         options = ort.SessionOptions()
+        # Nothing is laid out anew for its kernels, which pays only after many runs.
         options.add_session_config_entry("session.disable_prepacking", "1")
         if optimized:
             # Without fusions a run takes several times as much, most of which an arena would keep.
@@ -73,33 +73,27 @@ class Part:
             options.intra_op_num_threads = self.threads
         if not optimized:
             options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, UNOPTIMIZED)
-        large = {name: array for name, array in self.constants.items() if array.nbytes >= _SMALLEST_EXTERNAL}
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
-        options.add_external_initializers(list(large), values)
-        tensors = [
-            _elsewhere(name, array) if name in large else numpy_helper.from_array(array, name)
-            for name, array in self.constants.items()
-        ]
-        content = self._with(tensors).SerializeToString()
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        large = self.large
+        model = self._with(
+            [numpy_helper.from_array(array, name) for name, array in self.constants.items() if name not in large]
+        )
+        model.graph.input.extend(
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in large.items()
+        )
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    @property
+    def large(self) -> Arrays:
+        """The constants that a session is given in every run. The small ones are in its model, since ONNX Runtime reads
+        some while it infers shapes and fuses operators."""
+        return {name: array for name, array in self.constants.items() if array.nbytes >= _SMALLEST_GIVEN}
 
     def _with(self, constants: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         model.graph.initializer.extend(constants)
         return model
-
-
-def _elsewhere(name: str, array: npt.NDArray[np.generic]) -> onnx.TensorProto:
-    """A constant whose values the session is given."""
-    tensor = onnx.TensorProto(
-        name=name,
-        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-        dims=array.shape,
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    tensor.external_data.add(key="location", value=name)
-    return tensor
 
 
 def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool, part: Part | None = None) -> list[Arrays]:
@@ -120,6 +114,7 @@ def run_graph(path: Path, feeds: Sequence[Arrays], *, optimized: bool, part: Par
                 session = SessionFromOnnx(str(path), graph_optimization_level=_level(optimized))()
             else:
                 session = part.session(optimized=optimized)
+                feeds = [{**feed, **part.large} for feed in feeds]
             _check_inputs(path, {value.name for value in session.get_inputs()}, feeds[0])
             results = Comparator.run([OnnxrtRunner(session, name="onnxruntime")], data_loader=list(feeds))
         except refusals() as error:
