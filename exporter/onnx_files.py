@@ -15,6 +15,9 @@ from exporter.files import atomic_path, sha256_of
 
 LARGEST_FILE_BYTES = 1_500_000_000
 """Beyond this the weights go to a file of their own: a protobuf ends at 2 GiB."""
+LARGEST_WORK_FILE_BYTES = 64_000_000
+"""The same for graphs between two stages. In one file their weights would be copied twice more, to be written and to be
+read, and whoever asks for the nodes alone would read them, too."""
 
 _SMALLEST_EXTERNAL = 1024
 _LOCATION = "location"

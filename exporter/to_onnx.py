@@ -13,7 +13,7 @@ from torch import nn
 from exporter.block_calls import NotRepeatedError
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
-from exporter.onnx_files import save_onnx
+from exporter.onnx_files import LARGEST_WORK_FILE_BYTES, save_onnx
 from exporter.progress import Progress
 from exporter.repeated_blocks import repeat_blocks, with_placeholders
 from exporter.tracing import batch_axis, marked_boundaries, trace
@@ -49,7 +49,7 @@ def to_onnx(
     _tidy(graph, prefix)
     write_transformer_config(graph, type(model).__name__, cast(Any, model).config)
     attach_functions(graph)
-    save_onnx(graph, path, final=final)
+    save_onnx(graph, path, LARGEST_WORK_FILE_BYTES, final)
 
 
 def _trace_repeated(model: nn.Module, adapter: Adapter, example: TransformerInputs) -> tuple[ir.Model, str]:

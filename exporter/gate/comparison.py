@@ -30,7 +30,7 @@ from exporter.gate.subgraphs import CutError
 from exporter.gate.table import GateResult, GateRow, Stage
 from exporter.gate.tiles import compare_tiles
 from exporter.gate.whole import block_thresholds, compare_blocks, compare_end_to_end, cut_between_blocks
-from exporter.onnx_files import read_model, save_onnx
+from exporter.onnx_files import LARGEST_WORK_FILE_BYTES, read_model, save_onnx
 from exporter.passes.layer_table import LayerEntry, read_layer_table, read_output_table
 from exporter.passes.tiling import untiled
 from exporter.progress import Progress
@@ -194,8 +194,8 @@ class _Compared:
         inputs, outputs = (self.folder / f"linears.{self.stage}.{what}.json" for what in ("inputs", "reference"))
         feeds = linear_feeds(self.layers, self.records, self.stage)
         if self.is_large:
-            save_onnx(cut_at_linears(self.plain, self.layers, feeds), linears_path)
-            save_onnx(cut_between_blocks(self.plain, self.reference), blocks_path)
+            save_onnx(cut_at_linears(self.plain, self.layers, feeds), linears_path, LARGEST_WORK_FILE_BYTES)
+            save_onnx(cut_between_blocks(self.plain, self.reference), blocks_path, LARGEST_WORK_FILE_BYTES)
         save_feeds([feeds], inputs)
         save_reference([linears.expected], outputs)
         model_files = self.folder / "model.inputs.json", self.folder / "model.reference.json"

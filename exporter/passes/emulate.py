@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+from onnx import TensorProto
+
+from exporter.onnx_files import nodes_of
 from exporter.passes.driver import Pass
 from exporter.passes.emulate_blocks import emulate_blocks
 from exporter.passes.emulate_compute import round_to_compute_type
@@ -17,6 +21,8 @@ from exporter.targets import Target
 EMULATED = "emulated"
 """First part of the file name of a graph that stands in for a lowered one."""
 
+_EMULATED_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT4E2M1})
+
 EMULATION_PASSES: tuple[Pass, ...] = (emulate_blocks, round_to_compute_type)
 
 
@@ -25,6 +31,15 @@ def emulation_passes(target: Target) -> tuple[Pass, ...]:
     if target.engine == "onnxruntime":
         return ()
     return (open_plugins, *EMULATION_PASSES) if target.kernels == "plugin" else EMULATION_PASSES
+
+
+def runs_as_it_is(model: onnx.ModelProto) -> bool:
+    """Whether no pass can have anything to stand in for: the graph, which may lack its weights' values, has standard
+    operators alone, and no tensor of a type that ONNX Runtime's CPU lacks or does not compute in."""
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    types = {tensor.data_type for tensor in graph.initializer} | {value.type.tensor_type.elem_type for value in values}
+    return types.isdisjoint(_EMULATED_TYPES) and all(node.domain == "" for node in nodes_of(graph.node))
 
 
 def relation_to_engine(compared: Path) -> str:
