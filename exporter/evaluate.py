@@ -95,10 +95,11 @@ def _held_out_seed(job: Job) -> int:
 
 def open_graph(source: Source, lowered: Path) -> OnnxSession | SegmentedSession:
     """The lowered graph ready to run, a large one segment by segment."""
-    model = read_model(lowered)
+    model = read_model(lowered, external_data=False)
     if not is_large(read_layer_table(model)):
         return OnnxSession(lowered)
-    return SegmentedSession(untiled(model), [name for name, _ in source.adapter.blocks(source.model)])
+    blocks = [name for name, _ in source.adapter.blocks(source.model)]
+    return SegmentedSession(untiled(model), blocks, lowered.parent)
 
 
 def graph_denoiser(source: Source, session: Callable[[], OnnxSession | SegmentedSession]) -> Denoiser:

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from exporter.errors import InputError
 from exporter.files import atomic_path, sha256_of
@@ -20,7 +21,7 @@ LARGEST_WORK_FILE_BYTES = 64_000_000
 read, and whoever asks for the nodes alone would read them, too."""
 
 _SMALLEST_EXTERNAL = 1024
-_LOCATION = "location"
+_LOCATION, _LENGTH = "location", "length"
 
 
 def data_path(path: Path) -> Path:
@@ -50,16 +51,43 @@ def nodes_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from nodes_of(graph.node)
 
 
-def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BYTES, final: Path | None = None) -> None:
+def with_values(tensor: TensorProto, folder: Path | None) -> TensorProto:
+    """The tensor itself, or where a file in `folder` has its values, a copy that has them.
+
+    Raises `InputError` where they cannot be read.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL or folder is None:
+        return tensor
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    try:
+        load_external_data_for_tensor(copy, str(folder))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{folder}: the values of {tensor.name} cannot be read: {error}") from error
+    copy.data_location = TensorProto.DEFAULT
+    del copy.external_data[:]
+    return copy
+
+
+def save_onnx(
+    model: onnx.ModelProto,
+    path: Path,
+    largest: int = LARGEST_FILE_BYTES,
+    final: Path | None = None,
+    folder: Path | None = None,
+) -> None:
     """Write `model`, which stays as it is, to `path`, whole or not at all.
 
     Weights of more than `largest` bytes go to `data_path`; otherwise a file of that name is removed if the model that
     was in `path` before had its weights there. With `final`, both files are going to be renamed to that name (see
-    `rename_data`). Raises `InputError` where nothing can be written.
+    `rename_data`). Weights that the model lacks are read from `folder`, one at a time. Raises `InputError` where
+    nothing can be written.
     """
     data = data_path(path)
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= largest:
+    if sum(_bytes_of(tensor) for tensor in model.graph.initializer) <= largest:
         outdated = _has_weights_in(path, data)
+        if folder is not None:
+            model = with_initializers(model, [with_values(tensor, folder) for tensor in model.graph.initializer])
         with atomic_path(path) as temporary:
             onnx.save(model, temporary)
         if outdated:
@@ -67,7 +95,13 @@ def save_onnx(model: onnx.ModelProto, path: Path, largest: int = LARGEST_FILE_BY
         return
     with atomic_path(path) as temporary, atomic_path(data) as weights:
         location = data_path(final or path).name
-        onnx.save(with_initializers(model, _write(model.graph.initializer, weights, location)), temporary)
+        tensors = (with_values(tensor, folder) for tensor in model.graph.initializer)
+        onnx.save(with_initializers(model, _write(tensors, weights, location)), temporary)
+
+
+def _bytes_of(tensor: TensorProto) -> int:
+    elsewhere = (int(entry.value) for entry in tensor.external_data if entry.key == _LENGTH)
+    return sum(elsewhere) or len(tensor.raw_data)
 
 
 def rename_data(path: Path, final: Path) -> None:
@@ -123,7 +157,7 @@ def _write(tensors: Iterable[TensorProto], file: Path, location: str) -> list[Te
                 dims=tensor.dims,
                 data_location=TensorProto.EXTERNAL,
             )
-            for key, value in ((_LOCATION, location), ("offset", stream.tell()), ("length", len(tensor.raw_data))):
+            for key, value in ((_LOCATION, location), ("offset", stream.tell()), (_LENGTH, len(tensor.raw_data))):
                 external.external_data.add(key=key, value=str(value))
             stream.write(tensor.raw_data)
             written.append(external)

@@ -18,7 +18,6 @@ from exporter.gate.linears import (
     LinearsComparison,
     compare_linears,
     cut_at_linears,
-    judge_linears,
     linear_feeds,
 )
 from exporter.gate.outputs import compare_outputs
@@ -112,8 +111,11 @@ class _Compared:
         *,
         threads: int | None = None,
     ) -> _Compared:
-        """Read the graph; the operators of a large one get so many `threads`."""
-        written = read_model(path)
+        """Read the graph, a large one without the weights that are in a file of their own; its operators get so many
+        `threads`."""
+        written = read_model(path, external_data=False)
+        if not is_large(read_layer_table(written)):
+            written = read_model(path)
         optimized = stage == "exported" or target.engine == "onnxruntime"
         return cls(path, written, untiled(written), stage, reference.for_stage(stage), folder, optimized, threads)
 
@@ -151,6 +153,10 @@ class _Compared:
         """The file of the graph that is cut at its `linears` or between its `blocks`."""
         return self.folder / f"{kind}.{self.stage}.onnx"
 
+    def save_cut(self, cut: onnx.ModelProto, path: Path) -> None:
+        """Write a part of the large graph, with weights that are in the graph's own second file."""
+        save_onnx(cut, path, LARGEST_WORK_FILE_BYTES, folder=self.path.parent)
+
     def whole(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """Compare a small graph, in one piece each time; the second part is the blocks, tiles and the end to end."""
         reference, stage, optimized = self.reference, self.stage, self.optimized
@@ -170,8 +176,8 @@ class _Compared:
     def outputs(self) -> tuple[GateRow, ...]:
         """Compare the quantizers of layers' outputs, which no command repeats."""
         entries, records = read_output_table(self.plain), self.reference.outputs
-        cut = self.cut_path("outputs")
-        return compare_outputs(self.plain, entries, records, self.stage, cut, optimized=self.optimized)
+        cut, folder = self.cut_path("outputs"), self.path.parent
+        return compare_outputs(self.plain, entries, records, self.stage, cut, optimized=self.optimized, folder=folder)
 
     def in_segments(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """The same of a large graph, segment by segment."""
@@ -186,7 +192,7 @@ class _Compared:
             advance=advance,
             threads=self.threads,
         )
-        return judge_linears(self.layers, self.records, found.linears, self.stage), found.rows
+        return found.linears, found.rows
 
     def repeat_commands(self, linears: LinearsComparison) -> tuple[str, ...]:
         """The commands, whose files are written."""
@@ -194,8 +200,8 @@ class _Compared:
         inputs, outputs = (self.folder / f"linears.{self.stage}.{what}.json" for what in ("inputs", "reference"))
         feeds = linear_feeds(self.layers, self.records, self.stage)
         if self.is_large:
-            save_onnx(cut_at_linears(self.plain, self.layers, feeds), linears_path, LARGEST_WORK_FILE_BYTES)
-            save_onnx(cut_between_blocks(self.plain, self.reference), blocks_path, LARGEST_WORK_FILE_BYTES)
+            self.save_cut(cut_at_linears(self.plain, self.layers, feeds), linears_path)
+            self.save_cut(cut_between_blocks(self.plain, self.reference), blocks_path)
         save_feeds([feeds], inputs)
         save_reference([linears.expected], outputs)
         model_files = self.folder / "model.inputs.json", self.folder / "model.reference.json"

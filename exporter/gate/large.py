@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from exporter.gate.linears import linear_feeds, run_linears
+from exporter.errors import FidelityError
+from exporter.gate.codes import CodeComparison
+from exporter.gate.linears import LinearsComparison, judge_linears, linear_feeds, run_linears
 from exporter.gate.records import OUTPUT, Reference
 from exporter.gate.runs import Arrays, run_graph
 from exporter.gate.segments import Constants, DividedGraph, segment_outputs, with_constants
@@ -21,10 +23,10 @@ from exporter.passes.layer_table import LayerEntry
 
 @dataclass(frozen=True)
 class SegmentsComparison:
-    """The rows of the blocks, the tiles (where there are any) and the end to end, and what the linears gave."""
+    """The rows of the blocks, the tiles (where there are any) and the end to end, and the linears'."""
 
     rows: tuple[GateRow, ...]
-    linears: Arrays
+    linears: LinearsComparison
 
 
 def compare_segments(
@@ -44,7 +46,7 @@ def compare_segments(
     Every segment of `plain`, the graph without tiles, runs on the reference's tensors, and on what the segments of
     `written` before it gave, which run free from the model's inputs to its output; there a tiled segment must give the
     bits of the plain one. Those of the `layers` that lie in it run on the inputs that the reference recorded. `path`,
-    the graph's file, is for messages; `threads` are those of one operator.
+    the graph's file, is for messages and for weights that the graphs lack; `threads` are those of one operator.
 
     Raises:
         CutError: the graph lacks a block's output.
@@ -71,19 +73,20 @@ class _Walk:
         optimized: bool,
         threads: int | None,
     ) -> None:
-        self.graph = DividedGraph(plain, threads=threads)
-        self._tiled = None if written is plain else DividedGraph(written, threads=threads)
+        self.graph = DividedGraph(plain, threads=threads, folder=path.parent)
+        self._tiled = None if written is plain else DividedGraph(written, threads=threads, folder=path.parent)
         self._reference, self._stage, self._path, self._optimized = reference, stage, path, optimized
         self._boundaries = computed_boundaries(plain, reference)
         self._layers = list(layers)
-        records = {record.layer: record for record in reference.linears}
-        self._linear_feeds = linear_feeds(layers, records, stage) if layers else {}
+        self._records = {record.layer: record for record in reference.linears}
+        self._linear_feeds = linear_feeds(layers, self._records, stage) if layers else {}
+        self._linears = LinearsComparison()
+        self._codes: dict[str, CodeComparison] = {}
         self._forced = model_feeds(reference)
         self._free: list[Arrays] = [dict(model.inputs) for model in reference.models]
         self._example: Arrays = {}
         self._rows: list[GateRow] = []
         self._tiles_equal: list[bool] = []
-        self._linears: Arrays = {}
 
     def through(self, names: Sequence[str], constants: Constants) -> None:
         """Compare the segment that computes `names`, given its constants."""
@@ -111,18 +114,21 @@ class _Walk:
         return run_graph(self._path, read, optimized=self._optimized, part=part)
 
     def _run_linears(self, names: Sequence[str], constants: Constants) -> None:
-        """Run the layers that no segment before this one had."""
+        """Compare the layers that no segment before this one had: what all of them give would be kept until the end."""
         outputs = [entry.output for entry in self._layers]
         here = self.graph.computes(self._example, names, outputs)
         inside = [entry for entry in self._layers if entry.output in here]
         self._layers = [entry for entry in self._layers if entry.output not in here]
         if inside:
-            self._linears |= run_linears(
+            found = run_linears(
                 self.graph, inside, self._linear_feeds, constants, self._path, optimized=self._optimized
             )
+            self._linears = self._linears.joined(judge_linears(inside, self._records, found, self._stage, self._codes))
 
     def result(self) -> SegmentsComparison:
-        """All rows, after the last segment."""
+        """All rows, after the last segment. Raises `FidelityError` where a layer was in none."""
+        if self._layers:
+            raise FidelityError(f"{self._path}: {self._layers[0].layer} does not lead to the model's output")
         ends = [{OUTPUT: feed[given_name(OUTPUT)]} for feed in self._free]
         end = end_to_end_row(ends, self._reference, self._stage)
         tiles = (tiles_row(self._stage, equal=all(self._tiles_equal)),) if self._tiles_equal else ()

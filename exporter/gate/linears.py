@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,15 @@ CHANNEL_DB = 90.0
 class LinearsComparison:
     """Rows in graph order, the reference's outputs as the graph types them, and limits that differ from LINEAR_DB."""
 
-    rows: tuple[GateRow, ...]
-    expected: Arrays
-    relaxed: Mapping[str, float]
+    rows: tuple[GateRow, ...] = ()
+    expected: Arrays = field(default_factory=dict)
+    relaxed: Mapping[str, float] = field(default_factory=dict)
+
+    def joined(self, other: LinearsComparison) -> LinearsComparison:
+        """Both, with the rows of `other` behind."""
+        return LinearsComparison(
+            self.rows + other.rows, {**self.expected, **other.expected}, {**self.relaxed, **other.relaxed}
+        )
 
 
 def compare_linears(
@@ -64,14 +70,21 @@ def compare_linears(
 
 
 def judge_linears(
-    layers: Sequence[LayerEntry], records: Mapping[str, LinearRecord], found: Arrays, stage: Stage
+    layers: Sequence[LayerEntry],
+    records: Mapping[str, LinearRecord],
+    found: Arrays,
+    stage: Stage,
+    codes: dict[str, CodeComparison] | None = None,
 ) -> LinearsComparison:
     """Compare what the linears' outputs and quantized inputs were `found` to be on the records' inputs.
+
+    `codes`, by the names of quantized inputs, are those that earlier layers have counted already; those of these layers
+    are added.
 
     Raises:
         FidelityError: quantized inputs are none of their formats.
     """
-    codes: dict[str, CodeComparison] = {}
+    codes = {} if codes is None else codes
     counted: dict[str, CodeComparison] = {}
     for entry in layers:
         if entry.values and entry.values not in codes:

@@ -64,8 +64,11 @@ def compare_outputs(
     path: Path,
     *,
     optimized: bool,
+    folder: Path | None = None,
 ) -> tuple[GateRow, ...]:
     """Cut `model` around every quantizer of an output, write the cut graph to `path`, run it and compare.
+
+    Constants that it lacks are in files in `folder`.
 
     Raises:
         FidelityError: the graph quantizes other outputs than the reference, or cannot be run.
@@ -82,7 +85,7 @@ def compare_outputs(
         return ()
     feeds: Arrays = {entry.input: as_in_model(by_layer[entry.layer].x, by_layer[entry.layer].rank) for entry in entries}
     given = [GivenTensor.like(name, array) for name, array in feeds.items()]
-    save_onnx(cut(model, given, [entry.output for entry in entries]), path)
+    save_onnx(cut(model, given, [entry.output for entry in entries]), path, folder=folder)
     (found,) = run_graph(path, [{given_name(name): array for name, array in feeds.items()}], optimized=optimized)
     return tuple(_row(by_layer[entry.layer], entry, found, stage) for entry in entries)
 

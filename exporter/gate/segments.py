@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,6 +29,7 @@ from exporter.gate.subgraphs import (
     tensor_names,
     typed_output,
 )
+from exporter.onnx_files import with_values
 from exporter.passes.layer_table import LayerEntry
 from exporter.runtime import OnnxSession
 from exporter.runtime.arena import share_arena
@@ -68,10 +70,13 @@ class DividedGraph:
     that their weights are decoded once.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, decode: bool = True, threads: int | None = None) -> None:
-        """Without `decode`, weights in containers stay in them; `threads` is for the parts' operators."""
+    def __init__(
+        self, model: onnx.ModelProto, *, decode: bool = True, threads: int | None = None, folder: Path | None = None
+    ) -> None:
+        """Without `decode`, weights in containers stay in them; `threads` is for the parts' operators. Weights that the
+        model lacks are in files in `folder`, and read when they are needed."""
         keep = frozenset() if decode else _DECODERS
-        self._model, self._threads = model, threads
+        self._model, self._threads, self._folder = model, threads, folder
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._nodes = _inlined_nodes(model)
         self._writer = {name: index for index, node in enumerate(self._nodes) for name in node.output if name}
@@ -108,7 +113,7 @@ class DividedGraph:
             [typed_output(self._types, name) for name in wanted],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        model.graph.initializer.extend(tensor for name, tensor in self._stored.items() if name in read)
+        model.graph.initializer.extend(self._stored_values(read))
         return Part(model, constants, self._threads)
 
     def computes(self, given: Collection[str], wanted: Sequence[str], names: Iterable[str]) -> frozenset[str]:
@@ -141,6 +146,9 @@ class DividedGraph:
         new = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
         return {name: new[name] if name in new else known[name] for name in names}
 
+    def _stored_values(self, names: Collection[str]) -> Iterator[onnx.TensorProto]:
+        return (with_values(tensor, self._folder) for name, tensor in self._stored.items() if name in names)
+
     def _compute(self, names: Sequence[str]) -> list[npt.NDArray[Any]]:
         indices: set[int] = set()
         open_names = list(names)
@@ -153,7 +161,7 @@ class DividedGraph:
         read = {name for node in nodes for name in node.input}
         graph = helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=name) for name in names])
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        model.graph.initializer.extend(tensor for name, tensor in self._stored.items() if name in read)
+        model.graph.initializer.extend(self._stored_values(read))
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # The other cores run the segment before.
@@ -227,9 +235,9 @@ class SegmentedSession:
     Weights stay in their containers, so it takes the memory that the graph takes in its own runtime.
     """
 
-    def __init__(self, model: onnx.ModelProto, blocks: Sequence[str]) -> None:
-        """`blocks` are the paths of the model's blocks, in order."""
-        self._graph: DividedGraph | None = DividedGraph(model, decode=False)
+    def __init__(self, model: onnx.ModelProto, blocks: Sequence[str], folder: Path | None = None) -> None:
+        """`blocks` are the paths of the model's blocks, in order; weights that it lacks are in files in `folder`."""
+        self._graph: DividedGraph | None = DividedGraph(model, decode=False, folder=folder)
         self._segments = segment_outputs(model, blocks)
         self._sessions: list[OnnxSession] = []
 
