@@ -26,7 +26,7 @@ from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_r
 from exporter.gate.runs import quiet, save_feeds, save_reference
 from exporter.gate.table import GateResult, summary_table
 from exporter.gate.whole import model_feeds
-from exporter.memory import release_mapped_weights
+from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
 from exporter.models.prompts import Prompts
@@ -78,8 +78,11 @@ def validate_graphs(
         FidelityError: something deviates; the message names the first linear, or else the first block.
     """
     folder.mkdir(exist_ok=True)
+    # Here what lowering freed, and below what the torch models did: glibc keeps several hundred megabytes of it.
+    return_freed_memory()
     reference = record_reference(original, quantized, adapter, batches, progress, compute, product_type(target))
     release_mapped_weights()
+    return_freed_memory()
     with quiet(), ThreadPoolExecutor(1) as pool:
         saved = pool.submit(_save, reference, folder)
         # The lowered graph's commands are the ones to repeat: it is what the engine is made of.

@@ -10,7 +10,7 @@ import pytest
 
 from exporter.errors import InputError
 from exporter.files import sha256_of
-from exporter.onnx_files import checksum_of, data_path, save_onnx, total_bytes
+from exporter.onnx_files import checksum_of, data_path, read_model, save_onnx, total_bytes, with_values
 from tests.exporter.onnx_input.models import matmul_and_add
 
 
@@ -84,3 +84,31 @@ def test_missing_folders_and_missing_weights_are_named(tmp_path: Path) -> None:
     data_path(tmp_path / "m.onnx").unlink()
     with pytest.raises(InputError, match=r"m\.onnx\.data: cannot be read"):
         total_bytes(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("largest", [100, 1 << 20])
+def test_weights_that_a_model_lacks_are_read_from_their_folder_when_it_is_saved(largest: int, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    save_onnx(matmul_and_add(), first / "m.onnx", largest=100)
+    light = read_model(first / "m.onnx", external_data=False)
+    save_onnx(light, tmp_path / "copy.onnx", largest, folder=first)
+    assert data_path(tmp_path / "copy.onnx").is_file() == (largest == 100)
+    for tensor, other in zip(
+        matmul_and_add().graph.initializer, onnx.load(tmp_path / "copy.onnx").graph.initializer, strict=True
+    ):
+        assert np.array_equal(onnx.numpy_helper.to_array(tensor), onnx.numpy_helper.to_array(other))
+
+
+def test_values_come_from_their_file_and_what_has_them_is_not_copied(tmp_path: Path) -> None:
+    save_onnx(matmul_and_add(), tmp_path / "m.onnx", largest=100)
+    light = read_model(tmp_path / "m.onnx", external_data=False).graph.initializer
+    elsewhere = [tensor for tensor in light if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert elsewhere
+    for tensor, whole in zip(light, matmul_and_add().graph.initializer, strict=True):
+        found = with_values(tensor, tmp_path)
+        assert (found is tensor) == (tensor not in elsewhere)
+        assert np.array_equal(onnx.numpy_helper.to_array(found), onnx.numpy_helper.to_array(whole))
+    data_path(tmp_path / "m.onnx").write_bytes(b"")
+    with pytest.raises(InputError, match=r"the values of .* cannot be read"):
+        with_values(elsewhere[0], tmp_path)

@@ -16,6 +16,8 @@ from exporter.gate import segments
 from exporter.gate.segments import DividedGraph, SegmentedSession
 from exporter.gate.snr import snr_db
 from exporter.gate.table import GateResult
+from exporter.onnx_files import save_onnx
+from exporter.passes.layer_table import read_layer_table
 from exporter.runtime import OnnxSession
 from exporter.validate import validate_output
 from tests.exporter.validated_export import ADAPTER, LAYER, QUIET, TAMPERINGS, Export, tampered
@@ -50,6 +52,31 @@ def test_tampering_with_a_large_graph_is_caught(
     output = tampered(export.path("cpu"), change, tmp_path / "output.onnx")
     with pytest.raises(FidelityError, match=LAYER):
         validate_output(output, folder, output, QUIET, built_sha256="")
+
+
+def test_a_large_graph_s_layer_that_leads_nowhere_is_refused(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "LARGEST_WHOLE", 0)
+    model = onnx.load(export.path("rtx-sm86"))
+    query, key = [entry.output for entry in read_layer_table(model)][:2]
+    for node in model.graph.node:
+        node.input[:] = [query if name == key else name for name in node.input]
+    onnx.save(model, tmp_path / "lowered.onnx")
+    with pytest.raises(FidelityError, match=r"attn1\.to_k does not lead to the model's output"):
+        export.validate(tmp_path / "lowered.onnx", tmp_path / "gate", "rtx-sm86")
+
+
+def test_a_large_graph_s_weights_may_be_beside_it(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "LARGEST_WHOLE", 0)
+    save_onnx(onnx.load(export.path("rtx-sm86")), tmp_path / "lowered.onnx", largest=100)
+    one, two = (
+        export.validate(path, tmp_path / str(index), "rtx-sm86")
+        for index, path in enumerate((export.path("rtx-sm86"), tmp_path / "lowered.onnx"))
+    )
+    assert one.rows == two.rows
 
 
 @pytest.mark.parametrize("target", ["cpu", "rtx-sm86"])
