@@ -28,7 +28,7 @@ from tools.marked_section import replace_section
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 _SECONDS_BETWEEN_SAMPLES = 0.1
-_GB = 1e9
+GB = 1e9
 _MOST_OF_FP32 = 0.17
 _BUILDER = (
     "An rtx target's build is TensorRT-RTX's own builder, in a process of its own beside the waiting exporter: that "
@@ -71,16 +71,26 @@ class ExportUse:
 @click.option("--target", "targets", multiple=True, default=("cpu", "rtx-sm89"), show_default=True)
 def main(name: str, blocks: int | None, targets: tuple[str, ...]) -> None:
     """Make the model, export it, and write or print the section."""
-    model, count = MODELS[name], blocks or MODELS[name].blocks
-    folder = ROOT / "build" / "full_size" / f"{name}-{count}"
-    making = [sys.executable, "-m", "tools.full_size_models", name, str(count), str(folder)]
-    subprocess.run(making, check=True)
-    weights = sum(file.stat().st_size for file in (folder / TRANSFORMER).glob("*.safetensors"))
-    section = markdown(model, weights, [measured_export(folder, target) for target in targets])
+    model = MODELS[name]
+    folder = made_folder(name, blocks or model.blocks)
+    section = markdown(model, weight_bytes(folder), [measured_export(folder, target) for target in targets])
     if blocks is None:
         replace_section(PAGE, f"full size: {name}", section)
     else:
         click.echo(section)
+
+
+def made_folder(name: str, blocks: int) -> Path:
+    """The folder of this model with so many blocks and of its exports, made unless it is there."""
+    folder = ROOT / "build" / "full_size" / f"{name}-{blocks}"
+    making = [sys.executable, "-m", "tools.full_size_models", name, str(blocks), str(folder)]
+    subprocess.run(making, check=True)
+    return folder
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size of the transformer's weights."""
+    return sum(file.stat().st_size for file in (folder / TRANSFORMER).glob("*.safetensors"))
 
 
 def measured_export(folder: Path, target: str) -> ExportUse:
@@ -130,11 +140,11 @@ def _resident(processes: Callable[[], Iterable[psutil.Process]]) -> int:
 def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str:
     """The section about one model: a line per stage, two columns per target, and what was aimed at."""
     cores = psutil.cpu_count()
-    memory = psutil.virtual_memory().total / _GB
+    memory = psutil.virtual_memory().total / GB
     lines = [
         f"### {model.title}",
         "",
-        f"Random weights in FP32 ({weights / _GB:.2f} GB), {model.recipe_in_words}; W4A6 rounded to nearest on absmax "
+        f"Random weights in FP32 ({weights / GB:.2f} GB), {model.recipe_in_words}; W4A6 rounded to nearest on absmax "
         "scales, one step of one trajectory captured, on which the whole gate runs. Machine: "
         f"{cores} cores, {memory:.0f} GB of memory. Seconds, and the most resident memory over the FP32 weights' size, "
         "files that are mapped into memory included.",
@@ -149,7 +159,7 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
     lines.append("| **all** | " + " | ".join(total) + " |")
     lines += ["", "| aim | measured | |", "|---|---|---|"]
     for use in exports:
-        peak, size = use.peak_bytes / _GB, use.output_bytes / weights
+        peak, size = use.peak_bytes / GB, use.output_bytes / weights
         lines += [
             f"| {use.target}: {what} in at most {model.most_seconds} s | {seconds:.0f} s "
             f"| {_verdict(seconds, model.most_seconds, '.0f', ' s', _longest(stages))} |"
@@ -159,8 +169,8 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
             )
         ]
         lines += [
-            f"| {use.target}: at most {model.most_bytes / _GB:.1f} GB resident | {peak:.1f} GB "
-            f"| {_verdict(peak, model.most_bytes / _GB, '.1f', ' GB', _fullest(use))} |",
+            f"| {use.target}: at most {model.most_bytes / GB:.1f} GB resident | {peak:.1f} GB "
+            f"| {_verdict(peak, model.most_bytes / GB, '.1f', ' GB', _fullest(use))} |",
             f"| {use.target}: file at most {_MOST_OF_FP32} of FP32 | {size:.3f} "
             f"| {_verdict(size, _MOST_OF_FP32, '.3f', '', _why_large(use.target))} |",
         ]
@@ -176,8 +186,8 @@ def _why_behind_the_gate(model: FullSize, use: ExportUse) -> str:
     if use.builder_bytes + gate <= model.most_bytes:
         return ""
     return (
-        f" It begins when the gate has passed: the builder's {use.builder_bytes / _GB:.1f} GB beside the gate's "
-        f"{gate / _GB:.1f} GB would be more than the {model.most_bytes / _GB:.1f} GB of the budget."
+        f" It begins when the gate has passed: the builder's {use.builder_bytes / GB:.1f} GB beside the gate's "
+        f"{gate / GB:.1f} GB would be more than the {model.most_bytes / GB:.1f} GB of the budget."
     )
 
 
@@ -197,7 +207,7 @@ def _longest(stages: Sequence[StageUse]) -> str:
 
 def _fullest(use: ExportUse) -> str:
     stages = sorted(use.stages, key=lambda stage: -stage.peak_bytes)[:_NAMED]
-    return "most in " + ", ".join(f"{stage.name} ({stage.peak_bytes / _GB:.1f} GB)" for stage in stages)
+    return "most in " + ", ".join(f"{stage.name} ({stage.peak_bytes / GB:.1f} GB)" for stage in stages)
 
 
 def _why_large(target: str) -> str:
