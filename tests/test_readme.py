@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.cli import main
+from exporter.cli import command, main
 from exporter.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -82,16 +82,34 @@ def test_format_table_is_the_generated_one() -> None:
     assert run.returncode == 0, "run: python -m tools.format_table"
 
 
-def test_every_feature_names_tests_that_exist() -> None:
-    table = README.partition("<!-- features")[2].partition("<!-- end of features -->")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 10
-    for row in rows:
-        tests = re.findall(r"`(tests/[\w/.]+)`", row)
-        assert tests, row
-        for place in tests:
-            found = [ROOT / place] if place.endswith(".py") else [*(ROOT / place).glob("test_*.py")]
-            assert any("def test_" in file.read_text(encoding="utf-8") for file in found), place
+FEATURES = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in README.partition("<!-- features")[2].partition("<!-- end of features -->")[0].splitlines()
+    if line.startswith("| ")
+][1:]
+
+
+@pytest.mark.parametrize(("how", "tests"), [row[1:] for row in FEATURES], ids=[row[0] for row in FEATURES])
+def test_every_feature_names_tests_that_use_it(how: str, tests: str) -> None:
+    """The last word of a command, a key or a value (`fp4export embed`, `method.name: gptq`) is in one of the tests."""
+    places = re.findall(r"`(tests/[\w/.]+)`", tests)
+    assert places
+    texts = []
+    for place in places:
+        files = [ROOT / place] if place.endswith(".py") else [*(ROOT / place).rglob("test_*.py")]
+        found = [file.read_text(encoding="utf-8") for file in files]
+        assert any("def test_" in text for text in found), place
+        texts += found
+    for code in re.findall(r"`([^`]+)`", how):
+        word = re.findall(r"\w+", code)[-1]
+        assert any(re.search(rf"\b{word}\b", text) for text in texts), f"no test in {tests} has {word!r} of {code!r}"
+
+
+def test_the_features_commands_exist() -> None:
+    named = {name for _, how, _ in FEATURES for name in re.findall(r"`fp4export ([a-z]+)", how)}
+    assert len(FEATURES) >= 10
+    assert named
+    assert named <= {*command.commands}
 
 
 @pytest.mark.parametrize("file", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])

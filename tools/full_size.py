@@ -111,7 +111,7 @@ def measured_export(folder: Path, target: str) -> ExportUse:
     )
     size = total_bytes(output) if output.suffix == ".onnx" else output.stat().st_size
     written = next(end for name, _, end in spans if name == _WRITES) - start
-    peak, builder = (max(sample[place] for sample in samples) for place in (1, 2))
+    peak, builder = max(whole for _, whole, _ in samples), max(below for _, _, below in samples)
     return ExportUse(target, seconds, written, peak, size, builder, stages)
 
 

@@ -146,6 +146,7 @@ def main(blocks: int | None, layers: int) -> None:
 
 def prepare(folder: Path, layers: int) -> None:
     """Make what the commands read in `folder`, unless it is there, and remove what earlier ones left."""
+    click.echo(f"making what is missing in {folder}", err=True)
     remove(folder, (_LOGS, *(name for command in COMMANDS for name in command.leaves)))
     (folder / _LOGS).mkdir()
     model = folder / "model"
@@ -195,11 +196,12 @@ def markdown(model: str, layers: int, uses: Sequence[CommandUse]) -> str:
         [
             f"### The other commands: {model}",
             "",
-            "Written by `python -m tools.full_size_commands`, in the folder that `tools.full_size` leaves: the model and "
-            "its export for the cpu. Weights are random, also those of the autoencoder and of the text encoder, which "
-            f"has T5-XXL's width and {layers} of its {TEXT_ENCODER_LAYERS} layers (BF16). {len(_TEXTS)} captions. "
-            f"Machine: {psutil.cpu_count()} cores, {memory:.0f} GB of memory. Seconds of the whole process; the most "
-            "resident memory of it and all that it starts, files that are mapped into memory included.",
+            "Written by `python -m tools.full_size_commands`, in the folder that `tools.full_size` leaves: the model "
+            "and its export for the cpu. Weights are random, also those of the autoencoder and of the text encoder, "
+            f"which has T5-XXL's width and {layers} of its {TEXT_ENCODER_LAYERS} layers, in BF16. Captions: "
+            f"{len(_TEXTS)}. Machine: {psutil.cpu_count()} cores, {memory:.0f} GB of memory. Seconds of the whole "
+            "process; the most resident memory of it and all that it starts, files that are mapped into memory "
+            "included.",
             "",
             "| `fp4export …` | seconds | peak, GB | what it gave |",
             "|---|---|---|---|",

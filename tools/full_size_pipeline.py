@@ -59,9 +59,9 @@ _INDEX = MappingProxyType(
 
 def text_encoder_bytes(layers: int) -> int:
     """The size of T5-XXL's encoder with so many layers, in BF16."""
-    width, hidden = _T5["d_model"], _T5["d_ff"]
-    inner = _T5["num_heads"] * _T5["d_kv"]
-    return 2 * (_T5["vocab_size"] * width + layers * (4 * width * inner + 3 * width * hidden))
+    width, hidden = int(_T5["d_model"]), int(_T5["d_ff"])
+    inner = int(_T5["num_heads"]) * int(_T5["d_kv"])
+    return 2 * (int(_T5["vocab_size"]) * width + layers * (4 * width * inner + 3 * width * hidden))
 
 
 def make_parts(model: Path, text_encoder_layers: int) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 from exporter.files import write_text_atomically
 from plugins.kernels.compile import CompiledKernel, KernelVariant, compile_kernels
@@ -47,7 +48,7 @@ def variants(op_types: Iterable[str], hardware: Hardware) -> list[KernelVariant]
         variant = parse(op_type.format(fp8="fp8" if hardware.has_fp8 else "fp16"))
         if not hasattr(variant, "kernels"):
             raise ValueError(f"{op_type} has no kernels")
-        found.append(variant)
+        found.append(cast(KernelVariant, variant))
     return found
 
 

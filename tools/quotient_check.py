@@ -47,7 +47,7 @@ def count(first: int, last: int, *, alone: bool = False) -> Count:
         raise CompilerMissingError("neither gcc nor clang is here; install one")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "quotient_check"
-        command = [compiler, "-O3", "-march=native", "-ffp-contract=off", "-o", program, SOURCE, "-lm"]
+        command = [compiler, "-O3", "-march=native", "-ffp-contract=off", "-o", str(program), str(SOURCE), "-lm"]
         subprocess.run(command, check=True)
 
         def run(start: int) -> Count:

@@ -52,8 +52,7 @@ def draw_images(
 ) -> None:
     """Draw this process's share of the plan into `folder`, NAME.png each; what is there already is kept.
 
-    `load` gives the transformer, and is called only if something is missing. Raises `InputError` for a model that draws
-    latents in a pipeline without an autoencoder.
+    `load` gives the transformer, and is called only if something is missing. The pipeline has to make images.
     """
     missing = [
         chunk
@@ -69,9 +68,6 @@ def draw_images(
             images = [image for _, image in chunk]
             drawn = generate(pipeline, plan.conditions, images, plan.settings, task.advance)
             kind = kind_of(drawn, decoded=plan.source.folder.has_vae)
-            if not kind.is_image:
-                root = plan.source.folder.root
-                raise InputError(f"{root}: has no autoencoder (vae/), so there are latents and no images to evaluate")
             for (prompt, _), pixels in zip(chunk, kind.pixels(drawn), strict=True):
                 save_png(pixels, folder / _file(prompt))
 

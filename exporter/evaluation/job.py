@@ -17,6 +17,8 @@ from exporter.evaluation.results import Results
 from exporter.files import refuse_file, sha256_of
 from exporter.generation.conditions import Conditions, Texts
 from exporter.generation.generate import Settings, fitting_batch
+from exporter.generation.pictures import PIXEL_CHANNELS
+from exporter.generation.pipelines import PipelineFolder
 from exporter.generation.source import DrawingSource
 from exporter.onnx_files import checksum_of
 from exporter.progress import NullProgress, Progress
@@ -113,6 +115,7 @@ def _plan(
     source = DrawingSource.of_output(output, options.pipeline, text=text)
     device = shard.device(options.device or default_device(output))
     transformer = source.engine(output, device)
+    refuse_latents(source.folder, int(transformer.config["in_channels"]))
     defaults = source.defaults
     settings = Settings(
         _first(options.steps, preset.steps, defaults.steps),
@@ -130,6 +133,15 @@ def _plan(
         device=transformer.device,
     )
     return plan, transformer
+
+
+def refuse_latents(folder: PipelineFolder, channels: int) -> None:
+    """Raise `InputError` where a transformer of so many channels draws latents that nothing in `folder` decodes."""
+    if not folder.has_vae and channels not in PIXEL_CHANNELS:
+        raise InputError(
+            f"{folder.root}: has no autoencoder (vae/), so there are latents and no images to evaluate; give the whole "
+            "pipeline's folder with --pipeline DIR"
+        )
 
 
 def _first(*values: Any) -> Any:

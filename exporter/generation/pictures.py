@@ -14,6 +14,9 @@ from torch import Tensor
 
 from exporter.files import atomic_path
 
+PIXEL_CHANNELS = (1, 3)
+"""Channels of a model that draws pixels; with any other number it draws latents."""
+
 _SMALLEST_TILE = 96
 _LARGEST_TILE = 512
 _GAP = 8
@@ -56,14 +59,14 @@ class Kind:
 
 
 def kind_of(samples: Tensor, *, decoded: bool) -> Kind:
-    """Decoded images are RGB from 0 to 1; a model of 1 or 3 channels draws pixels from -1 to 1; the rest are latents.
+    """Decoded images are RGB from 0 to 1; a model of `PIXEL_CHANNELS` draws them from -1 to 1; the rest are latents.
 
     Latents are shown by their first three channels (or the first) between the 1st and 99th percentile of `samples`.
     """
     channels = samples.shape[1]
     if decoded:
         return Kind(np.zeros(channels), np.ones(channels))
-    if channels in (1, 3):
+    if channels in PIXEL_CHANNELS:
         return Kind(np.full(channels, -1.0), np.ones(channels))
     shown = 3 if channels > 3 else 1
     flat = samples[:, :shown].numpy(force=True).transpose(1, 0, 2, 3).reshape(shown, -1)

@@ -127,7 +127,7 @@ def compare_graphs(
     return GateResult(tuple(rows), (), (note,)), quantization_db
 
 
-def _run_exported(path: Path, feeds: Sequence[Arrays]) -> list[Arrays]:
+def _run_exported(path: Path, feeds: Sequence[Arrays]) -> Sequence[Arrays]:
     """Run a graph with function bodies. Raises `FidelityError` where ONNX Runtime cannot."""
     try:
         # Weights, unpacked and decoded while it is loaded, would be there in every step of that: 14 times as much.

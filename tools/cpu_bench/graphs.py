@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import inliner
-from torch import nn
+from torch import Tensor, nn
 
 from exporter.calibration.scales import choose_scales
 from exporter.files import atomic_path
@@ -160,7 +160,7 @@ def _nearest(model: nn.Module, plan: Plan, cache: Path, progress: Progress) -> d
     from safetensors.torch import load_file, save_file
 
     if not cache.is_file():
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         with progress.task("weights", len(plan.layers)) as task:
             for layer in plan.layers:
                 weight, fmt = (

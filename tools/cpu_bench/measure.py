@@ -122,11 +122,11 @@ def _by_kind(events: list[dict[str, Any]], runs: int) -> dict[str, float]:
         if event.get("cat") == "Node" and event["name"].endswith("kernel_time") and event["args"]["op_name"] != "Scan":
             kernels[event["name"], event["args"]["op_name"]].append(event["dur"] / 1e6)
     kind_of = {operator: kind for kind, operators in _KINDS.items() for operator in operators}
-    totals: Counter[str] = Counter()
+    totals: dict[str, float] = defaultdict(float)
     for (_, operator), seconds in kernels.items():
         # Nodes within tiles run several times a run: their fastest run times how often they did.
         totals[kind_of.get(operator, "the rest")] += min(seconds) * len(seconds) / runs
-    return dict(totals.most_common())
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def gemm_seconds(shapes: Mapping[tuple[int, int, int], int], runs: int = 7) -> float:

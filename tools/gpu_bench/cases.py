@@ -103,5 +103,5 @@ def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
     narrow = {torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}
     host = tensor.detach().cpu().contiguous()
     if host.dtype not in narrow:
-        return host.numpy()
-    return host.view(torch.uint8).numpy().view(narrow[host.dtype]).reshape(host.shape)
+        return np.asarray(host.numpy())
+    return np.asarray(host.view(torch.uint8).numpy().view(narrow[host.dtype]).reshape(host.shape))

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.cuda.launcher import Launcher, default_tactic
+from plugins.packed_linear.descriptor import PackedLinear
 from plugins.tensorrt_plugins.variant import PluginVariant
+from plugins.token_quantize.descriptor import TokenQuantize
 from tools.gpu_bench.cases import Case
 from tools.gpu_bench.page import LinearRow
 from tools.gpu_bench.timing import Clock, Work
@@ -111,7 +113,7 @@ def _int_mm(case: Case) -> Work:
     return lambda: torch._int_mm(x, weight.t())
 
 
-def _operators(case: Case) -> tuple[PluginVariant, PluginVariant]:
+def _operators(case: Case) -> tuple[TokenQuantize, PackedLinear]:
     quantizer, product = case.kernels.operators(case.x)
     if quantizer is None:
         raise ValueError(f"{case.scheme} quantizes no activations")

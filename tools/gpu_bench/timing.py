@@ -53,7 +53,7 @@ class Clock:
             work()
             end.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(float(start.elapsed_time(end)))
         return statistics.median(times)
 
     def copy_bandwidth(self) -> float:

@@ -36,7 +36,8 @@ def quantize_with_zero_point(x: Tensor, bits: int) -> Tensor:
     step = ((largest - least) / last).clamp(min=TINY)
     zero = (-least / step).round()
     codes = (x / step).round().add_(zero).clamp_(0, last)
-    return codes.sub_(zero).mul_(step)
+    quantized: Tensor = codes.sub_(zero).mul_(step)
+    return quantized
 
 
 @torch.no_grad()

@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
+from exporter.errors import InputError
+from exporter.evaluation.job import refuse_latents
+from exporter.generation.pipelines import PipelineFolder
 from exporter.runtime.onnxruntime_engine import providers_for
 from exporter.runtime.open import default_device
 from exporter.shards import Shard
@@ -224,3 +227,11 @@ def test_nonsense_ranks(
     monkeypatch.setenv("RANK", "3")
     assert main(_words(export, embeddings, tmp_path / "q")) == 2
     assert "RANK is 3, but WORLD_SIZE is 1" in capsys.readouterr().err
+
+
+def test_latents_that_nothing_decodes_are_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no autoencoder \(vae/\), so there are latents and no images"):
+        refuse_latents(PipelineFolder(tmp_path, None), 4)
+    # Pixels, and latents that are decoded.
+    refuse_latents(PipelineFolder(tmp_path, None), 3)
+    refuse_latents(PipelineFolder(pipeline_folder, None), 4)
