@@ -32,7 +32,7 @@ _MODEL = "pixart"
 _LOGS = "commands"
 _CAPTIONS = "captions.txt"
 _TEXTS = ("a photo of a cat", "a small red house by the sea, oil painting")
-_STEPS = 4
+_DRAWING = "--steps 2 --count 1"
 # What the commands have on the disk at a time, over the transformer's weights: a work folder and a bundle.
 _ROOM = 2.5
 
@@ -82,15 +82,15 @@ COMMANDS = (
         r"\1",
         leaves=("embedded.safetensors",),
     ),
-    Command(f'sample cpu.onnx -o cat.png --prompt "{_TEXTS[0]}" --steps {_STEPS}', r"^written .*", leaves=("cat.png",)),
+    Command(f'sample cpu.onnx -o cat.png --prompt "{_TEXTS[0]}" {_DRAWING}', r"^written .*", leaves=("cat.png",)),
     Command(
-        f"sample cpu.onnx -o samples --steps {_STEPS} --compare",
+        f"sample cpu.onnx -o samples {_DRAWING} --compare",
         r"^(PSNR|SNR) +(.*)",
         r"\1: \2",
         leaves=("samples",),
     ),
     Command(
-        f"evaluate cpu.onnx --prompts {_CAPTIONS} --embeddings embedded.safetensors -o quality --steps {_STEPS} "
+        f"evaluate cpu.onnx --prompts {_CAPTIONS} --embeddings embedded.safetensors -o quality {_DRAWING} "
         "--metrics psnr,ssim",
         r"^ *cpu\.onnx +(\S+) +(\S+)",
         r"PSNR \1 dB, SSIM \2",
@@ -135,7 +135,7 @@ def main(blocks: int | None, layers: int) -> None:
     """Make what is missing, run the commands, and write or print the section."""
     model, count = MODELS[_MODEL], blocks or MODELS[_MODEL].blocks
     folder = made_folder(_MODEL, count)
-    prepare(folder, layers)
+    layers = prepare(folder, layers)
     uses = [measured(command, folder, number) for number, command in enumerate(COMMANDS)]
     section = markdown(f"{model.title.partition(' (')[0]}, {count} of {model.blocks} blocks", layers, uses)
     if blocks is None:
@@ -144,8 +144,11 @@ def main(blocks: int | None, layers: int) -> None:
         click.echo(section)
 
 
-def prepare(folder: Path, layers: int) -> None:
-    """Make what the commands read in `folder`, unless it is there, and remove what earlier ones left."""
+def prepare(folder: Path, layers: int) -> int:
+    """Make what the commands read in `folder`, unless it is there, and remove what earlier ones left.
+
+    Returns the layers of the text encoder, 0 where the disk has no room for it.
+    """
     click.echo(f"making what is missing in {folder}", err=True)
     remove(folder, (_LOGS, *(name for command in COMMANDS for name in command.leaves)))
     (folder / _LOGS).mkdir()
@@ -161,6 +164,7 @@ def prepare(folder: Path, layers: int) -> None:
     if not (folder / "cpu.onnx").is_file():
         measured_export(folder, "cpu")
     write_text_atomically(folder / _CAPTIONS, "\n".join(_TEXTS) + "\n")
+    return layers
 
 
 def measured(command: Command, folder: Path, number: int) -> CommandUse:
