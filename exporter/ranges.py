@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
 from exporter.files import scratch_folder, write_text_atomically
+from exporter.gate.segments import SegmentedSession, is_large
 from exporter.job import Job
 from exporter.onnx_files import read_model, save_onnx
 from exporter.passes.compute_type import AMAX_PREFIX, probe_amax
 from exporter.passes.driver import run_passes
+from exporter.passes.layer_table import read_layer_table
 from exporter.passes.surgery import has_given_name
 from exporter.runtime import OnnxSession
 from exporter.source import Source
@@ -67,7 +69,8 @@ def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported
                     yield source.adapter.with_conditions(source.model, inputs).as_numpy()
                     task.advance(len(rows))
 
-            found = measure_amax(exported, job.target, feeds())
+            blocks = [name for name, _ in source.adapter.blocks(source.model)]
+            found = measure_amax(exported, job.target, feeds(), blocks)
         write_text_atomically(path, json.dumps([asdict(one) for one in found], indent=1) + "\n")
 
     key = key_of(stage="ranges", calibrated=calibration_key(job, source), target=job.target.name)
@@ -75,27 +78,34 @@ def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported
     return tuple(Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
 
 
-def measure_amax(exported: Path, target: Target, feeds: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[Amax, ...]:
+def measure_amax(
+    exported: Path, target: Target, feeds: Iterable[Mapping[str, npt.NDArray[Any]]], blocks: Sequence[str] = ()
+) -> tuple[Amax, ...]:
     """The largest magnitude of every tensor that FP16 would store, in the graph's order, over all `feeds`.
 
-    NaN where one is. The graph itself reduces its tensors, so none of them is held; it runs from a file beside
-    `exported`, since it may be too large for a message of its own.
+    NaN where one is. The graph itself reduces its tensors, so none of them is held. A large graph runs segment by
+    segment, `blocks` being the paths of its blocks.
     """
+    plain = read_model(exported)
+    model = run_passes(plain, (probe_amax,), target)[0]
+    probes = [value.name for value in model.graph.output]
     with scratch_folder(exported.parent) as folder:
-        session = _probed_session(exported, target, folder / "probed.onnx")
-        highest = np.zeros(len(session.outputs), np.float32)
+        session = _probed_session(model, blocks, folder / "probed.onnx")
+        highest = np.zeros(len(probes), np.float32)
         for feed in feeds:
-            known = {spec.name: feed[spec.name] for spec in session.inputs}
-            highest = np.maximum(highest, np.stack(list(session.run(known).values())))
-    names = [spec.name.removeprefix(AMAX_PREFIX) for spec in session.outputs]
-    nodes = read_model(exported, external_data=False).graph.node
-    producers = {name: node for node in nodes for name in node.output}
+            found = session.run({value.name: feed[value.name] for value in model.graph.input})
+            highest = np.maximum(highest, np.stack([found[probe] for probe in probes]))
+    producers = {name: node for node in plain.graph.node for name in node.output}
+    names = [probe.removeprefix(AMAX_PREFIX) for probe in probes]
     return tuple(Amax(name, _place(name, producers), float(amax)) for name, amax in zip(names, highest, strict=True))
 
 
-def _probed_session(exported: Path, target: Target, path: Path) -> OnnxSession:
-    """The graph with the probes in it, written to `path`, where large weights are read from."""
-    save_onnx(run_passes(read_model(exported), (probe_amax,), target)[0], path)
+def _probed_session(model: onnx.ModelProto, blocks: Sequence[str], path: Path) -> OnnxSession | SegmentedSession:
+    """A small graph is written to `path`, from where ONNX Runtime reads it."""
+    if blocks and is_large(read_layer_table(model)):
+        probes = {value.name: value.name.removeprefix(AMAX_PREFIX) for value in model.graph.output}
+        return SegmentedSession(model, blocks, probes=probes)
+    save_onnx(model, path)
     return OnnxSession(path)
 
 

@@ -235,25 +235,43 @@ class SegmentedSession:
     Weights stay in their containers, so it takes the memory that the graph takes in its own runtime.
     """
 
-    def __init__(self, model: onnx.ModelProto, blocks: Sequence[str], folder: Path | None = None) -> None:
-        """`blocks` are the paths of the model's blocks, in order; weights that it lacks are in files in `folder`."""
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        blocks: Sequence[str],
+        folder: Path | None = None,
+        probes: Mapping[str, str] | None = None,
+    ) -> None:
+        """`blocks` are the paths of the model's blocks, in order; weights that it lacks are in files in `folder`.
+
+        `probes` are tensors to give beside the model's output, each with the one that it is made from, whose segment
+        computes it.
+        """
         self._graph: DividedGraph | None = DividedGraph(model, decode=False, folder=folder)
         self._segments = segment_outputs(model, blocks)
+        self._probes = dict(probes or {})
         self._sessions: list[OnnxSession] = []
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """The model's output by name. Raises `InputError` as `OnnxSession.run` does, and the errors of a part."""
+        """The model's output and the probes by name. Raises `InputError` as `OnnxSession.run` does, and the errors of a
+        part."""
         state: dict[str, npt.NDArray[Any]] = {}
         for session in self._sessions if self._graph is None else self._loaded(self._graph, state):
             available = {**feeds, **{given_name(name): array for name, array in state.items()}}
             state |= session.run({spec.name: available[spec.name] for spec in session.inputs})
-        return {OUTPUT: state[OUTPUT]}
+        return {name: state[name] for name in (OUTPUT, *self._probes)}
 
     def _loaded(self, graph: DividedGraph, state: Mapping[str, npt.NDArray[Any]]) -> Iterator[OnnxSession]:
         """The sessions one after the other, in whose place `graph` is let go; `state` has what those before gave."""
         sessions = []
+        probes = dict(self._probes)
         for names, constants in with_constants(graph, self._segments):
-            part = graph.part(state, names, constants)
+            here = graph.computes(state, names, probes.values())
+            # What no segment computes is an input, or made of constants.
+            inside = [probe for probe, tensor in probes.items() if tensor in here or names == (OUTPUT,)]
+            for probe in inside:
+                del probes[probe]
+            part = graph.part(state, [*names, *inside], constants)
             sessions.append(OnnxSession(part.complete(), fold_constants=False, shares_arena=True))
             yield sessions[-1]
         self._sessions, self._graph = sessions, None

@@ -18,7 +18,9 @@ from exporter.gate.snr import snr_db
 from exporter.gate.table import GateResult
 from exporter.onnx_files import save_onnx
 from exporter.passes.layer_table import read_layer_table
+from exporter.ranges import measure_amax
 from exporter.runtime import OnnxSession
+from exporter.targets import TARGETS
 from exporter.validate import validate_output
 from tests.exporter.validated_export import ADAPTER, LAYER, QUIET, TAMPERINGS, Export, tampered
 
@@ -88,6 +90,17 @@ def test_a_segmented_session_gives_what_the_whole_graph_gives(export: Export, ta
     first, second = (session.run(inputs)["sample"] for _ in range(2))
     assert np.array_equal(first, second)
     assert snr_db(expected, first) > 40
+
+
+def test_a_large_graph_s_ranges_are_measured_in_segments(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds = [export.captured.inputs(torch.arange(2), export.prompts).as_numpy()]
+    blocks = [name for name, _ in ADAPTER.blocks(export.quantized)]
+    target = TARGETS["rtx-sm75"]
+    whole = measure_amax(export.path("exported"), target, feeds, blocks)
+    monkeypatch.setattr(segments, "LARGEST_WHOLE", 0)
+    in_segments = measure_amax(export.path("exported"), target, feeds, blocks)
+    assert [(one.tensor, one.place) for one in in_segments] == [(one.tensor, one.place) for one in whole]
+    assert [one.value for one in in_segments] == pytest.approx([one.value for one in whole], rel=1e-3)
 
 
 def test_constants_are_computed_as_they_would_be_when_the_graph_runs(export: Export) -> None:
