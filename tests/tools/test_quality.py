@@ -114,6 +114,8 @@ SAID = [
     ("ours", W4A4, True, "integers closer", "integers closer"),
     ("ours", W4A8, False, "integers closer", "integers closer"),
     ("ours", W4A8, True, "integers closer", "integers closer"),
+    ("fp_unsigned", W4A6, True, "floats closer", "floats closer"),
+    ("fp_unsigned", W4A4, True, "floats closer", "floats closer"),
     ("mixed", W4A8, True, "floats closer", "floats closer"),
 ]
 
@@ -125,6 +127,19 @@ def test_the_prose_says_what_the_kept_cells_say(
     laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
     found = differences(laboratory, key, bits, zero_points=zero_points)
     assert [verdict(each) for each in found] == [mean, worst]
+
+
+def test_the_samples_say_no_more_than_the_prose(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    original = laboratory.original_judged(0)
+    assert original is not None
+    judged = [figures for row in ROWS if (figures := laboratory.kept(row, W4A6, SEEDS[0])) and figures.samples]
+    assert len(judged) >= 10
+    for figures in judged:
+        assert figures.recognised is not None
+        assert figures.frechet is not None
+        assert figures.recognised.value >= original[0].low
+        assert original[1].low < figures.frechet.value < original[1].high
 
 
 def test_drift_is_in_decibels() -> None:

@@ -18,7 +18,12 @@ _PAIRS = (
     ("GPTQ", "fp_gptq", "int_gptq"),
     ("balanced, GPTQ, then AdaRound", "ours", "int_ours"),
 )
-_JUDGED = (("ours", "ours"), ("FP4DiT's formats and scales", "fp4dit"), ("float weights, integer activations", "mixed"))
+_JUDGED = (
+    ("ours", "ours"),
+    ("ours, unsigned behind the GELU", "fp_unsigned"),
+    ("FP4DiT's formats and scales", "fp4dit"),
+    ("float weights, integer activations", "mixed"),
+)
 
 
 def spread(values: Sequence[float], *, signed: bool = False) -> str:
