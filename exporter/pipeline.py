@@ -18,6 +18,7 @@ from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
 from exporter.model_stages import balanced, transformed
 from exporter.origin import Origin
+from exporter.passes.emulate import EMULATED, runnable_graph
 from exporter.progress import NullProgress, Progress
 from exporter.ranges import Amax, checked_ranges
 from exporter.recipe import Recipe
@@ -35,7 +36,6 @@ from exporter.stages import (
     exported_graph,
     fake_quantized,
     lowered_graph,
-    runnable_graph,
 )
 from exporter.this_cpu import refuse_saturating_cpu
 from exporter.validate import validate_output as validate_again
@@ -134,7 +134,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     ranged = job.recipe.compute == "fp16"
     ranges = job.timed("ranges", checked_ranges, source, captured, exported) if ranged else ()
     lowered = job.timed("lower", lowered_graph, source, exported)
-    runnable = runnable_graph(job, lowered)
+    runnable = runnable_graph(lowered, job.target, job.work.file(f"{EMULATED}.{job.target.name}.onnx"))
     graphs = (exported, runnable)
     fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
     if job.target.kernels == "plugin":

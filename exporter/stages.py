@@ -24,7 +24,6 @@ from exporter.model_stages import changes_of_model
 from exporter.onnx_files import LARGEST_WORK_FILE_BYTES, checksum_of, data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
-from exporter.passes.emulate import EMULATED, emulation_passes, runs_as_it_is
 from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
 from exporter.recipe import recipe_to_yaml
@@ -200,26 +199,12 @@ def lowered_graph(job: Job, source: Source, exported: Path) -> Path:
     return _rewritten(job, exported, passes, f"lowered.{job.target.name}")
 
 
-def runnable_graph(job: Job, lowered: Path) -> Path:
-    """What stands for the lowered graph in ONNX Runtime: itself, or the same numbers in types that ONNX Runtime has."""
-    passes = emulation_passes(job.target)
-    # A large graph's weights are not read where nothing is going to be done with them.
-    if not passes or runs_as_it_is(read_model(lowered, external_data=False)):
-        return lowered
-    model, results = run_passes(onnx.load(lowered), passes, job.target)
-    if not any(result.changed for result in results):
-        return lowered
-    path = job.work.file(f"{EMULATED}.{job.target.name}.onnx")
-    save_onnx(model, path, LARGEST_WORK_FILE_BYTES)
-    return path
-
-
 def _rewritten(job: Job, source: Path, passes: tuple[Pass, ...], name: str) -> Path:
     folder = job.work.file("graphs")
 
     def keep(pass_name: str, index: int, model: onnx.ModelProto) -> None:
         folder.mkdir(exist_ok=True)
-        save_onnx(model, folder / f"{name}.{index:02d}.{pass_name}.onnx")
+        save_onnx(model, folder / f"{name}.{index:02d}.{pass_name}.onnx", LARGEST_WORK_FILE_BYTES)
 
     model, results = run_passes(onnx.load(source), passes, job.target, keep if job.keep_graphs else None)
     path = job.work.file(f"{name}.onnx")

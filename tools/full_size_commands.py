@@ -75,7 +75,11 @@ COMMANDS = (
     Command("inspect cpu.onnx", r"^size +(.*)", r"\1"),
     Command("validate cpu.onnx", r"^fidelity: (\w+)(?:.*\n)+?.*end to end\D+([\d.]+)", r"\1, \2 dB end to end"),
     Command("bisect cpu.onnx", r"^(?:clean|found): .*"),
-    Command("ranges recipe.yaml -o cpu.onnx --work-dir cpu.onnx.work", r"^.*\d+ tensors with .*|^FP.* overflows in .*"),
+    Command(
+        "ranges recipe.yaml -o cpu.onnx --work-dir cpu.onnx.work",
+        r"^FP16 holds all \d+ tensors .*|^FP\d+.* overflows in .*|^\d+ of \d+ tensors leave .*",
+        leaves=("cpu.onnx.work/ranges.cpu.json", "cpu.onnx.work/ranges.cpu.json.seal"),
+    ),
     Command(
         f"embed recipe.yaml --prompts {_CAPTIONS} -o embedded.safetensors",
         r"^wrote .*: (.*)",
@@ -147,7 +151,7 @@ def main(blocks: int | None, layers: int) -> None:
 def prepare(folder: Path, layers: int) -> int:
     """Make what the commands read in `folder`, unless it is there, and remove what earlier ones left.
 
-    Returns the layers of the text encoder, 0 where the disk has no room for it.
+    Returns the layers of the text encoder: where the disk has no room for another, of the one that is there, or 0.
     """
     click.echo(f"making what is missing in {folder}", err=True)
     remove(folder, (_LOGS, *(name for command in COMMANDS for name in command.leaves)))
@@ -158,8 +162,10 @@ def prepare(folder: Path, layers: int) -> int:
         needed += text_encoder_bytes(layers)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        click.echo(f"{folder}: {free / GB:.1f} of {needed / GB:.1f} GB are free: no text encoder is made", err=True)
-        layers = 0
+        click.echo(
+            f"{folder}: {free / GB:.1f} of {needed / GB:.1f} GB are free: no other text encoder is made", err=True
+        )
+        layers = layers_of_text_encoder(model)
     subprocess.run([sys.executable, "-m", "tools.full_size_pipeline", str(model), str(layers)], check=True)
     if not (folder / "cpu.onnx").is_file():
         measured_export(folder, "cpu")
@@ -205,7 +211,7 @@ def markdown(model: str, layers: int, uses: Sequence[CommandUse]) -> str:
             f"which has T5-XXL's width and {layers} of its {TEXT_ENCODER_LAYERS} layers, in BF16. Captions: "
             f"{len(_TEXTS)}. Machine: {psutil.cpu_count()} cores, {memory:.0f} GB of memory. Seconds of the whole "
             "process; the most resident memory of it and all that it starts, files that are mapped into memory "
-            "included.",
+            "included. `ranges` finds the calibration of the export, as it does where one has just been made.",
             "",
             "| `fp4export …` | seconds | peak, GB | what it gave |",
             "|---|---|---|---|",

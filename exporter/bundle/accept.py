@@ -15,9 +15,7 @@ from exporter.errors import FidelityError, InputError
 from exporter.gate.records import OUTPUT
 from exporter.gate.runs import Arrays, compare_snr, load_feeds, load_reference, run_graph
 from exporter.gate.table import bounded_db
-from exporter.onnx_files import read_model, save_onnx
-from exporter.passes.driver import run_passes
-from exporter.passes.emulate import emulation_passes
+from exporter.passes.emulate import runnable_graph
 from exporter.progress import Progress
 from exporter.targets import get_target
 
@@ -75,7 +73,8 @@ def _accept(files: TargetFiles) -> Accepted:
         return Accepted(files.entry.name, None, None, passed=False)
     feeds, expected = _acceptance(files.acceptance)
     with tempfile.TemporaryDirectory() as folder:
-        outputs = run_graph(_runnable(files, Path(folder)), feeds, optimized=files.entry.engine == "onnxruntime")
+        runnable = runnable_graph(files.lowered, get_target(files.entry.name), Path(folder) / files.lowered.name)
+        outputs = run_graph(runnable, feeds, optimized=files.entry.engine == "onnxruntime")
     snr = compare_snr(expected, outputs).get(OUTPUT, np.nan)
     needed = files.acceptance.snr_db
     return Accepted(files.entry.name, bounded_db(snr), needed, passed=bool(snr >= needed))
@@ -86,15 +85,3 @@ def _acceptance(files: AcceptanceFiles) -> tuple[list[Arrays], list[Arrays]]:
     if not feeds or len(feeds) != len(expected):
         raise InputError(f"{files.reference}: {len(expected)} outputs for {len(feeds)} inputs; export the bundle again")
     return feeds, expected
-
-
-def _runnable(files: TargetFiles, folder: Path) -> Path:
-    """The graph, or in `folder` what stands for it in ONNX Runtime."""
-    target = get_target(files.entry.name)
-    passes = emulation_passes(target)
-    if not passes:
-        return files.lowered
-    model, _ = run_passes(read_model(files.lowered), passes, target)
-    path = folder / files.lowered.name
-    save_onnx(model, path)
-    return path

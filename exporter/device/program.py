@@ -18,10 +18,10 @@ DOCTOR_SUMMARY = "Show what this machine has, and what each target needs."
 
 _BUILD_ABOUT = f"""{BUILD_SUMMARY}
 
-MODEL is the lowered graph of an export, NAME.work/lowered.TARGET.onnx (with lowered.TARGET.kernels/ beside it where the
-export used plugins), or NAME.bundle, every byte of which is checked first. Needed here: Python with numpy, onnx and
-polygraphy, and TensorRT (10.3 or later, by target) or TensorRT-RTX. TensorRT builds on the GPU that the engine is for;
-TensorRT-RTX builds anywhere.
+MODEL is the lowered graph of an export, NAME.work/lowered.TARGET.onnx (with its .onnx.data and
+lowered.TARGET.kernels/ beside it where the export made them), or NAME.bundle, every byte of which is checked first.
+Needed here: Python with numpy, onnx and polygraphy, and TensorRT (10.3 or later, by target) or TensorRT-RTX. TensorRT
+builds on the GPU that the engine is for; TensorRT-RTX builds anywhere.
 
 Where that GPU is, the finished engine is loaded by a fresh process, TensorRT's inspector is asked whether every
 quantized layer reads 8- or 4-bit numbers or is a plugin, and the inputs that the export saved in gate.TARGET/ are run

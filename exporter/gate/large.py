@@ -51,6 +51,7 @@ def compare_segments(
     Raises:
         CutError: the graph lacks a block's output.
         FidelityError: it cannot be run, or has other layers than the reference.
+        InputError: a weight's values cannot be read from their file.
     """
     walk = _Walk(written, plain, layers, reference, stage, path, optimized, threads)
     for names, constants in with_constants(walk.graph, segment_outputs(plain, reference.blocks)):

@@ -72,6 +72,7 @@ def compare_outputs(
 
     Raises:
         FidelityError: the graph quantizes other outputs than the reference, or cannot be run.
+        InputError: a weight's values cannot be read from their file.
     """
     by_layer = {record.layer: record for record in records}
     check_same_layers(

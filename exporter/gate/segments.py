@@ -94,6 +94,7 @@ class DividedGraph:
         Raises:
             CutError: the graph lacks a tensor.
             FidelityError: ONNX Runtime cannot compute a constant.
+            InputError: a weight's values cannot be read from their file.
         """
         for name in (*given, *wanted):
             if name not in self._writer and name not in self._inputs:
@@ -122,7 +123,8 @@ class DividedGraph:
         return frozenset(name for name in names if self._writer.get(name) in indices)
 
     def constants(self, given: Collection[str], wanted: Sequence[str]) -> Constants:
-        """The computed constants that are read on the way from `given` to `wanted`. Raises `FidelityError`."""
+        """The computed constants that are read on the way from `given` to `wanted`. Raises `FidelityError`
+        and `InputError` as `part` does."""
         read = [name for index in self._needed(given, wanted) for name in names_read(self._nodes[index])]
         return self._computed(self._computable([*read, *wanted]), {})
 

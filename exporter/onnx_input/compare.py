@@ -130,7 +130,7 @@ def compare_graphs(
 def _run_exported(path: Path, feeds: Sequence[Arrays]) -> Sequence[Arrays]:
     """Run a graph with function bodies. Raises `FidelityError` where ONNX Runtime cannot."""
     try:
-        # Weights, unpacked and decoded while it is loaded, would be there in every step of that: 14 times as much.
+        # Folding would keep every intermediate result of decoding the weights, 14 times their size, until it ends.
         session = OnnxSession(path, fold_constants=False)
         outputs = [session.run(feed) for feed in feeds]
     except InputError as error:

@@ -20,7 +20,7 @@ from exporter.onnx_input.selection import FormatOptions, Selection
 from exporter.onnx_input.waist import WaistModel
 from exporter.origin import Origin
 from exporter.passes import lowering_passes, run_passes
-from exporter.passes.emulate import emulation_passes
+from exporter.passes.emulate import EMULATED, runnable_graph
 from exporter.progress import NullProgress, Progress
 from exporter.quantize import QuantLinear
 from exporter.targets import AUTO, Target, resolve_target
@@ -150,15 +150,7 @@ def _lowered(exported: Path, work: WorkDir, target: Target, progress: Progress) 
     model, results = run_passes(onnx.load(exported), lowering_passes(target), target)
     save_onnx(model, path)
     progress.note(f"{path.stem}: {results[-1].nodes} nodes")
-    passes = emulation_passes(target)
-    if not passes:
-        return path, path
-    emulated, changes = run_passes(model, passes, target)
-    if not any(result.changed for result in changes):
-        return path, path
-    runnable = work.file(f"emulated.{target.name}.onnx")
-    save_onnx(emulated, runnable)
-    return path, runnable
+    return path, runnable_graph(path, target, work.file(f"{EMULATED}.{target.name}.onnx"))
 
 
 def _validated(

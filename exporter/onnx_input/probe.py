@@ -72,7 +72,7 @@ def run_probed(
         path = Path(room) / "probed.onnx"
         save_onnx(_extended(model, body, len(points)), path)
         try:
-            # A graph with function bodies decodes its weights, and would hold every step of that when it is loaded.
+            # Function bodies decode the weights, and folding would keep every intermediate result of that.
             found = OnnxSession(path, fold_constants=not model.functions).run(feeds)
         except InputError as error:
             reason = str(error).removeprefix(f"{path}: ")

@@ -11,8 +11,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from exporter.onnx_files import nodes_of
-from exporter.passes.driver import Pass
+from exporter.onnx_files import LARGEST_WORK_FILE_BYTES, nodes_of, read_model, save_onnx
+from exporter.passes.driver import Pass, run_passes
 from exporter.passes.emulate_blocks import emulate_blocks
 from exporter.passes.emulate_compute import round_to_compute_type
 from exporter.passes.plugins.open import open_plugins
@@ -40,6 +40,22 @@ def runs_as_it_is(model: onnx.ModelProto) -> bool:
     values = (*graph.input, *graph.output, *graph.value_info)
     types = {tensor.data_type for tensor in graph.initializer} | {value.type.tensor_type.elem_type for value in values}
     return types.isdisjoint(_EMULATED_TYPES) and all(node.domain == "" for node in nodes_of(graph.node))
+
+
+def runnable_graph(lowered: Path, target: Target, path: Path) -> Path:
+    """What stands for a lowered graph in ONNX Runtime: itself, or the same numbers in types that it has, in `path`.
+
+    Raises `InputError` where the graph cannot be read.
+    """
+    passes = emulation_passes(target)
+    # A large graph's weights are not read where nothing is going to be done with them.
+    if not passes or runs_as_it_is(read_model(lowered, external_data=False)):
+        return lowered
+    model, results = run_passes(read_model(lowered), passes, target)
+    if not any(result.changed for result in results):
+        return lowered
+    save_onnx(model, path, LARGEST_WORK_FILE_BYTES)
+    return path
 
 
 def relation_to_engine(compared: Path) -> str:

@@ -161,7 +161,7 @@ class Laboratory:
         classes, ours = judge.look(images)
         _, theirs = judge.look(reference)
         right = classes == original.prompts.labels[prompt_order(original, len(images))].numpy()
-        recognised = bootstrapped(lambda chosen: float(right[chosen].mean()), len(images))
+        recognised = bootstrapped(lambda chosen: float(right[chosen].mean()), len(images)).within(0.0, 1.0)
         distance = bootstrapped(
             lambda chosen, other: frechet_distance(ours[chosen], theirs[other]), len(images), sets=2
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def within(self, least: float, most: float) -> Interval:
+        """The same of a figure that cannot be outside: the interval's shift may have led it there."""
+        return replace(self, low=max(self.low, least), high=min(self.high, most))
 
 
 class Judge:

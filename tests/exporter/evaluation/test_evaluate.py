@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.cli import main
 from exporter.errors import InputError
+from exporter.evaluation import job
 from exporter.evaluation.job import refuse_latents
 from exporter.generation.pipelines import PipelineFolder
 from exporter.runtime.onnxruntime_engine import providers_for
@@ -235,3 +236,20 @@ def test_latents_that_nothing_decodes_are_refused(pipeline_folder: Path, tmp_pat
     # Pixels, and latents that are decoded.
     refuse_latents(PipelineFolder(tmp_path, None), 3)
     refuse_latents(PipelineFolder(pipeline_folder, None), 4)
+
+
+def test_a_pipeline_that_ends_with_latents_is_refused_before_anything_is_drawn(
+    export: Path,
+    embeddings: Path,
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The tiny model's three channels are latents then.
+    monkeypatch.setattr(job, "PIXEL_CHANNELS", (1,))
+    shutil.copytree(pipeline_folder, tmp_path / "pipeline", ignore=shutil.ignore_patterns("vae"))
+    words = [*_words(export, embeddings, tmp_path / "quality"), "--pipeline", str(tmp_path / "pipeline")]
+    assert main(words) == 2
+    assert "has no autoencoder (vae/)" in capsys.readouterr().err
+    assert not _images(tmp_path / "quality")
