@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from exporter.layer_section import HIGH_PRECISION
 from exporter.plan import LayerPlan
 from exporter.rounding import InputQuantizer, quantize_online
-from exporter.symbolic import symbolic_fake_quantize
+from exporter.symbolic import is_traced, symbolic_fake_quantize
 from exporter.transforms.linear import TransformedLinear
 from plugins.formats import get_format
 
@@ -35,7 +34,7 @@ class OutputQuantizer(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """y [..., N] → [..., N]; the gradient passes straight through."""
-        if torch.compiler.is_exporting():
+        if is_traced():
             return symbolic_fake_quantize(y, self.layer, self.format, self.group_size)
         # On a GPU the layer's kernels may give float16 or bfloat16; rounding looks at the bits of a float32.
         rounded = InputQuantizer(get_format(self.format)).fake_quantize(self._grouped(y.float()))

@@ -23,7 +23,7 @@ from exporter.errors import InputError
 from exporter.output_quantizer import quantize_outputs
 from exporter.plan import LayerPlan, Plan
 from exporter.rounding import InputQuantizer, dequantize
-from exporter.symbolic import symbolic_linear
+from exporter.symbolic import is_traced, symbolic_linear
 from exporter.tensor_files import atomic_tensor_path
 from plugins.formats import Format, get_format
 from plugins.packing import pack, unpack
@@ -128,7 +128,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x float32 [..., K] → [..., N]; with kernels also float16 and bfloat16."""
-        if torch.compiler.is_exporting():
+        if is_traced():
             return symbolic_linear(self, x)
         y = self._on_gpu.multiply(self, x)
         if y is not None:

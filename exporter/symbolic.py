@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from exporter.quantize import QuantLinear
 
 
+def is_traced() -> bool:
+    """Whether torch.export traces the model, not strictly, as `exporter.tracing` does.
+
+    What torch.compile traces is computed: Dynamo of PyTorch 2.11 and before folds `is_exporting` to true there.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def symbolic_linear(module: QuantLinear, x: Tensor) -> Tensor:
     """x [..., K] → quantize online → dequantize → linear with the dequantized words → [..., N]."""
     if module.activation_format != "none":

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from exporter.models.inputs import shared_inputs
 from exporter.symbolic import symbolic_boundary
@@ -32,7 +33,7 @@ def trace(
 
     Inputs and the one output get the given names. Weights stay where they are until the model is serialized.
     """
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _RepeatedByView():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
@@ -45,6 +46,28 @@ def trace(
     if exported is None:
         raise RuntimeError("torch.onnx.export returned no program")
     return exported.model
+
+
+class _RepeatedByView(TorchFunctionMode):
+    """x.repeat_interleave(n, dim) → x's axis and one of n behind it, flattened into one: the same numbers.
+
+    PyTorch before 2.13 would fix the batch at its size in the example, where masks are repeated for attention's heads.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.repeat_interleave:
+            return _repeated(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _repeated(x: Tensor, repeats: int | Tensor, dim: int | None = None, **others: Any) -> Tensor:
+    if not isinstance(repeats, int) or dim is None:
+        return x.repeat_interleave(repeats, dim, **others)
+    dim %= x.ndim
+    copies = x.unsqueeze(dim + 1).expand(*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :])
+    return copies.flatten(dim, dim + 1)
 
 
 @contextmanager
