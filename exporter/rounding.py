@@ -71,7 +71,7 @@ def quantize_online(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     scale = max(amax, TINY) / fmt.max, values = round(x / scale), both true float32 divisions; every zero is +0.
     Negative numbers of an unsigned format count as 0.
     """
-    amax = (x.abs() if fmt.min else x).amax(dim=-1, keepdim=True).clamp_(min=TINY)
+    amax = (x.abs() if fmt.min else x).amax(dim=-1, keepdim=True).clamp(min=TINY)
     # A tensor divisor: CUDA multiplies by the reciprocal of a Python number, which is not the same float.
     scales = amax / torch.full_like(amax, fmt.max)
     return round_to_format(x / scales, fmt).add_(0.0), scales

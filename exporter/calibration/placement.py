@@ -122,6 +122,22 @@ class Placement:
         return map(work, items) if self.on_gpu else on_every_core(work, items)
 
 
+@contextmanager
+def repeatable_gradients() -> Iterator[None]:
+    """Where results are to be repeatable, let gradients be so, too.
+
+    Of attention PyTorch has repeatable gradients, but where it may only warn it computes the others.
+    """
+    warns = torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    if warns:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if warns:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def choose_placement(wanted: str, memory: float | None, shard: Shard) -> Placement:
     """The device that a recipe wants (auto, cpu, cuda, cuda:N), with at most `memory` GB of a GPU's, or what is free.
 

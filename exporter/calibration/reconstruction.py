@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
 from exporter.calibration.block_inputs import BlockInputs
+from exporter.calibration.placement import repeatable_gradients
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.progress import Task
@@ -238,7 +239,8 @@ def _backward(
         for layer in unit.layers.values():
             layer.penalty = penalty if with_penalty else None
         loss = inputs.mean_squared_error(unit.module, targets, part, channels) * (factor * len(part) / len(indices))
-        loss.backward()  # type: ignore[no-untyped-call]
+        with repeatable_gradients():
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def add_all() -> None:
         for layer in unit.layers.values():

@@ -18,7 +18,7 @@ from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
-from exporter.calibration.placement import Placement, choose_placement
+from exporter.calibration.placement import Placement, choose_placement, repeatable_gradients
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
@@ -187,3 +187,15 @@ def test_a_block_that_a_gpu_does_not_hold_is_said_so(monkeypatch: pytest.MonkeyP
 def test_a_device_that_no_recipe_can_name_is_refused() -> None:
     with pytest.raises(InputError, match=r"calibration\.device: unknown device 'gpu'; known: auto, cpu, cuda, cuda:N"):
         load_recipe("digits", ["calibration.device=gpu"])
+
+
+def test_gradients_are_repeatable_where_results_are() -> None:
+    with repeatable_gradients():
+        assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with repeatable_gradients():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

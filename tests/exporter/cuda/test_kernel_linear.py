@@ -188,3 +188,11 @@ def test_compiled_layers_compute_the_reference() -> None:
     x = torch.randn(4, K, generator=torch.Generator().manual_seed(1))
     compiled = torch.compile(layer, backend="eager")
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("plan", [W4A6, W4A8, SIX_BITS, WEIGHTS])
+def test_gradients_reach_the_input(plan: LayerPlan) -> None:
+    x = torch.randn(4, K, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    layer_of(plan)(x).sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.abs().sum()) > 0
