@@ -136,8 +136,11 @@ def create_session(
     disabled = [_QDQ_FUSION] * dequantizes + [_FOLDING] * (not fold_constants)
     content = source.SerializeToString() if isinstance(source, onnx.ModelProto) else str(source)
     try:
-        session = ort.InferenceSession(content, options, providers=list(providers), disabled_optimizers=disabled)
-    except ORT_ERRORS as error:
+        # Otherwise it would go on with the CPU alone where a GPU cannot be had, and with all optimizations.
+        session = ort.InferenceSession(
+            content, options, providers=list(providers), disabled_optimizers=disabled, enable_fallback=0
+        )
+    except (*ORT_ERRORS, RuntimeError) as error:
         raise InputError(f"{_name_of(source)}: ONNX Runtime cannot run it: {first_line(error)}") from error
     # Expanding 4-bit weights frees ten times their final size.
     return_freed_memory()

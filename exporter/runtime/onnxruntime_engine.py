@@ -28,7 +28,14 @@ class OnnxRuntimeEngine(Engine):
         """
         if device.type == "cuda":
             _check_cuda(path)
+            # Torch's "cuda" is whichever GPU is current, ONNX Runtime's is the first.
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._session = create_session(path, threads, providers_for(device))
+        if device.type == "cuda" and _CUDA not in self._session.get_providers():
+            raise EnvironmentLacksError(
+                f"{path}: device cuda: ONNX Runtime's CUDA provider does not load, for the reason that it printed; "
+                "install an onnxruntime-gpu for the CUDA version that PyTorch is built with, or use --device cpu"
+            )
         outputs = [spec_of(value) for value in self._session.get_outputs()]
         if len(outputs) != 1:
             raise InputError(f"{path}: has {len(outputs)} outputs; a transformer has one, the noise prediction")

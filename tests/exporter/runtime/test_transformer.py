@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
@@ -38,14 +39,16 @@ def models(tiny_job: Path, tiny_export: Path) -> tuple[nn.Module, nn.Module]:
     return source.model, quantize_model(source.model, source.plan, calibrated.weights)
 
 
-def _draw(transformer: nn.Module, prompts: Path, guidance: float = 3.0) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Latents [2, 3, 4, 4], and what the transformer was called with."""
+def draw(
+    transformer: nn.Module, prompts: Path, guidance: float = 3.0, device: str = "cpu"
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Latents [2, 3, 4, 4], and what the transformer, which is on `device`, was called with."""
     calls: list[dict[str, Any]] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append({"latents": args[0].clone(), **kwargs})
 
-    tensors = load_file(prompts)
+    tensors = load_file(prompts, device)
     repeated = {name: t.repeat(2, *[1] * (t.ndim - 1)) for name, t in tensors.items() if name.startswith("negative")}
     pipe = PixArtAlphaPipeline(None, None, None, transformer, DPMSolverMultistepScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -70,9 +73,9 @@ def test_pipeline_draws_what_the_fake_quantized_model_draws(
 ) -> None:
     original, quantized = models
     prompts = tiny_job / "prompts.safetensors"
-    wanted, _ = _draw(quantized, prompts, guidance)
-    ours, _ = _draw(EngineTransformer.load(tiny_export), prompts, guidance)
-    exact, _ = _draw(original, prompts, guidance)
+    wanted, _ = draw(quantized, prompts, guidance)
+    ours, _ = draw(EngineTransformer.load(tiny_export), prompts, guidance)
+    exact, _ = draw(original, prompts, guidance)
     assert ours.shape == wanted.shape
     quantization_db = snr_db(exact.numpy(), wanted.numpy())
     assert quantization_db < 60
@@ -82,8 +85,8 @@ def test_pipeline_draws_what_the_fake_quantized_model_draws(
 def test_pipelines_differ_only_in_the_transformer(
     tiny_job: Path, tiny_export: Path, models: tuple[nn.Module, nn.Module]
 ) -> None:
-    _, theirs = _draw(models[0], tiny_job / "prompts.safetensors")
-    _, ours = _draw(EngineTransformer.load(tiny_export), tiny_job / "prompts.safetensors")
+    _, theirs = draw(models[0], tiny_job / "prompts.safetensors")
+    _, ours = draw(EngineTransformer.load(tiny_export), tiny_job / "prompts.safetensors")
     assert len(ours) == len(theirs) == STEPS
     assert ours[0].keys() == theirs[0].keys()
     for name, value in theirs[0].items():
@@ -91,7 +94,7 @@ def test_pipelines_differ_only_in_the_transformer(
     assert [float(call["timestep"][0]) for call in ours] == [float(call["timestep"][0]) for call in theirs]
 
 
-def _call(tiny_job: Path, batch: int = 2) -> dict[str, Tensor]:
+def call_of(tiny_job: Path, batch: int = 2) -> dict[str, Tensor]:
     prompts = load_file(tiny_job / "prompts.safetensors")
     return {
         "hidden_states": torch.randn(batch, 3, 4, 4, generator=torch.Generator().manual_seed(0)),
@@ -103,7 +106,7 @@ def _call(tiny_job: Path, batch: int = 2) -> dict[str, Tensor]:
 
 def test_results_outlive_the_next_call(tiny_job: Path, tiny_export: Path) -> None:
     transformer = EngineTransformer.load(tiny_export, threads=1)
-    call = _call(tiny_job)
+    call = call_of(tiny_job)
     first = transformer(**call).sample
     before = first.clone()
     second = transformer(**{**call, "timestep": torch.full((2,), 100)}, return_dict=False)[0]
@@ -116,14 +119,14 @@ def test_every_shape_is_bound_once(tiny_job: Path, tiny_export: Path) -> None:
     transformer = EngineTransformer.load(tiny_export)
     buffers = set()
     for batch in (1, 2, 1, 2):
-        assert transformer(**_call(tiny_job, batch)).sample.shape == (batch, 6, 4, 4)
+        assert transformer(**call_of(tiny_job, batch)).sample.shape == (batch, 6, 4, 4)
         buffers.add(frozenset(bound.output.data_ptr() for bound in transformer.engine._bound.values()))
     assert len(transformer.engine._bound) == 2
     assert len(buffers) == 2
 
 
 def test_types_follow_the_latents(tiny_job: Path, tiny_export: Path) -> None:
-    call = _call(tiny_job)
+    call = call_of(tiny_job)
     transformer = EngineTransformer.load(tiny_export)
     half = transformer(**{**call, "hidden_states": call["hidden_states"].half()}).sample
     assert half.dtype == torch.float16
@@ -141,7 +144,7 @@ def test_config_has_diffusers_defaults(tiny_export: Path) -> None:
 
 def test_inputs_that_the_engine_does_not_have(tiny_job: Path, tiny_export: Path) -> None:
     transformer = EngineTransformer.load(tiny_export)
-    call = _call(tiny_job)
+    call = call_of(tiny_job)
     ignored = {"added_cond_kwargs": {"resolution": torch.ones(2, 2), "aspect_ratio": None}}
     assert torch.equal(transformer(**call, **ignored).sample, transformer(**call).sample)
     with pytest.raises(InputError, match="no input 'attention_mask'"):
@@ -190,3 +193,14 @@ def test_without_a_gpu(tiny_export: Path, tmp_path: Path) -> None:
     (tmp_path / "e.plan").write_bytes(b"anything")
     with pytest.raises(EnvironmentLacksError, match=r"export the same recipe to \.onnx"):
         EngineTransformer.load(tmp_path / "e.plan")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")
+def test_a_gpu_that_onnx_runtime_does_not_get_is_refused(tiny_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself would go on with the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(EnvironmentLacksError, match="CUDA provider does not load"):
+        EngineTransformer.load(tiny_export, device="cuda")
