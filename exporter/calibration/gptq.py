@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -62,14 +63,21 @@ class ErrorFeedback:
         for start in range(0, count, _COLUMNS):
             stop = min(start + _COLUMNS, count)
             block = slice(start, stop)
-            rounded, errors = _round_columns(open_columns[:, block], repeated[:, block], self.factor[block, block], fmt)
+            rounded, errors = round_columns(open_columns[:, block], repeated[:, block], self.factor[block, block], fmt)
             values[:, self.order[block]] = rounded
             open_columns[:, stop:] -= errors @ self.factor[block, stop:]
         return values
 
 
-def _round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Round `columns` [N, C] one by one, changing those behind: (values [N, C], errors over the diagonal [N, C])."""
+def round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Round `columns` [N, C] one by one, changing those behind: (values [N, C], errors over the diagonal [N, C]).
+
+    On a GPU in one kernel, where there is Triton: else each column takes dozens of launches.
+    """
+    if columns.is_cuda and find_spec("triton") is not None:
+        from exporter.cuda import error_feedback
+
+        return error_feedback.round_columns(columns, scales, factor, fmt)
     values, errors = torch.empty(columns.shape, device=columns.device), torch.empty_like(columns)
     for index in range(columns.shape[1]):
         scale = scales[:, index]

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from exporter.calibration.input_statistics import InputStatistics
-from exporter.calibration.scales import SMALLEST_SCALE, ScaleSearch, channel_bits, choose_scales, round_significand
+from exporter.calibration.scales import (
+    SMALLEST_SCALE,
+    ScaleSearch,
+    channel_bits,
+    choose_scales,
+    round_significand,
+    rows_at_once,
+)
 from exporter.rounding import power_of_two_below, round_to_format
 from plugins.formats import Format
 
@@ -29,7 +36,7 @@ _FINE_FACTORS = (0.97, 0.98, 0.99, 0.995, 1.005, 1.01, 1.02, 1.03)
 _GROUP_FACTORS = tuple(2.0 ** (step / 24) for step in range(-9, 10) if step)
 _NEIGHBOURS = (-2, -1, 1, 2)
 _PASSES = 2
-# Rows of a weight at once, so that what is rounded stays in the cache.
+# Rows of a weight at once on a CPU, so that what is rounded stays in the cache.
 _ROWS = 256
 
 
@@ -64,7 +71,8 @@ def refine_scales(weight: Tensor, scales: Tensor, fmt: Format, gram: Tensor, mul
     """
     gram = gram / gram.diagonal().mean().clamp_min(SMALLEST_SCALE)
     unit = power_of_two_below(weight.abs().amax(dim=1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
-    parts = zip(torch.split(weight / unit, _ROWS), torch.split(scales / unit, _ROWS), strict=True)
+    rows = _ROWS if weight.device.type == "cpu" else rows_at_once(weight)
+    parts = zip(torch.split(weight / unit, rows), torch.split(scales / unit, rows), strict=True)
     refined = [_refine_rows(_OutputError(part, fmt, gram), start, tuple(multipliers)) for part, start in parts]
     return torch.cat(refined) * unit
 

@@ -1,1 +1,1 @@
-"""Quantized linears in PyTorch on a GPU, by this project's kernels. None of it has run on a GPU yet."""
+"""This project's kernels in PyTorch on a GPU: quantized linears, and error feedback while weights are calibrated."""

@@ -1,0 +1,48 @@
+"""Error feedback (GPTQ) within some columns in one launch, where PyTorch's operations would take dozens a column."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from exporter.cuda import error_feedback_kernel
+from plugins.formats import Format
+
+_ROWS = 8
+_WARPS = 4
+_FLOAT32_BIAS = 127
+
+
+def round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Round `columns` float64 [N, C] on the grid of `fmt`, in units of `scales` float64 [N, C], one after the other.
+
+    `factor` float64 [C, C] is these columns' block of the upper Cholesky factor. Returns (values float32 [N, C], errors
+    over its diagonal float64 [N, C]); `columns` stay as they are. Bit for bit PyTorch's operations: none are fused.
+    """
+    rows, count = columns.shape
+    values = torch.empty((rows, count), dtype=torch.float32, device=columns.device)
+    errors = torch.empty((rows, count), dtype=torch.float64, device=columns.device)
+    error_feedback_kernel.round_columns[(triton.cdiv(rows, _ROWS),)](
+        columns.contiguous(),
+        scales.contiguous(),
+        factor.contiguous(),
+        values,
+        errors,
+        rows,
+        count,
+        LEAST=fmt.min,
+        MOST=fmt.max,
+        STEP=fmt.step,
+        MIN_NORMAL=fmt.min_normal,
+        MANTISSA_BITS=fmt.mantissa_bits,
+        UNIFORM=fmt.is_uniform,
+        FIRST_EXPONENT=int(math.log2(fmt.min_normal)) + _FLOAT32_BIAS - 1,
+        ROWS=_ROWS,
+        WIDTH=triton.next_power_of_2(count),
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return values, errors
