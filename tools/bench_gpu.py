@@ -2,8 +2,8 @@
 
 `python -m tools.bench_gpu` needs an NVIDIA GPU that kernels are made for, torch with CUDA, and Triton. Kernels are
 compiled on first use (minutes) and kept. Every tactic of every operator is checked against its reference; linears,
-quantizers and PixArt-α's whole transformer are timed; nothing is written if a result is wrong. `--check` only checks,
-at small odd shapes; `--sanitize` does that under compute-sanitizer. Not run on a GPU yet.
+quantizers and PixArt-α's whole transformer are timed; nothing wrong is written. `--check` only checks,
+at small odd shapes; `--sanitize` does that under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,11 +22,11 @@ from rich.console import Console
 
 from exporter.cuda.launcher import Launcher, launcher_of
 from exporter.errors import EnvironmentLacksError, FidelityError, Fp4ExportError
-from exporter.gpu import local_gpu
 from exporter.progress import Progress, RichProgress
 from plugins.kernels.hardware import HARDWARE
 from tools.gpu_bench.cases import FEW, MANY, SCHEMES, SHAPES, Case, WrongResultError
 from tools.gpu_bench.linears import check_tactics, measure_linear
+from tools.gpu_bench.machine import machine
 from tools.gpu_bench.page import Results, section
 from tools.gpu_bench.quantizers import measure_quantizer
 from tools.gpu_bench.timing import Clock
@@ -56,12 +57,12 @@ def main(rounds: int, blocks: int, check: bool, sanitize: bool) -> None:
         if check:
             check_all(launcher, progress)
             return
-        results = measure(launcher, rounds, blocks, progress)
+        for results in measure(launcher, rounds, blocks, progress):
+            replace_section(PAGE, SECTION, section(results))
     except WrongResultError as error:
-        fail(FidelityError(f"{error}; nothing was written"))
+        fail(FidelityError(f"{error}; what was measured since is not written"))
     except Fp4ExportError as error:
         fail(error)
-    replace_section(PAGE, SECTION, section(results))
 
 
 def fail(error: Fp4ExportError) -> NoReturn:
@@ -94,8 +95,8 @@ def check_all(launcher: Launcher, progress: Progress) -> None:
     print(f"{len(cases)} cases, all tactics: as the reference")
 
 
-def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) -> Results:
-    """All that the section shows."""
+def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) -> Iterator[Results]:
+    """What the section shows: first without the transformer, which takes longest, then all."""
     clock = Clock(torch.device("cuda"), rounds)
     shapes = [(scheme, rows, *shape) for scheme in SCHEMES for rows in (*MANY, *FEW) for shape in SHAPES]
     linears = []
@@ -110,29 +111,10 @@ def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) ->
             for rows in MANY
             for k in _QUANTIZED
         ]
-    steps = measure_transformer(blocks, clock, progress)
     arguments = "" if blocks == 28 else f" --blocks {blocks}"
-    return Results(f"python -m tools.bench_gpu{arguments}", machine(), rounds, linears, quantizers, steps)
-
-
-def machine() -> str:
-    """GPU, driver and versions."""
-    gpu = local_gpu()
-    newest = "unknown" if gpu is None else "{}.{}".format(*gpu.cuda)
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(0))
-    return (
-        f"{torch.cuda.get_device_name(0)}, compute capability {capability}; driver {driver_version()} (up to CUDA "
-        f"{newest}); torch {torch.__version__}, Triton {version('triton')}"
-    )
-
-
-def driver_version() -> str:
-    """As nvidia-smi says it."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return "of unknown version"
-    arguments = [command, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False).stdout.strip() or "of unknown version"
+    results = Results(f"python -m tools.bench_gpu{arguments}", machine(), rounds, linears, quantizers)
+    yield results
+    yield replace(results, steps=measure_transformer(blocks, clock, progress))
 
 
 def sanitizer_commands() -> list[list[str]]:

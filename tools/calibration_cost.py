@@ -1,7 +1,8 @@
 """Measure what calibration costs against depth, width and samples, and extrapolate: a section of docs/scaling.md.
 
 `python -m tools.calibration_cost` calibrates small random PixArts and counts CPU seconds, which a busy machine disturbs
-less than it does the clock. The second table is arithmetic from the models' shapes.
+less than it does the clock. The second table is arithmetic from the models' shapes. What one GPU takes at the sizes of
+real models is measured by `python -m tools.calibration_cost_gpu`.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def _model(size: Size) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _plan(model: nn.Module) -> Plan:
+def blocks_plan(model: nn.Module) -> Plan:
+    """W4A6 for the linears of the blocks, in groups of 128 with foldable scales."""
     layers = tuple(
         LayerPlan(
             name=name,
@@ -149,7 +151,7 @@ def cpu_seconds(size: Size, iterations: int) -> float:
     method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax")
     run = CalibrationRun(PixArtAdapter(), captured, Prompts(tensors, tensors))
     begin = time.process_time()
-    calibrate(model, _plan(model), run, method, 0, NullProgress())
+    calibrate(model, blocks_plan(model), run, method, 0, NullProgress())
     return time.process_time() - begin
 
 

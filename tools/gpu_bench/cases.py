@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +20,9 @@ from exporter.quantize import QuantLinear, round_to_nearest
 from plugins.containers import INT8, multipliers
 from plugins.formats import get_format
 from plugins.kernels.hardware import Capability
+from plugins.packed_linear.descriptor import PackedLinear
 from plugins.packed_linear.reference import packed_linear
+from plugins.token_quantize.descriptor import TokenQuantize
 from plugins.token_quantize.reference import quantize_tokens
 
 FLOATS = torch.bfloat16
@@ -78,24 +81,41 @@ class Case:
 
         Raises `WrongResultError` if a number or a scale is not bitwise the reference's, or the product is off.
         """
-        rows = np.unique(np.linspace(0, self.rows - 1, _CHECKED_ROWS).astype(int))
-        quantizer, product = self.kernels.operators(self.x)
-        if quantizer is None:
-            raise ValueError(f"{self.scheme} quantizes no activations")
-        x = to_numpy(self.x)[rows].astype(np.float32)
-        numbers, scales = quantize_tokens(x, quantizer.number_format, quantizer.container)
-        arrays = [to_numpy(tensor) for tensor in operands]
-        for name, expected, found in (("numbers", numbers, arrays[0][rows]), ("scales", scales, arrays[1][rows])):
+        quantizer, product = self._operators
+        numbers, scales, expected_y = self._expected
+        made = [to_numpy(tensor)[self._checked] for tensor in operands[:2]]
+        for name, expected, found in zip(("numbers", "scales"), (numbers, scales), made, strict=True):
             if expected.tobytes() != found.tobytes():
                 raise WrongResultError(f"{quantizer.op_type}: {name} are not the reference's")
-        inputs = dict(zip(product.input_names, [numbers, scales, *arrays[2:]], strict=True))
-        expected_y = packed_linear(product, inputs).astype(np.float64)
-        error = np.square(expected_y - to_numpy(y)[rows].astype(np.float64)).mean(axis=1)
+        error = np.square(expected_y - to_numpy(y)[self._checked].astype(np.float64)).mean(axis=1)
         decibels = -10 * np.log10(np.maximum(error / np.square(expected_y).mean(axis=1), 1e-12))
         # A NaN compares false, and is wrong.
         if not decibels.min() >= _LEAST_DB:
             raise WrongResultError(f"{product.op_type}: a token at {decibels.min():.1f} dB, less than {_LEAST_DB:.0f}")
         return float(decibels.min())
+
+    @property
+    def _operators(self) -> tuple[TokenQuantize, PackedLinear]:
+        quantizer, product = self.kernels.operators(self.x)
+        if quantizer is None:
+            raise ValueError(f"{self.scheme} quantizes no activations")
+        return quantizer, product
+
+    @property
+    def _checked(self) -> npt.NDArray[np.int64]:
+        return np.unique(np.linspace(0, self.rows - 1, _CHECKED_ROWS).astype(np.int64))
+
+    @cached_property
+    def _expected(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float64]]:
+        """The checked rows' numbers, scales and results: once for all tactics."""
+        quantizer, product = self._operators
+        x = to_numpy(self.x)[self._checked].astype(np.float32)
+        numbers, scales = quantize_tokens(x, quantizer.number_format, quantizer.container)
+        kernels = self.kernels
+        packed = (kernels.words, kernels.weight_scales, kernels.multipliers, kernels.bias)
+        constants = [to_numpy(tensor) for tensor in packed if tensor is not None]
+        inputs = dict(zip(product.input_names, [numbers, scales, *constants], strict=True))
+        return numbers, scales, packed_linear(product, inputs).astype(np.float64)
 
 
 def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:

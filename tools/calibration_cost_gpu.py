@@ -1,0 +1,248 @@
+"""Measure on a GPU what calibrating a block of real models' sizes costs: a section of docs/scaling.md.
+
+`python -m tools.calibration_cost_gpu` needs an NVIDIA GPU that torch sees. It calibrates PixArts of one random block,
+as `effort: default` does, with few iterations and few captured inputs; hours of whole models are these times over,
+as often as they have blocks, iterations and inputs. `--precision` also says what products in TF32 would change.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+from diffusers import PixArtTransformer2DModel
+from rich.console import Console
+from torch import nn
+
+from exporter.calibration.calibrate import calibrate
+from exporter.calibration.capture import CalibrationSet
+from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration.placement import Placement
+from exporter.method_section import MethodSection
+from exporter.models.pixart import PixArtAdapter
+from exporter.models.prompts import Prompts
+from exporter.progress import NullProgress, Progress, RichProgress
+from tools.calibration_cost import blocks_plan
+from tools.gpu_bench.machine import machine
+from tools.marked_section import replace_section
+
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+SECTION = "calibration cost on a gpu"
+
+_CAPTIONS = 120
+_OPERATIONS = 6
+_DEFAULT_ITERATIONS, _PUBLISHED_ITERATIONS = 250, 2500
+_COMPARED_ITERATIONS = 60
+
+
+@dataclass(frozen=True)
+class Block:
+    """A model's block: heads and their width, image tokens along a side, samples of a batch of its published recipe;
+    how many blocks and captured inputs the whole has; how many inputs and iterations are tried."""
+
+    model: str
+    heads: int
+    head: int
+    side: int
+    batch: int
+    depth: int
+    inputs: int
+    tried: int
+    iterations: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a sample."""
+        return self.side**2
+
+    @property
+    def iteration_flop(self) -> float:
+        """Operations of an iteration's linears and products of self-attention, forward and backward."""
+        return float(_OPERATIONS * self.batch * self.tokens * (16 * self.width**2 + 2 * self.tokens * self.width))
+
+
+BLOCKS = (
+    Block("PixArt-α 512", 16, 72, 32, 16, 28, 64 * 40, 64, 40),
+    Block("PixArt-Σ 1024", 16, 72, 64, 16, 28, 32 * 40, 32, 20),
+    Block("Hunyuan-DiT 1.2, 1024 (its width in PixArt's block)", 16, 88, 64, 8, 40, 64 * 100, 32, 20),
+    Block("12 B: 57 blocks of 3600, 1024", 36, 100, 64, 16, 57, 32 * 40, 16, 4),
+)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Seconds and peak gigabytes on the GPU of a calibration, and the block's relative error before and behind it."""
+
+    seconds: float
+    gigabytes: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of an iteration, of everything else per captured input, and of everything else that inputs do not make
+    longer, all for one block; the calibration that they are from."""
+
+    block: Block
+    iteration: float
+    per_input: float
+    fixed: float
+    calibrated: Calibrated
+
+    def hours(self, iterations: int) -> float:
+        """Of the whole model, without the sampler's trajectories."""
+        block = self.block
+        seconds = iterations * self.iteration + block.inputs * self.per_input + self.fixed
+        return block.depth * seconds / 3600
+
+
+def random_model(block: Block) -> nn.Module:
+    """A PixArt of one block."""
+    torch.manual_seed(0)
+    model: nn.Module = PixArtTransformer2DModel(
+        num_layers=1,
+        num_attention_heads=block.heads,
+        attention_head_dim=block.head,
+        cross_attention_dim=block.width,
+        caption_channels=64,
+        in_channels=4,
+        out_channels=8,
+        sample_size=2 * block.side,
+        use_additional_conditions=False,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def calibrated(model: nn.Module, block: Block, placement: Placement, inputs: int, iterations: int) -> Calibrated:
+    """One calibration on `inputs` random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    captured = CalibrationSet(
+        torch.randn(inputs, 4, 2 * block.side, 2 * block.side, generator=generator),
+        torch.linspace(999, 1, inputs).round(),
+        torch.zeros(inputs, dtype=torch.int64),
+        torch.zeros(inputs, dtype=torch.int64),
+    )
+    embeddings = torch.randn(1, _CAPTIONS, 64, generator=generator)
+    tensors = {"encoder_hidden_states": embeddings, "encoder_attention_mask": torch.ones(1, _CAPTIONS)}
+    run = CalibrationRun(
+        PixArtAdapter(), captured, Prompts(tensors, tensors), placement=placement, limit=placement.limit()
+    )
+    method = MethodSection(effort="default", iterations=iterations, batch_size=block.batch)
+    torch.cuda.reset_peak_memory_stats(placement.device)
+    begin = time.perf_counter()
+    result = calibrate(model, blocks_plan(model), run, method, 0, NullProgress())
+    torch.cuda.synchronize(placement.device)
+    seconds = time.perf_counter() - begin
+    [learned] = result.blocks
+    peak = torch.cuda.max_memory_allocated(placement.device) / 1e9
+    return Calibrated(seconds, peak, learned.error_start, learned.error_calibrated)
+
+
+def warm_up(block: Block, placement: Placement) -> None:
+    """Let libraries load and choose what they compute with."""
+    with placement.computing():
+        calibrated(random_model(block), block, placement, block.batch, 1)
+
+
+def cost(block: Block, placement: Placement) -> Cost:
+    """What the block's calibration takes, from three calibrations."""
+    model, few = random_model(block), block.tried // 2
+    with placement.computing():
+        half = calibrated(model, block, placement, few, 1)
+        whole = calibrated(model, block, placement, block.tried, 1)
+        learned = calibrated(model, block, placement, block.tried, 1 + block.iterations)
+    per_input = max(0.0, (whole.seconds - half.seconds) / (block.tried - few))
+    iteration = (learned.seconds - whole.seconds) / block.iterations
+    fixed = max(0.0, whole.seconds - block.tried * per_input - iteration)
+    return Cost(block, iteration, per_input, fixed, learned)
+
+
+def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -> str:
+    """The section's text."""
+    head = (
+        "model", "width", "tokens", "batch", "an iteration on a block", "TFLOP/s", "all else: per input",
+        "and per block", "GPU memory", f"whole, {_DEFAULT_ITERATIONS} iterations", f"{_PUBLISHED_ITERATIONS}",
+    )  # fmt: skip
+    rows = [
+        (
+            item.block.model, str(item.block.width), str(item.block.tokens), str(item.block.batch),
+            f"{1e3 * item.iteration:.1f} ms", f"{item.block.iteration_flop / item.iteration / 1e12:.0f}",
+            f"{1e3 * item.per_input:.1f} ms", f"{item.fixed:.1f} s", f"{item.calibrated.gigabytes:.1f} GB",
+            f"{item.hours(_DEFAULT_ITERATIONS):.2f} h", f"{item.hours(_PUBLISHED_ITERATIONS):.2f} h",
+        )
+        for item in costs
+    ]  # fmt: skip
+    parts = [f"Written by `python -m tools.calibration_cost_gpu`. {machine()}.", _table(head, rows)]
+    if compared:
+        lines = [(name, f"{c.seconds:.2f} s", f"{c.start:.6f}", f"{c.end:.6f}") for name, c in compared]
+        parts += ["Products of float32 numbers:", _table(("", "calibration", "error before", "and behind it"), lines)]
+    return "\n\n".join(parts)
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compare(block: Block, placement: Placement) -> list[tuple[str, Calibrated]]:
+    """The same calibration with products in FP32 and in TF32, each behind a short one that warms up."""
+    model, found = random_model(block), []
+    with placement.computing():
+        for name, precision in (("FP32", "highest"), ("TF32", "high")):
+            with _products(precision):
+                calibrated(model, block, placement, block.batch, 1)
+                found.append(
+                    (f"{block.model}, {name}", calibrated(model, block, placement, block.tried, _COMPARED_ITERATIONS))
+                )
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="The first block only, with few iterations; print, and write nothing.")
+@click.option("--precision", is_flag=True, help="Compare products in FP32 and TF32, too.")
+def main(quick: bool, precision: bool) -> None:
+    """Measure and write."""
+    if not torch.cuda.is_available():
+        print("error: no GPU that this PyTorch can use; run this on a machine with an NVIDIA GPU", file=sys.stderr)
+        sys.exit(3)
+    placement = Placement(torch.device("cuda", 0), torch.cuda.mem_get_info(0)[0])
+    progress: Progress = RichProgress(Console(stderr=True))
+    blocks = [replace(BLOCKS[0], tried=16, iterations=4)] if quick else BLOCKS
+    costs = []
+    warm_up(blocks[0], placement)
+    with progress.task("blocks", len(blocks)) as task:
+        for block in blocks:
+            costs.append(cost(block, placement))
+            progress.note(f"{block.model}: {1e3 * costs[-1].iteration:.1f} ms an iteration")
+            task.advance()
+    compared = compare(blocks[0], placement) if precision else []
+    text = section(costs, compared)
+    if quick:
+        print(text)
+    else:
+        replace_section(PAGE, SECTION, text)
+
+
+if __name__ == "__main__":
+    main()
