@@ -18,7 +18,7 @@ _CUDA = "CUDAExecutionProvider"
 
 
 class OnnxRuntimeEngine(Engine):
-    """Runs on the CPU, or on a GPU where onnxruntime-gpu is installed (which has not been run)."""
+    """Runs on the CPU, or on a GPU where onnxruntime-gpu is installed."""
 
     def __init__(self, path: Path, device: torch.device, threads: int | None = None) -> None:
         """Load the file; `threads` limits the CPU threads of one operator.
@@ -76,10 +76,13 @@ class OnnxRuntimeEngine(Engine):
 
 
 def providers_for(device: torch.device) -> tuple[Provider, ...]:
-    """ONNX Runtime's providers that compute on `device`, and on the CPU what they cannot."""
+    """ONNX Runtime's providers that compute on `device`, and on the CPU what they cannot.
+
+    FP32 products stay FP32: by default the CUDA provider rounds their operands to TF32.
+    """
     if device.type == "cpu":
         return CPU_PROVIDERS
-    return ((_CUDA, {"device_id": str(device.index or 0)}), *CPU_PROVIDERS)
+    return ((_CUDA, {"device_id": str(device.index or 0), "use_tf32": "0"}), *CPU_PROVIDERS)
 
 
 def _check_cuda(path: Path) -> None:

@@ -215,7 +215,7 @@ def test_every_process_has_its_own_gpu() -> None:
     assert second.device(default_device(Path("sigma.plan"))) == "cuda:1"
     assert default_device(Path("sigma.onnx")) == "cpu"
     providers = providers_for(torch.device(second.device("cuda")))
-    assert providers == (("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider")
+    assert providers == (("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"}), "CPUExecutionProvider")
 
 
 def test_nonsense_ranks(

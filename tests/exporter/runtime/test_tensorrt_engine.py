@@ -1,4 +1,4 @@
-"""Binding of TensorRT engines, with a stand-in for TensorRT that works on the bound addresses, on the CPU."""
+"""Binding of TensorRT engines, with a stand-in for TensorRT that works on the bound addresses."""
 
 from __future__ import annotations
 
@@ -39,11 +39,27 @@ class _Context:
         return True
 
 
+class _CopyOnGpu(_Context):
+    """Copies x to y on the stream, by the CUDA driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.executed = 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.executed += 1
+        size = ctypes.c_size_t(4 * self.shapes["x"][0] * WIDTH)
+        to, source = (ctypes.c_uint64(self.addresses[name]) for name in ("y", "x"))
+        return ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2(to, source, size, ctypes.c_void_p(stream)) == 0
+
+
 class _Engine:
     num_io_tensors = len(SHAPES)
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, context: type[_Context] = _Context) -> None:
         self.kind = kind
+        self.context = context
+        self.made: list[_Context] = []
         self.contexts: list[tuple[Any, ...]] = []
 
     def get_tensor_name(self, index: int) -> str:
@@ -67,7 +83,8 @@ class _Engine:
 
     def create_execution_context(self, *config: Any) -> _Context:
         self.contexts.append(config)
-        return _Context()
+        self.made.append(self.context())
+        return self.made[-1]
 
 
 class _TensorRt:
@@ -127,6 +144,19 @@ def test_tensorrt_rtx_captures_its_graphs_itself(plan: Path) -> None:
     engine.run({"x": torch.zeros(2, WIDTH), "bias": torch.zeros(WIDTH)})
     (config,) = engine._engine.contexts[0]
     assert config.cuda_graph_strategy == "whole"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and there is none")
+def test_every_shape_is_captured_once_and_replayed(plan: Path) -> None:
+    made = _Engine("FLOAT", _CopyOnGpu)
+    engine = TensorRtEngine(plan, _TensorRt(made), torch.device("cuda", 0), cuda_graphs=True)
+    bias = torch.zeros(WIDTH, device="cuda")
+    for batch in (2, 6, 2, 6, 2):
+        x = torch.randn(batch, WIDTH, device="cuda")
+        y = engine.run({"x": x * 2, "bias": bias})
+        assert torch.equal(y, x * 2)
+    assert [context.executed for context in made.made if isinstance(context, _CopyOnGpu)] == [2, 2]
 
 
 def test_files_that_tensorrt_cannot_load(plan: Path) -> None:
