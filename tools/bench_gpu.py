@@ -112,7 +112,7 @@ def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) ->
             for k in _QUANTIZED
         ]
     arguments = "" if blocks == 28 else f" --blocks {blocks}"
-    results = Results(f"python -m tools.bench_gpu{arguments}", machine(), rounds, linears, quantizers)
+    results = Results(f"python -m tools.bench_gpu{arguments}", machine(), rounds, clock.least(), linears, quantizers)
     yield results
     yield replace(results, steps=measure_transformer(blocks, clock, progress))
 

@@ -229,19 +229,19 @@ def main(quick: bool, precision: bool) -> None:
     placement = Placement(torch.device("cuda", 0), torch.cuda.mem_get_info(0)[0])
     progress: Progress = RichProgress(Console(stderr=True))
     blocks = [replace(BLOCKS[0], tried=16, iterations=4)] if quick else BLOCKS
-    costs = []
     warm_up(blocks[0], placement)
+    compared = compare(blocks[0], placement) if precision else []
+    costs: list[Cost] = []
     with progress.task("blocks", len(blocks)) as task:
         for block in blocks:
             costs.append(cost(block, placement))
-            progress.note(f"{block.model}: {1e3 * costs[-1].iteration:.1f} ms an iteration")
+            # What has been measured stays, whatever becomes of larger blocks.
+            text = section(costs, compared)
+            if not quick:
+                replace_section(PAGE, SECTION, text)
             task.advance()
-    compared = compare(blocks[0], placement) if precision else []
-    text = section(costs, compared)
     if quick:
         print(text)
-    else:
-        replace_section(PAGE, SECTION, text)
 
 
 if __name__ == "__main__":

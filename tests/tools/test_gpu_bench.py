@@ -73,7 +73,7 @@ def test_the_cases_operators_are_those_that_tensorrt_gets() -> None:
 
 
 def test_aims_are_met_missed_or_not_run() -> None:
-    text = section(Results("command", "GPU", 50, [ROW], [QUANTIZER], STEPS))
+    text = section(Results("command", "GPU", 50, 0.003, [ROW], [QUANTIZER], STEPS))
     assert "| GEMM at least 1.6 × BF16 | 1.80 (median 1.80, 1 shapes) | met |" in text
     assert "| GEMM at least 0.85 × the better 8-bit library GEMM | 0.90 (median 0.90, 1 shapes) | met |" in text
     assert "copy bandwidth | 0.70 (median 0.70, 1 shapes) | **missed** |" in text
@@ -85,7 +85,7 @@ def test_aims_are_met_missed_or_not_run() -> None:
 
 def test_an_aim_is_as_good_as_its_worst_shape() -> None:
     slow = LinearRow("W4A6", 8192, 1152, 1152, "int8", 0, 0, 0.02, 0.02, 0.03, 0.018, {}, {"FP8": "sm_87 has none"})
-    text = section(Results("command", "GPU", 50, [ROW, slow]))
+    text = section(Results("command", "GPU", 50, 0.003, [ROW, slow]))
     assert "| GEMM at least 1.6 × BF16 | 0.90 (median 1.35, 2 shapes) | **missed** |" in text
     assert "Not run: library FP8: sm_87 has none." in text
 

@@ -58,11 +58,13 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured. `machine` is GPU, driver and versions in a line; an empty part was not run."""
+    """Everything that was measured. `machine` is GPU, driver and versions in a line; `least_ms` is what a graph of one
+    kernel takes that sets a number to zero. An empty part was not run."""
 
     command: str
     machine: str
     rounds: int
+    least_ms: float
     linears: Sequence[LinearRow] = ()
     quantizers: Sequence[QuantizerRow] = ()
     steps: Sequence[StepRow] = ()
@@ -126,7 +128,8 @@ def section(results: Results) -> str:
         f"Written by `{results.command}`. {results.machine}. Medians of {results.rounds} rounds, L2 overwritten before "
         "each; random data; CUDA events around captured graphs. Kernels are compiled from the descriptions that "
         "TensorRT's are, and launched by the driver with the same parameters; each tactic was checked against the "
-        "reference in this run.",
+        f"reference in this run. {_ms(results.least_ms)} ms of every figure is what a graph of one kernel takes that does "
+        "next to nothing.",
         "### What was aimed at",
         _table(("aim", "worst", ""), ()) + "\n" + "\n".join(aim.line(results) for aim in AIMS),
     ]

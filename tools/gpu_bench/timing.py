@@ -42,6 +42,11 @@ class Clock:
             name: statistics.median(start.elapsed_time(end) for start, end in events) for name, events in times.items()
         }
 
+    def least(self) -> float:
+        """The median of a kernel that does next to nothing."""
+        one = torch.ones(1, device=self._flushed.device)
+        return self.milliseconds({"zero": one.zero_})["zero"]
+
     def launched_milliseconds(self, work: Work) -> float:
         """The median of work that Python launches, its launches included."""
         work()
