@@ -128,8 +128,7 @@ def section(results: Results) -> str:
         f"Written by `{results.command}`. {results.machine}. Medians of {results.rounds} rounds, L2 overwritten before "
         "each; random data; CUDA events around captured graphs. Kernels are compiled from the descriptions that "
         "TensorRT's are, and launched by the driver with the same parameters; each tactic was checked against the "
-        f"reference in this run. {_ms(results.least_ms)} ms of every figure is what a graph of one kernel takes that does "
-        "next to nothing.",
+        f"reference in this run. A graph of one kernel that does next to nothing takes {_ms(results.least_ms)} ms.",
         "### What was aimed at",
         _table(("aim", "worst", ""), ()) + "\n" + "\n".join(aim.line(results) for aim in AIMS),
     ]
