@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from exporter.errors import InputError
 from plugins.containers import INT8
+from plugins.containers import multipliers as held_multipliers
 from plugins.formats import Codes, get_format
 from plugins.packed_linear.descriptor import PackedLinear
 from plugins.token_quantize.reference import number_factor
@@ -46,10 +47,10 @@ def pack_weight(
 ) -> PackedWeight:
     """Pack for a container (``none`` and no activation format: weights alone).
 
-    Every power of two between numbers and values is in the scales, exactly. Group multipliers beyond a byte become
-    group scales. Raises `InputError` where FP32 does not hold a scale.
+    Every power of two between numbers and values is in the scales, exactly. Group multipliers beyond a byte, or with
+    which a weight would leave INT8, become group scales. Raises `InputError` where FP32 does not hold a scale.
     """
-    scales, multipliers = _scales(weight)
+    scales, multipliers = _scales(weight, container)
     variant = PackedLinear(
         weight_format=weight.format,
         container=container,
@@ -73,11 +74,15 @@ def pack_weight(
     return PackedWeight(variant, variant.layout.pack(weight.codes), of_sums, multipliers)
 
 
-def _scales(weight: CodedWeight) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8] | None]:
+def _scales(weight: CodedWeight, container: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8] | None]:
     """The scales, per channel or per group, and the groups' multipliers."""
     if weight.multipliers is None:
         return weight.scales, None
-    if weight.multipliers.max() <= _MAX_MULTIPLIER:
+    limit = _MAX_MULTIPLIER
+    if container == INT8.name:
+        # Kernels multiply decoded weights by them.
+        limit = max(held_multipliers(get_format(weight.format), INT8), default=limit)
+    if weight.multipliers.max() <= limit:
         return weight.scales, weight.multipliers.astype(np.int8)
     # A channel's scale has so few bits that its product with a multiplier is exact.
     return weight.scales * weight.multipliers.astype(np.float32), None

@@ -59,7 +59,8 @@ class PackedLinear:
 
     Inputs: numbers [..., K] and x_scales f32 [..., 1] (x <float> [..., K] alone in container ``none``); words i32
     [N, W] as `layout` packs them; weight_scales f32 [N, 1], or [N, K/G] with `s`; multipliers i8 [N, K/G] with `m`,
-    factors of each group's sum; bias f32 [N]; residual <float> [..., N] and gate <float> [B, 1, N], where B may be 1:
+    factors of each group's sum, at least 1 (for INT8 among `containers.multipliers`, so that every weight times its
+    multiplier is within ±127); bias f32 [N]; residual <float> [..., N] and gate <float> [B, 1, N], where B may be 1:
     the kernel's ``rows_per_sample`` says how many tokens in a row share one of its rows.
 
     Raises:

@@ -14,15 +14,20 @@ import triton.language as tl
 def decode(
     low,
     high,
+    multipliers,
     ASM: tl.constexpr,
     PAIR: tl.constexpr,
+    FOLDED: tl.constexpr,
     ELEMENT: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     TWOS_COMPLEMENT: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Two tensors of numbers from octets `low` (two 4-bit fields each) and, for 6-bit codes, `high` (2-bit fields)."""
+    """Two tensors of numbers from octets `low` (two 4-bit fields each) and, for 6-bit codes, `high` (2-bit fields).
+
+    With FOLDED, INT8 numbers are multiplied by `multipliers`, int32 [..., N, 1], which leaves them within ±127.
+    """
     six_bits: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS == 5
     if ASM == "":
         first = (low & 15).to(tl.int32)
@@ -31,13 +36,24 @@ def decode(
             octet = high.to(tl.int32)
             first = _six_bits(first, octet >> (2 * PAIR))
             second = _six_bits(second, octet >> (2 * PAIR + 4))
-        return (
-            _number(first, ELEMENT, EXPONENT_BITS, MANTISSA_BITS, TWOS_COMPLEMENT, UNIT),
-            _number(second, ELEMENT, EXPONENT_BITS, MANTISSA_BITS, TWOS_COMPLEMENT, UNIT),
-        )
-    if six_bits:
-        return _assembly(ASM, "r,r", [low, high], ELEMENT)
-    return _assembly(ASM, "r", [low], ELEMENT)
+        left = _number(first, ELEMENT, EXPONENT_BITS, MANTISSA_BITS, TWOS_COMPLEMENT, UNIT)
+        right = _number(second, ELEMENT, EXPONENT_BITS, MANTISSA_BITS, TWOS_COMPLEMENT, UNIT)
+        if FOLDED:
+            left = (left * multipliers).to(tl.int8)
+            right = (right * multipliers).to(tl.int8)
+    elif FOLDED:
+        left, right = _assembly(ASM, "r,r,r,r,r", [low, multipliers], ELEMENT)
+    elif six_bits:
+        left, right = _assembly(ASM, "r,r", [low, high], ELEMENT)
+    else:
+        left, right = _assembly(ASM, "r", [low], ELEMENT)
+    return left, right
+
+
+@triton.jit
+def side_by_side(left, right):
+    """[N, K] and [N, K] to [N, 2·K]. Every thread has whole rows of an operand's registers: nothing is moved."""
+    return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
 
 
 @triton.jit

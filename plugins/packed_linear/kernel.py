@@ -5,15 +5,20 @@ Many: roofline, per streaming multiprocessor and clock. Hopper multiplies 4096 p
 8 weights (3 for evenly spaced formats), to FP8 8. A decoded weight meets BLOCK_M tokens, since Triton puts the warps of
 two dots into one accumulator side by side along the weights. At 128 tokens a weight's decoding takes 11/8/64 = 0.021
 clocks and its products 128/4096 = 0.031 on Hopper, 0.063 on Ampere. The two overlap between warps, but with addresses
-and waits Hopper's integer units come close to their limit with INT8, so there FP8 and evenly spaced formats have more
-room. Per K a tile of 128 × 128 reads 128 + 64 bytes in 4 clocks of Hopper, near what its L2 delivers: hence bands of
-programs that share operands, and a tactic of 256 channels.
+and waits Hopper's integer units come close to their limit with INT8. Per K of 128 a tile of 128 × 128 reads 24 KB in
+512 clocks of Hopper, 48 bytes a clock; 403 TOPS with tiles of 32 × 64 (measured) are 26 bytes a clock, near what its L2
+delivers: hence large tiles, and bands of programs that share operands.
+
+On Hopper Triton (3.6, 3.9) waits for every product that sums integers or is used within the loop. So a step is one
+product, of both halves of its octets, and what overlaps with it is the work of other programs on the multiprocessor.
+INT8 multipliers of groups are in the tables that weights are decoded by (`asm.py`): one sum, and half the registers.
 
 The weights are the left operand: wgmma and tcgen05 take that one from registers and from tensor memory, so decoded
 weights need no shared memory. Buffers stay within 48 KiB, all that an ahead-of-time plugin gets.
 
-INT8 sums are exact in INT32. FP8 sums are FP32's but on Hopper, whose tensor cores add FP8 products with about 14 bits
-(read, not measured): there PARTIAL is "promote", and each step's sums (64 or 128 products) are added in FP32 registers.
+INT8 sums are exact in INT32, since the operator's name bounds K and multipliers. FP8 sums are FP32's but on Hopper,
+whose tensor cores add FP8 products with about 14 bits (read, not measured): there PARTIAL is "promote", and each step's
+sums (64 or 128 products) are added in FP32 registers.
 """
 
 from __future__ import annotations
@@ -21,8 +26,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plugins.packed_linear.device_decode import decode, load_x
-from plugins.packed_linear.device_epilogue import load_group_factors, store
+from plugins.packed_linear.device_decode import decode, load_x, side_by_side
+from plugins.packed_linear.device_epilogue import load_column_of_factors, load_group_factors, scaled_sum, store
 
 
 @triton.jit
@@ -61,6 +66,8 @@ def packed_linear(
     PIECE: tl.constexpr,
     STEPS: tl.constexpr,
     BAND: tl.constexpr,
+    IN_HALVES: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
     block_m, block_n = _place(rows, N, BLOCK_M, BLOCK_N, BAND)
     tokens = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,39 +82,46 @@ def packed_linear(
     inside = tl.arange(0, part)
     octets = words.to(tl.pointer_type(tl.uint8)) + channel_rows.to(tl.int64)[:, None] * ROW_BYTES + inside[None, :]
     numbers = x + token_rows[None, :] * K
+    # Places in a tile of the weights that a step's octets hold: their low fields', then their high fields'.
+    places = tl.arange(0, 2 * part)
+    places = places // part * (TILE // 2) + places % part
 
     acc_type: tl.constexpr = tl.int32 if ELEMENT == "int8" else tl.float32
     sum_type: tl.constexpr = tl.float32 if PARTIAL == "scales" else acc_type
+    is_summed: tl.constexpr = PARTIAL == "" or PARTIAL == "folded"
     acc = tl.zeros([BLOCK_N, BLOCK_M], sum_type)
-    factors = load_group_factors(multipliers, weight_scales, channel_rows, 0, tiles, GROUP_TILES, PARTIAL)
     for step in range(tiles * STEPS):
         tile = step // STEPS
-        partial = acc if PARTIAL == "" else tl.zeros([BLOCK_N, BLOCK_M], acc_type)
+        factors = load_column_of_factors(
+            multipliers, weight_scales, block_n * BLOCK_N, tile, N, BLOCK_N, tiles, GROUP_TILES, PARTIAL, IN_HALVES
+        )  # fmt: skip
+        partial = acc if is_summed else tl.zeros([BLOCK_N, BLOCK_M], acc_type)
         for pair in tl.static_range(pairs):
             first = step % STEPS * part + pair * part
             low = tl.load(octets + (tile * (TILE // 2) + first))
             high = tl.load(octets + (HIGH_PLANE + tile * (TILE // 4))) if HIGH_PLANE > 0 else low
             left, right = decode(
-                low, high, ASM if pair == 0 else ASM_ODD, pair, ELEMENT, EXPONENT_BITS, MANTISSA_BITS,
-                TWOS_COMPLEMENT, UNIT,
+                low, high, factors.to(tl.int32), ASM if pair == 0 else ASM_ODD, pair, PARTIAL == "folded", ELEMENT,
+                EXPONENT_BITS, MANTISSA_BITS, TWOS_COMPLEMENT, UNIT,
             )  # fmt: skip
-            place = first + inside[:, None]
             # No promotion within a dot (max_num_imprecise_acc): PARTIAL decides about it.
-            left_x = load_x(numbers, tile, place, K, tiles * CHUNK, TILE, CHUNK, ELEMENT, ASM, ASM_X)
-            partial = tl.dot(left, left_x, partial, out_dtype=acc_type)
-            right_x = load_x(numbers, tile, place + TILE // 2, K, tiles * CHUNK, TILE, CHUNK, ELEMENT, ASM, ASM_X)
-            partial = tl.dot(right, right_x, partial, out_dtype=acc_type)
-        if PARTIAL == "":
+            if JOINED:
+                place = first + places[:, None]
+                loaded = load_x(numbers, tile, place, K, tiles * CHUNK, TILE, CHUNK, ELEMENT, ASM, ASM_X)
+                partial = tl.dot(side_by_side(left, right), loaded, partial, out_dtype=acc_type)
+            else:
+                place = first + inside[:, None]
+                left_x = load_x(numbers, tile, place, K, tiles * CHUNK, TILE, CHUNK, ELEMENT, ASM, ASM_X)
+                partial = tl.dot(left, left_x, partial, out_dtype=acc_type)
+                place += TILE // 2
+                right_x = load_x(numbers, tile, place, K, tiles * CHUNK, TILE, CHUNK, ELEMENT, ASM, ASM_X)
+                partial = tl.dot(right, right_x, partial, out_dtype=acc_type)
+        if is_summed:
             acc = partial
         elif PARTIAL == "promote":
             acc += partial
         else:
-            # The next tile's factors are on their way while this one's are used.
-            following = tl.minimum((step + 1) // STEPS, tiles - 1)
-            acc += partial.to(sum_type) * factors[:, None].to(sum_type)
-            factors = load_group_factors(
-                multipliers, weight_scales, channel_rows, following, tiles, GROUP_TILES, PARTIAL
-            )
+            acc = scaled_sum(partial.to(sum_type), factors.to(sum_type), acc)
     store(
         acc, block_m * BLOCK_M, channels, x_scales, weight_scales, bias, residual, gate, rows, rows_per_sample, y,
         BLOCK_M, BLOCK_N, PIECE, N, PARTIAL == "scales", GELU, FACTOR,
@@ -191,11 +205,16 @@ def packed_linear_split(
 
     acc_type: tl.constexpr = tl.int32 if ELEMENT == "int8" else tl.float32
     sum_type: tl.constexpr = tl.float32 if PARTIAL == "scales" else acc_type
+    is_summed: tl.constexpr = PARTIAL == "" or PARTIAL == "folded"
     acc = tl.zeros([SPLITS, BLOCK_N, BLOCK_M], sum_type)
     for step in range((tiles + SPLITS - 1) // SPLITS):
         tile = step * SPLITS + splits
         in_row = (tile < tiles)[:, None, None]
-        partial = acc if PARTIAL == "" else tl.zeros([SPLITS, BLOCK_N, BLOCK_M], acc_type)
+        held = tl.minimum(tile, tiles - 1)[:, None]
+        factors = load_group_factors(
+            multipliers, weight_scales, channel_rows[None, :], held, tiles, GROUP_TILES, PARTIAL
+        )
+        partial = acc if is_summed else tl.zeros([SPLITS, BLOCK_N, BLOCK_M], acc_type)
         for pair in tl.static_range(pairs):
             # Tiles behind the row's end are zeros.
             low_octets = octets + (tile * (TILE // 2) + pair * part)[:, None, None]
@@ -205,8 +224,8 @@ def packed_linear_split(
                 high_octets = octets + (HIGH_PLANE + tile * (TILE // 4))[:, None, None]
                 high = tl.load(high_octets) if is_even else tl.load(high_octets, mask=in_row, other=0)
             left, right = decode(
-                low, high, ASM if pair == 0 else ASM_ODD, pair, ELEMENT, EXPONENT_BITS, MANTISSA_BITS,
-                TWOS_COMPLEMENT, UNIT,
+                low, high, factors[:, :, None].to(tl.int32), ASM if pair == 0 else ASM_ODD, pair, PARTIAL == "folded",
+                ELEMENT, EXPONENT_BITS, MANTISSA_BITS, TWOS_COMPLEMENT, UNIT,
             )  # fmt: skip
             place = pair * part + inside[None, :, None]
             left_x = load_x(numbers, tile[:, None, None], place, K, ends_at, TILE, CHUNK, ELEMENT, ASM, ASM_X)
@@ -215,16 +234,12 @@ def packed_linear_split(
                 numbers, tile[:, None, None], place + TILE // 2, K, ends_at, TILE, CHUNK, ELEMENT, ASM, ASM_X
             )
             partial = tl.dot(right, right_x, partial, out_dtype=acc_type)
-        if PARTIAL == "":
+        if is_summed:
             acc = partial
         elif PARTIAL == "promote":
             acc += partial
         else:
-            held = tl.minimum(tile, tiles - 1)[:, None]
-            factors = load_group_factors(
-                multipliers, weight_scales, channel_rows[None, :], held, tiles, GROUP_TILES, PARTIAL
-            )
-            acc += partial.to(sum_type) * factors[:, :, None].to(sum_type)
+            acc = scaled_sum(partial.to(sum_type), factors[:, :, None].to(sum_type), acc)
     store(
         tl.sum(acc, 0), first_token, channels, x_scales, weight_scales, bias, residual, gate, rows, rows_per_sample,
         y, BLOCK_M, BLOCK_N, PIECE, N, PARTIAL == "scales", GELU, FACTOR,

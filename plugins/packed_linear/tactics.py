@@ -56,7 +56,27 @@ _SYNCHRONOUS = (
     Tile(32, 64, 4, 4),
     *_FEW_TOKENS,
 )
-# wgmma and tcgen05: while one group of four warps multiplies, the others decode.
+# wgmma of 8-bit numbers. Triton waits for each product that sums integers, and for those of each group, so that while
+# one program waits, another on the same multiprocessor has to decode: by registers two fit of 128 × 128, three or four
+# of the smaller ones.
+_WGMMA_INT8 = (
+    Tile(128, 128, 4, 4, steps=2),
+    Tile(128, 128, 8, 4, steps=2),
+    Tile(64, 128, 4, 3),
+    Tile(128, 256, 8, 3, steps=2),
+    Tile(128, 64, 4, 4, steps=2),
+    Tile(32, 64, 4, 4),
+    *_FEW_TOKENS,
+)
+_WGMMA_FP8 = (
+    Tile(64, 128, 4, 3),
+    Tile(128, 64, 4, 4, steps=2),
+    Tile(128, 128, 8, 4, steps=2),
+    Tile(64, 64, 4, 4),
+    Tile(32, 64, 4, 4),
+    *_FEW_TOKENS,
+)
+# wgmma of 16-bit numbers, and tcgen05: while one group of four warps multiplies, the others decode.
 _ASYNCHRONOUS = (
     Tile(128, 128, 8, 4, steps=2),
     Tile(128, 256, 8, 3, steps=2),
@@ -75,6 +95,9 @@ _LEAST_STAGES = 3
 """With two, a step's loads would start when the step before has ended."""
 _MAX_ACCUMULATORS = 128
 """Registers of a thread for sums, of 255."""
+_HOPPER = 9
+_FOLDED = "folded"
+"""The multipliers are in the decoded weights, so that all of K is one sum."""
 _BARRIER_BYTES = 64
 _BAND = 8
 _STORED_BY_A_WARP = 512
@@ -91,10 +114,9 @@ def kernels(variant: PackedLinear, capability: Capability) -> tuple[KernelSpec, 
 def tiles_for(variant: PackedLinear, capability: Capability) -> tuple[Tile, ...]:
     """The tiles whose sums fit the registers and whose buffers fit 48 KiB, with as many stages as do."""
     is_asynchronous = multiplies_asynchronously(variant.element, capability)
-    four_bits = _ASYNCHRONOUS if is_asynchronous else _SYNCHRONOUS
     fitting = []
-    for tile in _SIX_BITS if variant.layout.high_plane else four_bits:
-        copies = 2 if _partial(variant, tile, capability) else 1
+    for tile in _candidates(variant, capability):
+        copies = 1 if _partial(variant, tile, capability) in ("", _FOLDED) else 2
         if copies * tile.tokens * tile.channels > _MAX_ACCUMULATORS * WARP_SIZE * tile.num_warps:
             continue
         for num_stages in range(tile.num_stages, _LEAST_STAGES - 1, -1):
@@ -105,9 +127,19 @@ def tiles_for(variant: PackedLinear, capability: Capability) -> tuple[Tile, ...]
     return tuple(fitting)
 
 
+def _candidates(variant: PackedLinear, capability: Capability) -> tuple[Tile, ...]:
+    if variant.layout.high_plane:
+        return _SIX_BITS
+    if not multiplies_asynchronously(variant.element, capability):
+        return _SYNCHRONOUS
+    if capability[0] == _HOPPER:
+        return {Element.INT8: _WGMMA_INT8, Element.FP8: _WGMMA_FP8}.get(variant.element, _ASYNCHRONOUS)
+    return _ASYNCHRONOUS
+
+
 def multiplies_asynchronously(element: Element, capability: Capability) -> bool:
     """Whether Triton uses wgmma (Hopper) or tcgen05 (Blackwell): on Thor not for INT8, on GeForce not at all."""
-    return capability[0] in (9, 10) or (capability[0] == 11 and element is not Element.INT8)
+    return capability[0] in (_HOPPER, 10) or (capability[0] == 11 and element is not Element.INT8)
 
 
 def _steps(variant: PackedLinear, tile: Tile) -> int:
@@ -169,13 +201,23 @@ def _constants(variant: PackedLinear, tile: Tile, capability: Capability) -> dic
         "TWOS_COMPLEMENT": encoding.twos_complement,
         "UNIT": encoding.unit,
         "FACTOR": encoding.factor * (2.0**_E4M3_BYTES_EXPONENT if _decodes_x(variant) else 1.0),
-        "ASM": decoder(encoding),
+        "ASM": decoder(encoding, folded=_partial(variant, tile, capability) == _FOLDED),
         "ASM_ODD": decoder(encoding, 1) if six_bits else "",
         "ASM_X": e4m3_to_half() if _decodes_x(variant) else "",
         "BLOCK_M": tile.tokens,
         "BLOCK_N": tile.channels,
         "PIECE": _STORED_BY_A_WARP * tile.num_warps,
-        **({"SPLITS": tile.splits} if tile.splits > 1 else {"STEPS": _steps(variant, tile), "BAND": _BAND}),
+        **({"SPLITS": tile.splits} if tile.splits > 1 else _whole_sums(variant, tile, capability)),
+    }
+
+
+def _whole_sums(variant: PackedLinear, tile: Tile, capability: Capability) -> dict[str, Constant]:
+    """Constants of the kernel that does not share out K. Only wgmma gains by products of both halves of an octet."""
+    return {
+        "STEPS": _steps(variant, tile),
+        "BAND": _BAND,
+        "IN_HALVES": tile.channels >= WARP_SIZE * tile.num_warps,
+        "JOINED": capability[0] == _HOPPER,
     }
 
 
@@ -185,11 +227,18 @@ def _decodes_x(variant: PackedLinear) -> bool:
 
 
 def _partial(variant: PackedLinear, tile: Tile, capability: Capability) -> str:
-    """What is done with a step's sums before they are added to the others.
+    """What is done with a step's sums before they are added to the others, or with multipliers instead.
 
-    Hopper's FP8 tensor cores add with about 14 bits, so there each step's sums are promoted to FP32 registers; left in
-    the accumulator, the error of long sums would grow with K. Split kernels multiply FP8 as FP16, which needs no such.
+    INT8 holds every product of a multiplier and a numerator, so there they are multiplied while weights are decoded:
+    by the tables of the 4-bit formats that have any. Evenly spaced formats are 16 times their numbers when decoded,
+    which leaves no room, and 6-bit codes are computed. Hopper's FP8 tensor cores add with about 14 bits, so there each
+    step's sums are promoted to FP32 registers; left in the accumulator, the error of long sums would grow with K. Split
+    kernels multiply FP8 as FP16, which needs no such.
     """
+    encoding = variant.encoding
+    has_tables = variant.element is Element.INT8 and not encoding.twos_complement and not variant.layout.high_plane
+    if variant.group_factors == "multipliers" and has_tables:
+        return _FOLDED
     if variant.group_factors:
         return variant.group_factors
-    return "promote" if variant.element is Element.FP8 and capability[0] == 9 and tile.splits == 1 else ""
+    return "promote" if variant.element is Element.FP8 and capability[0] == _HOPPER and tile.splits == 1 else ""

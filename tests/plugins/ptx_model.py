@@ -94,6 +94,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Register]] = {
     "shr.u32": lambda a, amount: _shift(a, amount, left=False),
     "add.u32": lambda a, b: a + b,
     "mul.lo.u32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": _prmt,
     "fma.rn.bf16x2": _fma_bf16x2,
 }

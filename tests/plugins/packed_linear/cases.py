@@ -17,6 +17,8 @@ from plugins.packed_linear.tactics import Tile
 Arrays = dict[str, npt.NDArray[Any]]
 
 WIDE, SMALL = Tile(64, 64, 4, 3, steps=2), Tile(32, 16, 4, 3)
+HALVED = Tile(32, 128, 4, 3, steps=2)
+"""As many channels as threads."""
 SPLIT = Tile(16, 16, 4, 3, splits=2)
 SAMPLES = 2
 
@@ -28,6 +30,11 @@ class Case:
     name: str
     rows: int
     tile: Tile
+
+    @property
+    def label(self) -> str:
+        """Of a test."""
+        return f"{self.name}-{self.rows}x{self.tile.splits}"
 
     @property
     def variant(self) -> PackedLinear:
@@ -73,6 +80,14 @@ CASES = (
     Case("e2m1_int8_fp32_n16_k4608_bias", 1, Tile(16, 16, 4, 3, splits=8)),
     Case("e2m1_int8_fp32_n64_k128_gelu", 130, WIDE),
     Case("e1m2_int8_fp32_n40_k384_g384m", 16, WIDE),
+    Case("e1m2_int8_fp32_n40_k256_g128m", 5, SPLIT),
+    Case("e2m3_int8_fp32_n40_k256_g128m", 5, WIDE),
+    Case("e2m1_int8_fp32_n130_k384_g128m", 37, HALVED),
+    Case("e2m1_int8_fp32_n37_k672_g96m", 70, WIDE),
+    Case("e2m1_int8_fp32_n37_k672_g224m", 17, SPLIT),
+    Case("e3m0_int8_fp32_n37_k256_g128m", 5, WIDE),
+    Case("e2m1_fp8_fp32_n130_k384_g128m", 37, HALVED),
+    Case("e2m1_int8_fp32_n130_k256_g128s", 5, HALVED),
     Case("e2m1_int8_fp32_n256_k128", 16, Tile(16, 256, 4, 3)),
     Case("e2m1_int8_fp32_n96_k64_bias_gelu_residual", 40, Tile(64, 64, 1, 3)),
 )

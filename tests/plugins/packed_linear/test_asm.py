@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from plugins.containers import INT8, multipliers
 from plugins.formats import FORMATS
 from plugins.packed_linear.asm import decoder, e4m3_to_half
 from plugins.packed_linear.encoding import Element, Encoding
@@ -54,16 +55,33 @@ def test_model_permutes_bytes_as_the_isa_says() -> None:
         run_ptx("{\n\nvadd4.u32.u32.u32 $0, $1, $2, $3;\n}", 1, [])
 
 
+def every_octet_in_every_place() -> np.ndarray:
+    return np.array([[value if at == place else (37 * value + 91 * at) % 256 for at in range(4)]
+                     for value in range(256) for place in range(4)], np.uint8)  # fmt: skip
+
+
 @pytest.mark.parametrize("encoding", [entry for entry in ENCODINGS if entry.fmt.bits == 4], ids=identify)
 def test_every_octet_in_every_place(encoding: Encoding) -> None:
-    octets = np.array([[value if at == place else (37 * value + 91 * at) % 256 for at in range(4)]
-                       for value in range(256) for place in range(4)], np.uint8)  # fmt: skip
+    octets = every_octet_in_every_place()
     count = encoding.element.bits // 8
     outputs = run_ptx(decoder(encoding), 2 * count, [registers_of(octets)])
     for fields, registers in ((octets & 15, outputs[:count]), (octets >> 4, outputs[count:])):
         canonical = is_canonical(fields, encoding)
         found = numbers_of(registers, encoding.element)
         np.testing.assert_array_equal(found[canonical], encoding.numbers[fields][canonical])
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e3m0"])
+def test_every_octet_times_every_multiplier(name: str) -> None:
+    encoding = Encoding(FORMATS[name], Element.INT8)
+    octets = every_octet_in_every_place()
+    for multiplier in multipliers(encoding.fmt, INT8):
+        factor = np.full(len(octets), multiplier, np.uint32)
+        low, high = run_ptx(decoder(encoding, folded=True), 2, [registers_of(octets), *[factor] * 4])
+        for fields, register in ((octets & 15, low), (octets >> 4, high)):
+            canonical = is_canonical(fields, encoding)
+            expected = encoding.numbers[fields] * multiplier
+            np.testing.assert_array_equal(numbers_of([register], Element.INT8)[canonical], expected[canonical])
 
 
 @pytest.mark.parametrize("pair", [0, 1])

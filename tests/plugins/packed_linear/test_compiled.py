@@ -66,10 +66,30 @@ def test_tensor_cores_multiply_in_the_container(
     compiled: Mapping[str, CompiledKernel], name: str, capability: Capability
 ) -> None:
     ptx = compiled[spec_of_32_tokens(name, capability).name].ptx
-    found = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[.\w:]*", ptx))
-    assert found == {PRODUCTS[name, capability]}
-    # Weights are decoded where the tensor core reads them: nothing is stored to shared memory before the epilogue.
-    loop = ptx[: max(ptx.rindex(instruction) for instruction in found)]
+    assert products_of(ptx) == {PRODUCTS[name, capability]}
+    assert_nothing_is_stored_to_shared_memory(ptx)
+
+
+def test_multipliers_reach_the_weights_without_a_detour(compiled: Mapping[str, CompiledKernel]) -> None:
+    """As many channels as threads: where Triton would rather load the multipliers, and the weights with them, apart."""
+    spec = specs(*DEMANDING[0])[0]
+    ptx = compiled[spec.name].ptx
+    assert spec.constants["PARTIAL"] == "folded"
+    assert int(spec.constants["BLOCK_N"]) == 32 * spec.launch.num_warps
+    assert products_of(ptx) == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}
+    assert_nothing_is_stored_to_shared_memory(ptx)
+    # One wait a step, and two programs on a multiprocessor of 65,536 registers.
+    assert ptx.count("wgmma.wait_group") == 1
+    assert 2 * 32 * spec.launch.num_warps * compiled[spec.name].resources.registers <= 65536
+
+
+def products_of(ptx: str) -> set[str]:
+    return set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[.\w:]*", ptx))
+
+
+def assert_nothing_is_stored_to_shared_memory(ptx: str) -> None:
+    """Before the epilogue: weights are decoded where the tensor core reads them."""
+    loop = ptx[: max(ptx.rindex(instruction) for instruction in products_of(ptx))]
     assert "st.shared" not in loop
     assert "stmatrix" not in loop
 

@@ -7,19 +7,26 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from plugins.kernels.hardware import Capability
 from plugins.packed_linear import tactics
 from plugins.packed_linear.reference import DTYPES, activations, packed_linear, weights
 from tests.plugins.packed_linear.cases import CASES, Case, inputs_of, per_token
 from tests.plugins.triton_interpreter import TritonInterpreter
 
-# It decides about promotion only, which changes no sum that is exact.
-CAPABILITY = (9, 0)
+# Hopper's kernels promote FP8 sums, and multiply both halves of octets at once; others multiply them one by one.
+HOPPER, AMPERE = (9, 0), (8, 7)
+LAUNCHES = [
+    *((case, HOPPER) for case in CASES),
+    *((case, AMPERE) for case in CASES if case.tile.splits == 1 and "_int8_" in case.name and "_k384" in case.name),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.rows}x{case.tile.splits}")
-def test_kernel_equals_the_reference(case: Case, interpreter: TritonInterpreter) -> None:
+@pytest.mark.parametrize(
+    ("case", "capability"), LAUNCHES, ids=lambda entry: entry.label if isinstance(entry, Case) else entry[0]
+)
+def test_kernel_equals_the_reference(case: Case, capability: Capability, interpreter: TritonInterpreter) -> None:
     variant = case.variant
-    spec = tactics.kernel(variant, case.tile, "interpreted", CAPABILITY)
+    spec = tactics.kernel(variant, case.tile, "interpreted", capability)
     # The interpreter has no assembly.
     constants = {name: "" for name in spec.constants if name.startswith("ASM")}
     scalars = {"rows": case.rows, "rows_per_sample": case.rows_per_sample}
