@@ -212,12 +212,18 @@ def _constants(variant: PackedLinear, tile: Tile, capability: Capability) -> dic
 
 
 def _whole_sums(variant: PackedLinear, tile: Tile, capability: Capability) -> dict[str, Constant]:
-    """Constants of the kernel that does not share out K. Only wgmma gains by products of both halves of an octet."""
+    """Constants of the kernel that does not share out K.
+
+    Triton's layouts decide: where tcgen05 has weights in tensor memory, multipliers in two halves, or both halves of
+    octets in one product, would make it move the weights through shared memory.
+    """
+    is_hopper = capability[0] == _HOPPER
+    has_registers = is_hopper or not multiplies_asynchronously(variant.element, capability)
     return {
         "STEPS": _steps(variant, tile),
         "BAND": _BAND,
-        "IN_HALVES": tile.channels >= WARP_SIZE * tile.num_warps,
-        "JOINED": capability[0] == _HOPPER,
+        "IN_HALVES": has_registers and tile.channels >= WARP_SIZE * tile.num_warps,
+        "JOINED": is_hopper,
     }
 
 
