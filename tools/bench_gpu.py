@@ -27,7 +27,7 @@ from plugins.kernels.hardware import HARDWARE
 from tools.gpu_bench.cases import FEW, MANY, SCHEMES, SHAPES, Case, WrongResultError
 from tools.gpu_bench.linears import check_tactics, measure_linear
 from tools.gpu_bench.machine import machine
-from tools.gpu_bench.page import Results, section
+from tools.gpu_bench.page import Results, StepRow, section
 from tools.gpu_bench.quantizers import measure_quantizer
 from tools.gpu_bench.timing import Clock
 from tools.gpu_bench.transformer import measure_transformer
@@ -96,7 +96,7 @@ def check_all(launcher: Launcher, progress: Progress) -> None:
 
 
 def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) -> Iterator[Results]:
-    """What the section shows: first without the transformer, which takes longest, then all."""
+    """What the section shows, as far as it is measured: first without the transformer, which takes longest."""
     clock = Clock(torch.device("cuda"), rounds)
     shapes = [(scheme, rows, *shape) for scheme in SCHEMES for rows in (*MANY, *FEW) for shape in SHAPES]
     linears = []
@@ -114,7 +114,10 @@ def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) ->
     arguments = "" if blocks == 28 else f" --blocks {blocks}"
     results = Results(f"python -m tools.bench_gpu{arguments}", machine(), rounds, clock.least(), linears, quantizers)
     yield results
-    yield replace(results, steps=measure_transformer(blocks, clock, progress))
+    steps: list[StepRow] = []
+    for step in measure_transformer(blocks, clock, progress):
+        steps.append(step)
+        yield replace(results, steps=steps)
 
 
 def sanitizer_commands() -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ _LEAST_DB = 10.0
 """The same model has 25.6 dB on a CPU with searched scales (docs/benchmarks.md); a wrong kernel leaves about 0."""
 
 
-def measure_transformer(blocks: int, clock: Clock, progress: Progress) -> list[StepRow]:
+def measure_transformer(blocks: int, clock: Clock, progress: Progress) -> Iterator[StepRow]:
     """A step of guidance at 512 × 512: time and memory of each form. Raises `WrongResultError`."""
     device = torch.device("cuda")
     model = random_pixart(blocks)
@@ -44,10 +44,9 @@ def measure_transformer(blocks: int, clock: Clock, progress: Progress) -> list[S
     }
     forms: dict[str, Callable[[], nn.Module]] = {
         "BF16 eager": lambda: copy.deepcopy(base).to(device),
-        "BF16 torch.compile": lambda: cast(nn.Module, torch.compile(copy.deepcopy(base).to(device))),
         "W4A6, our kernels": lambda: quantize_model(base, plan, weights).to(device),
+        "BF16 torch.compile": lambda: cast(nn.Module, torch.compile(copy.deepcopy(base).to(device))),
     }
-    rows: list[StepRow] = []
     first: Tensor | None = None
     for name, make in forms.items():
         row, output = _measure(name, make, inputs, clock)
@@ -55,8 +54,7 @@ def measure_transformer(blocks: int, clock: Clock, progress: Progress) -> list[S
         decibels = None if output is first else snr_db(first, output)
         if decibels is not None and not decibels >= _LEAST_DB:
             raise WrongResultError(f"{name}: {decibels:.1f} dB to BF16, less than {_LEAST_DB:.0f}")
-        rows.append(StepRow(name, *row, decibels))
-    return rows
+        yield StepRow(name, *row, decibels)
 
 
 def _measure(
