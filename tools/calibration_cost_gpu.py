@@ -76,7 +76,7 @@ BLOCKS = (
     Block("PixArt-α 512", 16, 72, 32, 16, 28, 64 * 40, 64, 40),
     Block("PixArt-Σ 1024", 16, 72, 64, 16, 28, 32 * 40, 32, 20),
     Block("Hunyuan-DiT 1.2, 1024 (its width in PixArt's block)", 16, 88, 64, 8, 40, 64 * 100, 32, 20),
-    Block("12 B: 57 blocks of 3600, 1024", 36, 100, 64, 16, 57, 32 * 40, 16, 4),
+    Block("12 B: 57 blocks of 3584, 1024", 28, 128, 64, 16, 57, 32 * 40, 16, 4),
 )
 
 
@@ -186,7 +186,7 @@ def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -
     ]  # fmt: skip
     parts = [f"Written by `python -m tools.calibration_cost_gpu`. {machine()}.", _table(head, rows)]
     if compared:
-        lines = [(name, f"{c.seconds:.2f} s", f"{c.start:.6f}", f"{c.end:.6f}") for name, c in compared]
+        lines = [(name, f"{c.seconds:.2f} s", f"{c.start:.3e}", f"{c.end:.3e}") for name, c in compared]
         parts += ["Products of float32 numbers:", _table(("", "calibration", "error before", "and behind it"), lines)]
     return "\n\n".join(parts)
 
