@@ -1,8 +1,8 @@
 """Measure on a GPU what calibrating a block of real models' sizes costs: a section of docs/scaling.md.
 
 `python -m tools.calibration_cost_gpu` needs an NVIDIA GPU that torch sees. It calibrates PixArts of one random block,
-as `effort: default` does, with few iterations and few captured inputs; hours of whole models are these times over,
-as often as they have blocks, iterations and inputs. `--precision` also says what products in TF32 would change.
+as `effort: default` does, with few iterations and few captured inputs; hours of whole models are extrapolated to
+all their blocks, iterations and inputs. `--precision` also says what products in TF32 would change.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COMPARED_ITERATIONS = 60
 @dataclass(frozen=True)
 class Block:
     """A model's block: heads and their width, image tokens along a side, samples of a batch of its published recipe;
-    how many blocks and captured inputs the whole has; how many inputs and iterations are tried."""
+    how many blocks and captured inputs the whole has; how many inputs and iterations are measured."""
 
     model: str
     heads: int
@@ -53,7 +53,7 @@ class Block:
     batch: int
     depth: int
     inputs: int
-    tried: int
+    measured_inputs: int
     iterations: int
 
     @property
@@ -158,14 +158,14 @@ def warm_up(block: Block, placement: Placement) -> None:
 
 def cost(block: Block, placement: Placement) -> Cost:
     """What the block's calibration takes, from three calibrations."""
-    model, few = random_model(block), block.tried // 2
+    model, half_inputs = random_model(block), block.measured_inputs // 2
     with placement.computing():
-        half = calibrated(model, block, placement, few, 1)
-        whole = calibrated(model, block, placement, block.tried, 1)
-        learned = calibrated(model, block, placement, block.tried, 1 + block.iterations)
-    per_input = max(0.0, (whole.seconds - half.seconds) / (block.tried - few))
+        half = calibrated(model, block, placement, half_inputs, 1)
+        whole = calibrated(model, block, placement, block.measured_inputs, 1)
+        learned = calibrated(model, block, placement, block.measured_inputs, 1 + block.iterations)
+    per_input = max(0.0, (whole.seconds - half.seconds) / (block.measured_inputs - half_inputs))
     iteration = (learned.seconds - whole.seconds) / block.iterations
-    fixed = max(0.0, whole.seconds - block.tried * per_input - iteration)
+    fixed = max(0.0, whole.seconds - block.measured_inputs * per_input - iteration)
     return Cost(block, iteration, per_input, fixed, learned)
 
 
@@ -209,7 +209,10 @@ def compare(block: Block, placement: Placement) -> list[tuple[str, Calibrated]]:
             with _products(precision):
                 calibrated(model, block, placement, block.batch, 1)
                 found.append(
-                    (f"{block.model}, {name}", calibrated(model, block, placement, block.tried, _COMPARED_ITERATIONS))
+                    (
+                        f"{block.model}, {name}",
+                        calibrated(model, block, placement, block.measured_inputs, _COMPARED_ITERATIONS),
+                    )
                 )
     return found
 
@@ -228,7 +231,7 @@ def main(quick: bool, precision: bool) -> None:
         sys.exit(3)
     placement = Placement(torch.device("cuda", 0), torch.cuda.mem_get_info(0)[0])
     progress: Progress = RichProgress(Console(stderr=True))
-    blocks = [replace(BLOCKS[0], tried=16, iterations=4)] if quick else BLOCKS
+    blocks = [replace(BLOCKS[0], measured_inputs=16, iterations=4)] if quick else BLOCKS
     warm_up(blocks[0], placement)
     compared = compare(blocks[0], placement) if precision else []
     costs: list[Cost] = []

@@ -72,12 +72,13 @@ class ErrorFeedback:
 def round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Round `columns` [N, C] one by one, changing those behind: (values [N, C], errors over the diagonal [N, C]).
 
-    On a GPU in one kernel, where there is Triton: else each column takes dozens of launches.
+    On a GPU in one kernel, where Triton can compile it: else each column takes dozens of launches.
     """
     if columns.is_cuda and find_spec("triton") is not None:
         from exporter.cuda import error_feedback
 
-        return error_feedback.round_columns(columns, scales, factor, fmt)
+        if error_feedback.compiles(columns.device):
+            return error_feedback.round_columns(columns, scales, factor, fmt)
     values, errors = torch.empty(columns.shape, device=columns.device), torch.empty_like(columns)
     for index in range(columns.shape[1]):
         scale = scales[:, index]

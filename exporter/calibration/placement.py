@@ -126,13 +126,19 @@ class Placement:
 def repeatable_gradients() -> Iterator[None]:
     """Where results are to be repeatable, let gradients be so, too.
 
-    Of attention PyTorch has repeatable gradients, but where it may only warn it computes the others.
+    Of attention PyTorch has repeatable gradients, but where it may only warn it computes the others. Raises
+    `EnvironmentLacksError` where an operation has none on a GPU.
     """
     warns = torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
     if warns:
         torch.use_deterministic_algorithms(True)
     try:
         yield
+    except RuntimeError as error:
+        if not warns or "deterministic" not in str(error):
+            raise
+        reason = str(error).partition(".")[0]
+        raise EnvironmentLacksError(f"calibration.device: {reason}; calibration.device=cpu computes it") from error
     finally:
         if warns:
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from exporter.cuda import error_feedback_kernel
-from plugins.formats import Format
+from plugins.formats import Format, get_format
 
 _ROWS = 8
 _WARPS = 4
 _FLOAT32_BIAS = 127
+
+
+@cache
+def compiles(device: torch.device) -> bool:
+    """Whether Triton makes a kernel for this GPU: it needs a C compiler, and to know the GPU."""
+    one = torch.ones(1, 1, dtype=torch.float64, device=device)
+    try:
+        round_columns(one, one, one, get_format("e2m1"))
+    except (RuntimeError, TritonError):
+        return False
+    return True
 
 
 def round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -25,24 +39,26 @@ def round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) 
     rows, count = columns.shape
     values = torch.empty((rows, count), dtype=torch.float32, device=columns.device)
     errors = torch.empty((rows, count), dtype=torch.float64, device=columns.device)
-    error_feedback_kernel.round_columns[(triton.cdiv(rows, _ROWS),)](
-        columns.contiguous(),
-        scales.contiguous(),
-        factor.contiguous(),
-        values,
-        errors,
-        rows,
-        count,
-        LEAST=fmt.min,
-        MOST=fmt.max,
-        STEP=fmt.step,
-        MIN_NORMAL=fmt.min_normal,
-        MANTISSA_BITS=fmt.mantissa_bits,
-        UNIFORM=fmt.is_uniform,
-        FIRST_EXPONENT=int(math.log2(fmt.min_normal)) + _FLOAT32_BIAS - 1,
-        ROWS=_ROWS,
-        WIDTH=triton.next_power_of_2(count),
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-    )
+    launch = error_feedback_kernel.round_columns[(triton.cdiv(rows, _ROWS),)]
+    with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
+        launch(
+            columns.contiguous(),
+            scales.contiguous(),
+            factor.contiguous(),
+            values,
+            errors,
+            rows,
+            count,
+            LEAST=fmt.min,
+            MOST=fmt.max,
+            STEP=fmt.step,
+            MIN_NORMAL=fmt.min_normal,
+            MANTISSA_BITS=fmt.mantissa_bits,
+            UNIFORM=fmt.is_uniform,
+            FIRST_EXPONENT=int(math.log2(fmt.min_normal)) + _FLOAT32_BIAS - 1,
+            ROWS=_ROWS,
+            WIDTH=triton.next_power_of_2(count),
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
     return values, errors

