@@ -122,6 +122,7 @@ SAID = [
     ("fp4dit", W4A8, False, "integers closer", "integers closer"),
     ("fp4dit", W4A6, False, "integers closer", "integers closer"),
     ("fp4dit", W4A4, False, "floats closer", "floats closer"),
+    ("fp4dit", W3A6, False, "integers closer", "integers closer"),
     ("fp_unsigned", W4A6, True, "floats closer", "floats closer"),
     ("fp_unsigned", W4A4, True, "floats closer", "floats closer"),
     ("mixed", W4A8, True, "floats closer", "floats closer"),
@@ -141,8 +142,9 @@ def test_the_samples_say_no_more_than_the_prose(tmp_path: Path) -> None:
     laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
     original = laboratory.original_judged(0)
     assert original is not None
-    judged = [figures for row in ROWS if (figures := laboratory.kept(row, W4A6, SEEDS[0])) and figures.samples]
-    assert len(judged) >= 10
+    cells = ((row, bits) for bits in (W4A6, W4A4) for row in ROWS)
+    judged = [figures for cell in cells if (figures := laboratory.kept(*cell, SEEDS[0])) and figures.samples]
+    assert len(judged) >= 20
     for figures in judged:
         assert figures.recognised is not None
         assert figures.frechet is not None
