@@ -142,7 +142,7 @@ def test_the_samples_say_no_more_than_the_prose(tmp_path: Path) -> None:
     laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
     original = laboratory.original_judged(0)
     assert original is not None
-    cells = ((row, bits) for bits in (W4A6, W4A4) for row in ROWS)
+    cells = ((row, bits) for bits in (W4A8, W4A6, W4A4, W3A6) for row in ROWS)
     judged = [figures for cell in cells if (figures := laboratory.kept(*cell, SEEDS[0])) and figures.samples]
     assert len(judged) >= 20
     for figures in judged:
