@@ -8,23 +8,15 @@ real models is measured by `python -m tools.calibration_cost_gpu`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from diffusers import PixArtTransformer2DModel
-from torch import nn
-
 from exporter.calibration.calibrate import calibrate
-from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import CalibrationRun
 from exporter.method_section import MethodSection
-from exporter.models.pixart import PixArtAdapter
-from exporter.models.prompts import Prompts
-from exporter.plan import LayerPlan, Plan
 from exporter.progress import NullProgress
-from tools.marked_section import replace_section
+from tools.gpu_bench.transformer import linear_plan
+from tools.marked_section import markdown_table, replace_section
+from tools.random_calibration import random_blocks, random_run
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 SECTION = "calibration cost"
@@ -101,62 +93,13 @@ JOBS = (
 )
 
 
-def _model(size: Size) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = PixArtTransformer2DModel(
-        num_layers=size.depth,
-        num_attention_heads=size.width // 64,
-        attention_head_dim=64,
-        cross_attention_dim=size.width,
-        caption_channels=64,
-        in_channels=4,
-        out_channels=8,
-        sample_size=_SIDE,
-        use_additional_conditions=False,
-    )
-    return model.eval().requires_grad_(False)
-
-
-def blocks_plan(model: nn.Module) -> Plan:
-    """W4A6 for the linears of the blocks, in groups of 128 with foldable scales."""
-    layers = tuple(
-        LayerPlan(
-            name=name,
-            out_features=linear.out_features,
-            in_features=linear.in_features,
-            has_bias=linear.bias is not None,
-            weight_format="e2m1",
-            activation_format="e2m3",
-            group_size=128,
-            scales="foldable",
-            container="int8",
-        )
-        for name, linear in model.named_modules()
-        if isinstance(linear, nn.Linear) and name.startswith("transformer_blocks")
-    )
-    return Plan(layers=layers, high_precision=(), fp32_bytes=0, expected_bytes=0)
-
-
 def cpu_seconds(size: Size, iterations: int) -> float:
     """CPU seconds of a whole calibration."""
-    model, generator = _model(size), torch.Generator().manual_seed(0)
-    captured = CalibrationSet(
-        torch.randn(size.samples, 4, _SIDE, _SIDE, generator=generator),
-        torch.linspace(999, 1, size.samples).round(),
-        torch.zeros(size.samples, dtype=torch.int64),
-        torch.zeros(size.samples, dtype=torch.int64),
-    )
-    embeddings = torch.randn(1, _CAPTIONS, 64, generator=generator)
-    tensors = {"encoder_hidden_states": embeddings, "encoder_attention_mask": torch.ones(1, _CAPTIONS)}
+    model, run = random_blocks(size.depth, size.width // 64, 64, _SIDE), random_run(size.samples, _SIDE, _CAPTIONS)
     method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax")
-    run = CalibrationRun(PixArtAdapter(), captured, Prompts(tensors, tensors))
     begin = time.process_time()
-    calibrate(model, blocks_plan(model), run, method, 0, NullProgress())
+    calibrate(model, linear_plan(model), run, method, 0, NullProgress())
     return time.process_time() - begin
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def measured_table() -> str:
@@ -177,7 +120,7 @@ def measured_table() -> str:
         work = _OPERATIONS * _BATCH * _TOKENS * (_WEIGHTS * size.width**2 + 2 * _TOKENS * size.width)
         cells = (size.depth, size.width, size.samples, f"{fixed:.2f}", f"{1e3 * iteration:.1f}")
         rows.append((*map(str, cells), f"{work / iteration / 1e9:.0f}"))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def extrapolated_table() -> str:
@@ -190,7 +133,7 @@ def extrapolated_table() -> str:
         hours = (f"{job.hours(count, processes):.1f} h" for count in _ITERATIONS_OF for processes in (1, 8))
         sizes = (f"{job.gigabytes() / processes:.0f} GB" for processes in (1, 8))
         rows.append((job.name, *work, *hours, *sizes))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,17 @@ from pathlib import Path
 
 import click
 import torch
-from diffusers import PixArtTransformer2DModel
 from rich.console import Console
 from torch import nn
 
 from exporter.calibration.calibrate import calibrate
-from exporter.calibration.capture import CalibrationSet
-from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.placement import Placement
 from exporter.method_section import MethodSection
-from exporter.models.pixart import PixArtAdapter
-from exporter.models.prompts import Prompts
 from exporter.progress import NullProgress, Progress, RichProgress
-from tools.calibration_cost import blocks_plan
 from tools.gpu_bench.machine import machine
-from tools.marked_section import replace_section
+from tools.gpu_bench.transformer import linear_plan
+from tools.marked_section import markdown_table, replace_section
+from tools.random_calibration import random_blocks, random_run
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 SECTION = "calibration cost on a gpu"
@@ -110,39 +106,16 @@ class Cost:
 
 def random_model(block: Block) -> nn.Module:
     """A PixArt of one block."""
-    torch.manual_seed(0)
-    model: nn.Module = PixArtTransformer2DModel(
-        num_layers=1,
-        num_attention_heads=block.heads,
-        attention_head_dim=block.head,
-        cross_attention_dim=block.width,
-        caption_channels=64,
-        in_channels=4,
-        out_channels=8,
-        sample_size=2 * block.side,
-        use_additional_conditions=False,
-    )
-    return model.eval().requires_grad_(False)
+    return random_blocks(1, block.heads, block.head, 2 * block.side)
 
 
 def calibrated(model: nn.Module, block: Block, placement: Placement, inputs: int, iterations: int) -> Calibrated:
     """One calibration on `inputs` random inputs."""
-    generator = torch.Generator().manual_seed(0)
-    captured = CalibrationSet(
-        torch.randn(inputs, 4, 2 * block.side, 2 * block.side, generator=generator),
-        torch.linspace(999, 1, inputs).round(),
-        torch.zeros(inputs, dtype=torch.int64),
-        torch.zeros(inputs, dtype=torch.int64),
-    )
-    embeddings = torch.randn(1, _CAPTIONS, 64, generator=generator)
-    tensors = {"encoder_hidden_states": embeddings, "encoder_attention_mask": torch.ones(1, _CAPTIONS)}
-    run = CalibrationRun(
-        PixArtAdapter(), captured, Prompts(tensors, tensors), placement=placement, limit=placement.limit()
-    )
+    run = replace(random_run(inputs, 2 * block.side, _CAPTIONS), placement=placement, limit=placement.limit())
     method = MethodSection(effort="default", iterations=iterations, batch_size=block.batch)
     torch.cuda.reset_peak_memory_stats(placement.device)
     begin = time.perf_counter()
-    result = calibrate(model, blocks_plan(model), run, method, 0, NullProgress())
+    result = calibrate(model, linear_plan(model), run, method, 0, NullProgress())
     torch.cuda.synchronize(placement.device)
     seconds = time.perf_counter() - begin
     [learned] = result.blocks
@@ -184,10 +157,13 @@ def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -
         )
         for item in costs
     ]  # fmt: skip
-    parts = [f"Written by `python -m tools.calibration_cost_gpu`. {machine()}.", _table(head, rows)]
+    parts = [f"Written by `python -m tools.calibration_cost_gpu`. {machine()}.", markdown_table(head, rows)]
     if compared:
         lines = [(name, f"{c.seconds:.2f} s", f"{c.start:.3e}", f"{c.end:.3e}") for name, c in compared]
-        parts += ["Products of float32 numbers:", _table(("", "calibration", "error before", "and behind it"), lines)]
+        parts += [
+            "Products of float32 numbers:",
+            markdown_table(("", "calibration", "error before", "and behind it"), lines),
+        ]
     return "\n\n".join(parts)
 
 
@@ -215,10 +191,6 @@ def compare(block: Block, placement: Placement) -> list[tuple[str, Calibrated]]:
                     )
                 )
     return found
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 @click.command(help=__doc__)

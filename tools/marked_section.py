@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from exporter.files import write_text_atomically
@@ -28,3 +29,8 @@ def marked_sections(page: Path) -> list[str]:
     """All marked sections of the page, their comments included, in order."""
     pattern = r"<!-- (?P<name>[^>]+) -->\n.*?<!-- end of (?P=name) -->"
     return [match.group() for match in re.finditer(pattern, page.read_text(encoding="utf-8"), re.DOTALL)]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells, without a line's end behind it."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

@@ -8,12 +8,11 @@ if the page has other tables.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
 
-from tools.marked_section import markers, replace_section
+from tools.marked_section import markdown_table, markers, replace_section
 from tools.scaling.hardware import GPUS
 from tools.scaling.workload import (
     BF16,
@@ -37,11 +36,6 @@ USABLE = 0.75
 _MODULES = (8, 16, 32, 64)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def hardware_table() -> str:
     """The facts."""
     head = ("GPU", "memory", "GB/s", "BF16", "INT8", "FP8", "operations a byte, 8 bits", "rates are")
@@ -51,7 +45,7 @@ def hardware_table() -> str:
         ridge = f"{1000 * rate / gpu.bandwidth:.0f} ({name})"
         rates = ["–" if peak is None else f"{peak:.0f}" for peak in (gpu.bf16, gpu.int8, gpu.fp8)]
         rows.append((gpu.name, f"{gpu.memory_gb:g} GB", f"{gpu.bandwidth:g}", *rates, ridge, gpu.source))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def work_table() -> str:
@@ -74,7 +68,7 @@ def work_table() -> str:
                 f"{attention_operations(model) / 1e12:.2f} T",
             )
         )
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def time_table(model: Model) -> str:
@@ -89,7 +83,7 @@ def time_table(model: Model) -> str:
             f"{1000 * time:{'.0f' if time >= 0.1 else '.1f' if time >= 0.01 else '.2f'}} ms" for time in times
         ]
         rows.append((gpu.name, *milliseconds, f"{base / total:.2f} ×", f"{at_memory / total:.0%}"))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _milliseconds(time: float) -> str:
@@ -110,7 +104,7 @@ def memory_table() -> str:
         )
         for model in MODELS
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def t5_parameters(width: int, inner: int, vocabulary: int, layers: int = 24, heads: int = 32) -> int:
@@ -147,7 +141,7 @@ def fit_table() -> str:
             ):
                 fits = ["yes" if size <= USABLE * module else "no" for module in _MODULES]
                 rows.append((model.name, what, precision.name, f"{size:.1f}", *fits))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def text() -> str:

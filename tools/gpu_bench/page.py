@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tools.marked_section import markdown_table
+
 _MANY_TOKENS = 2048
 
 
@@ -131,7 +133,7 @@ def section(results: Results) -> str:
         f"reference in this run. A graph of one kernel that does next to nothing takes {_ms(results.least_ms)} ms. "
         "Tactics are numbered as the program that measured had them.",
         "### What was aimed at",
-        _table(("aim", "worst", ""), ()) + "\n" + "\n".join(aim.line(results) for aim in AIMS),
+        markdown_table(("aim", "worst", ""), ()) + "\n" + "\n".join(aim.line(results) for aim in AIMS),
     ]
     if results.linears:
         parts += ["### Linears, milliseconds", _linears(results.linears), *_missing(results.linears)]
@@ -164,7 +166,7 @@ def _linears(rows: Iterable[LinearRow]) -> str:
                 _ms(row.with_quantizer_ms),
             )
         )
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def _missing(rows: Iterable[LinearRow]) -> list[str]:
@@ -181,7 +183,7 @@ def _quantizers(rows: Iterable[QuantizerRow]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def _steps(rows: Sequence[StepRow]) -> str:
@@ -202,11 +204,7 @@ def _steps(rows: Sequence[StepRow]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    return _table(head, lines)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+    return markdown_table(head, lines)
 
 
 def _ms(milliseconds: float) -> str:
