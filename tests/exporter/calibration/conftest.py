@@ -10,6 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.calibration.placement import Placement
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
 from exporter.plan import LayerPlan, Plan
@@ -21,6 +22,24 @@ STEPS = 3
 TRAJECTORIES = 4
 
 Planner = Callable[..., Plan]
+
+
+def capture(
+    model: nn.Module, adapter: PixArtAdapter, prompts: Prompts, settings: CalibrationSection, placement: Placement
+) -> CalibrationSet:
+    """The trajectories of all tests here, captured where `placement` says."""
+    return capture_trajectories(
+        model,
+        adapter,
+        prompts,
+        settings,
+        NullProgress(),
+        trajectories=TRAJECTORIES,
+        seed=3,
+        latent_shape=LATENT_SHAPE,
+        scheduler_config=None,
+        placement=placement,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -75,17 +94,7 @@ def settings() -> CalibrationSection:
 def captured(
     model: nn.Module, adapter: PixArtAdapter, prompts: Prompts, settings: CalibrationSection
 ) -> CalibrationSet:
-    return capture_trajectories(
-        model,
-        adapter,
-        prompts,
-        settings,
-        NullProgress(),
-        trajectories=TRAJECTORIES,
-        seed=3,
-        latent_shape=LATENT_SHAPE,
-        scheduler_config=None,
-    )
+    return capture(model, adapter, prompts, settings, Placement())
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.calibration.calibrate import calibrate
-from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.placement import Placement, choose_placement
 from exporter.method_section import MethodSection
@@ -21,7 +21,7 @@ from exporter.progress import NullProgress
 from exporter.quantize import CalibrationResult
 from exporter.recipe import CalibrationSection
 from exporter.shards import Shard
-from tests.exporter.calibration.conftest import LATENT_SHAPE, TRAJECTORIES
+from tests.exporter.calibration.conftest import capture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,18 +96,7 @@ def test_captured_trajectories_are_those_of_the_cpu(
 ) -> None:
     placement = gpu()
     with placement.computing():
-        found = capture_trajectories(
-            model,
-            adapter,
-            prompts,
-            settings,
-            NullProgress(),
-            trajectories=TRAJECTORIES,
-            seed=3,
-            latent_shape=LATENT_SHAPE,
-            scheduler_config=None,
-            placement=placement,
-        )
+        found = capture(model, adapter, prompts, settings, placement)
     assert torch.equal(found.timesteps, captured.timesteps)
     assert torch.allclose(found.hidden_states, captured.hidden_states, rtol=1e-3, atol=1e-3)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from exporter.calibration.balance import find_balance
 from exporter.calibration.calibrate import calibrate
-from exporter.calibration.capture import CalibrationSet, capture_trajectories
+from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
@@ -28,7 +28,7 @@ from exporter.progress import NullProgress
 from exporter.recipe import CalibrationSection, load_recipe
 from exporter.shards import Shard
 from plugins.block_scales import BLOCK_SCALINGS
-from tests.exporter.calibration.conftest import LATENT_SHAPE, TRAJECTORIES
+from tests.exporter.calibration.conftest import capture
 from tests.exporter.pretended_gpu import GPU, OnGpu, PretendedGpu
 
 Planner = Callable[..., Plan]
@@ -104,18 +104,7 @@ def test_trajectories_and_the_balance_of_channels_come_back_from_a_gpu(
     folds = adapter.channel_folds(model)
     here = find_balance(CalibrationRun(adapter, captured, prompts), model, folds)
     with PretendedGpu() as gpu:
-        again = capture_trajectories(
-            model,
-            adapter,
-            prompts,
-            settings,
-            NullProgress(),
-            trajectories=TRAJECTORIES,
-            seed=3,
-            latent_shape=LATENT_SHAPE,
-            scheduler_config=None,
-            placement=BY_BLOCK,
-        )
+        again = capture(model, adapter, prompts, settings, BY_BLOCK)
         there = find_balance(CalibrationRun(adapter, captured, prompts, placement=WHOLE), model, folds)
     assert gpu.operations > 100
     assert type(again.hidden_states) is torch.Tensor
