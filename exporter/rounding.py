@@ -57,12 +57,16 @@ def _round_to_power_of_two(x: Tensor, fmt: Format) -> Tensor:
     Adds half a binade to the float's bits, one unit less where the value below has an even code, and truncates.
     """
     bits = x.view(torch.int32)
-    exponent_below_first_code = int(math.log2(fmt.min_normal)) + _FLOAT32_BIAS - 1
-    code_parity = ((bits >> _FRACTION_BITS) - exponent_below_first_code) & 1
+    code_parity = ((bits >> _FRACTION_BITS) - exponent_below_first_code(fmt)) & 1
     half = 1 << (_FRACTION_BITS - 1)
     rounded = (bits + (half - 1) + code_parity) & (_SIGN_MASK | _EXPONENT_MASK)
     below = (x / fmt.min_normal).round_().mul_(fmt.min_normal)
     return torch.where(x.abs() < fmt.min_normal, below, rounded.view(torch.float32))
+
+
+def exponent_below_first_code(fmt: Format) -> int:
+    """The exponent field of float32 below that of the format's smallest power of two: codes count from there."""
+    return int(math.log2(fmt.min_normal)) + _FLOAT32_BIAS - 1
 
 
 def quantize_online(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

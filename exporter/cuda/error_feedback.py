@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from functools import cache
 
@@ -12,11 +11,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from exporter.cuda import error_feedback_kernel
+from exporter.rounding import exponent_below_first_code
 from plugins.formats import Format, get_format
 
 _ROWS = 8
 _WARPS = 4
-_FLOAT32_BIAS = 127
 
 
 @cache
@@ -55,7 +54,7 @@ def round_columns(columns: Tensor, scales: Tensor, factor: Tensor, fmt: Format) 
             MIN_NORMAL=fmt.min_normal,
             MANTISSA_BITS=fmt.mantissa_bits,
             UNIFORM=fmt.is_uniform,
-            FIRST_EXPONENT=int(math.log2(fmt.min_normal)) + _FLOAT32_BIAS - 1,
+            FIRST_EXPONENT=exponent_below_first_code(fmt),
             ROWS=_ROWS,
             WIDTH=triton.next_power_of_2(count),
             num_warps=_WARPS,

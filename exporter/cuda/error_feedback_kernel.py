@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Adding it leaves a float32 whose low bits are the integer that |t| < 2^22 rounds to, ties to even.
-_INTEGER_GRID = tl.constexpr(1.5 * 2**23)
+from plugins.kernels.device_rounding import INTEGER_GRID
 
 
 @triton.jit
@@ -74,12 +73,12 @@ def _on_grid(
     if MANTISSA_BITS == 0:
         parity = ((bits >> 23) - FIRST_EXPONENT) & 1
         power = ((bits + (0x3FFFFF + parity)) & -0x800000).to(tl.float32, bitcast=True)
-        below = (tl.div_rn(x, MIN_NORMAL) + _INTEGER_GRID - _INTEGER_GRID) * MIN_NORMAL
+        below = (tl.div_rn(x, MIN_NORMAL) + INTEGER_GRID - INTEGER_GRID) * MIN_NORMAL
         rounded = tl.where(tl.abs(x) < MIN_NORMAL, below, power)
     elif UNIFORM:
-        rounded = (tl.div_rn(x, STEP) + _INTEGER_GRID - _INTEGER_GRID) * STEP
+        rounded = (tl.div_rn(x, STEP) + INTEGER_GRID - INTEGER_GRID) * STEP
     else:
         power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(power, MIN_NORMAL) * 2.0**-MANTISSA_BITS
-        rounded = (tl.div_rn(x, step) + _INTEGER_GRID - _INTEGER_GRID) * step
+        rounded = (tl.div_rn(x, step) + INTEGER_GRID - INTEGER_GRID) * step
     return rounded + 0.0
