@@ -114,7 +114,8 @@ def load_source(job: Job) -> Source:
     _check_classifier(job, prompts, latent_shape)
     given = recipe.calibration.memory
     memory = int(given * 1e9) if given is not None else usable_memory() // 2
-    store = _activation_store(job, adapter, model, prompts, latent_shape, memory)
+    activations = _activation_bytes(recipe, adapter, model, prompts, latent_shape)
+    store = _activation_store(job, activations, memory, placement)
     weights = weight_files(files.transformer, recipe.model.variant)
     read = {file.name: file for file in (files.transformer / CONFIG, *weights)}
     if recipe.calibration.prompts is not None:
@@ -168,24 +169,31 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
     return class_prompts(label, classes, adapter.negative_label(model))
 
 
-def _activation_store(
-    job: Job, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int], memory: int
-) -> ActivationStore:
-    """Where block reconstruction keeps the activations of all captured inputs."""
-    if job.recipe.method.name != "fp4dit":
-        return ActivationStore()
-    settings = job.recipe.calibration
+def _activation_bytes(
+    recipe: Recipe, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int]
+) -> int:
+    """Bytes of the activations of all captured inputs that block reconstruction keeps."""
+    if recipe.method.name != "fp4dit":
+        return 0
     skips = sum(map(len, adapter.skips(model).values()))
     captions = sum(tensor.shape[1] for tensor in prompts.positive.values() if tensor.ndim > _WITHOUT_TOKENS)
-    per_input = activation_bytes(
+    return recipe.calibration.inputs * activation_bytes(
         adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
     )
-    calls = settings.inputs // settings.samples
-    store = choose_store(settings.samples, calls * per_input, memory, job.work.path)
+
+
+def _activation_store(job: Job, activations: int, memory: int, placement: Placement) -> ActivationStore:
+    """Where so many bytes of all processes' activations are kept."""
+    if not activations:
+        return ActivationStore()
+    if placement.keeps(activations // job.shard.world):
+        return ActivationStore(device=placement.device)
+    settings = job.recipe.calibration
+    store = choose_store(settings.samples, activations // settings.samples, memory, job.work.path)
     if store.folder is not None:
         job.progress.note(
-            f"activations of {settings.samples * calls} inputs: up to {settings.samples * calls * per_input / 1e9:.1f} "
-            f"GB in files in {store.folder}, since calibration.memory is {memory / 1e9:.1f} GB"
+            f"activations of {settings.inputs} inputs: up to {activations / 1e9:.1f} GB in files in {store.folder}, "
+            f"since calibration.memory is {memory / 1e9:.1f} GB"
         )
     return store
 

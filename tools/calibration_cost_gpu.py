@@ -19,10 +19,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from exporter.calibration.activations import ActivationStore
 from exporter.calibration.calibrate import calibrate
-from exporter.calibration.placement import Placement
+from exporter.calibration.placement import CPU, Placement
 from exporter.method_section import MethodSection
 from exporter.progress import NullProgress, Progress, RichProgress
+from exporter.source import activation_bytes
 from tools.gpu_bench.machine import machine
 from tools.gpu_bench.transformer import linear_plan
 from tools.marked_section import markdown_table, replace_section
@@ -63,16 +65,25 @@ class Block:
         return self.side**2
 
     @property
+    def activations(self) -> int:
+        """Bytes of all inputs' activations in the whole model's calibration."""
+        return self.inputs * activation_bytes(self.tokens * self.width, 0, _CAPTIONS * self.width)
+
+    def store(self, placement: Placement) -> ActivationStore:
+        """Where the whole model's calibration keeps them, if it is not in files."""
+        return ActivationStore(device=placement.device if placement.keeps(self.activations) else CPU)
+
+    @property
     def iteration_flop(self) -> float:
         """Operations of an iteration's linears and products of self-attention, forward and backward."""
         return float(_OPERATIONS * self.batch * self.tokens * (16 * self.width**2 + 2 * self.tokens * self.width))
 
 
 BLOCKS = (
-    Block("PixArt-α 512", 16, 72, 32, 16, 28, 64 * 40, 64, 40),
-    Block("PixArt-Σ 1024", 16, 72, 64, 16, 28, 32 * 40, 32, 20),
-    Block("Hunyuan-DiT 1.2, 1024 (its width in PixArt's block)", 16, 88, 64, 8, 40, 64 * 100, 32, 20),
-    Block("12 B: 57 blocks of 3584, 1024", 28, 128, 64, 16, 57, 32 * 40, 16, 4),
+    Block("PixArt-α 512", 16, 72, 32, 16, 28, 64 * 40, 256, 100),
+    Block("PixArt-Σ 1024", 16, 72, 64, 16, 28, 32 * 40, 96, 20),
+    Block("Hunyuan-DiT 1.2, 1024 (its width in PixArt's block)", 16, 88, 64, 8, 40, 64 * 100, 96, 20),
+    Block("12 B: 57 blocks of 3584, 1024", 28, 128, 64, 16, 57, 32 * 40, 32, 4),
 )
 
 
@@ -89,13 +100,14 @@ class Calibrated:
 @dataclass(frozen=True)
 class Cost:
     """Seconds of an iteration, of everything else per captured input, and of everything else that inputs do not make
-    longer, all for one block; the calibration that they are from."""
+    longer, all for one block; the calibration that they are from, and the kind of memory activations were in."""
 
     block: Block
     iteration: float
     per_input: float
     fixed: float
     calibrated: Calibrated
+    activations: str
 
     def hours(self, iterations: int) -> float:
         """Of the whole model, without the sampler's trajectories."""
@@ -111,7 +123,12 @@ def random_model(block: Block) -> nn.Module:
 
 def calibrated(model: nn.Module, block: Block, placement: Placement, inputs: int, iterations: int) -> Calibrated:
     """One calibration on `inputs` random inputs."""
-    run = replace(random_run(inputs, 2 * block.side, _CAPTIONS), placement=placement, limit=placement.limit())
+    run = replace(
+        random_run(inputs, 2 * block.side, _CAPTIONS),
+        placement=placement,
+        limit=placement.limit(),
+        store=block.store(placement),
+    )
     method = MethodSection(effort="default", iterations=iterations, batch_size=block.batch)
     torch.cuda.reset_peak_memory_stats(placement.device)
     begin = time.perf_counter()
@@ -139,20 +156,22 @@ def cost(block: Block, placement: Placement) -> Cost:
     per_input = max(0.0, (whole.seconds - half.seconds) / (block.measured_inputs - half_inputs))
     iteration = (learned.seconds - whole.seconds) / block.iterations
     fixed = max(0.0, whole.seconds - block.measured_inputs * per_input - iteration)
-    return Cost(block, iteration, per_input, fixed, learned)
+    return Cost(block, iteration, per_input, fixed, learned, block.store(placement).device.type)
 
 
 def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -> str:
     """The section's text."""
     head = (
         "model", "width", "tokens", "batch", "an iteration on a block", "TFLOP/s", "all else: per input",
-        "and per block", "GPU memory", f"whole, {_DEFAULT_ITERATIONS} iterations", f"{_PUBLISHED_ITERATIONS}",
+        "and per block", "GPU memory", "activations of the whole",
+        f"whole, {_DEFAULT_ITERATIONS} iterations", f"{_PUBLISHED_ITERATIONS}",
     )  # fmt: skip
     rows = [
         (
             item.block.model, str(item.block.width), str(item.block.tokens), str(item.block.batch),
             f"{1e3 * item.iteration:.1f} ms", f"{item.block.iteration_flop / item.iteration / 1e12:.0f}",
             f"{1e3 * item.per_input:.1f} ms", f"{item.fixed:.1f} s", f"{item.calibrated.gigabytes:.1f} GB",
+            f"{item.block.activations / 1e9:.0f} GB ({item.activations})",
             f"{item.hours(_DEFAULT_ITERATIONS):.2f} h", f"{item.hours(_PUBLISHED_ITERATIONS):.2f} h",
         )
         for item in costs

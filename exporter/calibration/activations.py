@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +78,20 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """Keeps activations in memory, or in files in `folder`, which the system reads and writes as they are used.
+    """Keeps activations in the memory of `device`, or in files in `folder`, which the system reads and writes as they
+    are used.
 
     The files have no names, so that nothing is left of them whatever ends the process.
     """
 
     folder: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be filled. Raises `EnvironmentLacksError` where the disk has no room for it."""
         size = int(np.prod(shape)) * dtype.itemsize
         if self.folder is None or size == 0:
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(*shape, dtype=dtype, device=self.device)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             # Now, instead of a crash when the disk turns out to be full in the middle of it.
             try:

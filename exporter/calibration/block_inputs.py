@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from exporter.calibration.activations import ActivationStore, BatchLimit
 from exporter.calibration.placement import CPU
+from exporter.calibration.transfers import Gathered, on_device
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class BlockInputs:
 
     `hidden` [M, ...] is the first argument; `shared` holds the tensors [M, ...] that all blocks take, `constants` the
     keyword arguments that are not tensors, and `skips` the outputs [M, ...] of earlier blocks that this one takes.
-    Those of all samples are in main memory or in files; the block computes on `device`. `weights` float32 [M] are what
-    the samples' squared errors count, None for all alike.
+    Those of all samples are where the run keeps activations; the block computes on `device`. `weights` float32 [M] are
+    what the samples' squared errors count, None for all alike.
     """
 
     hidden: Tensor
@@ -42,8 +43,8 @@ class BlockInputs:
     def run(self, block: nn.Module, indices: Tensor | slice) -> Tensor:
         """Run `block`, which is on the device, on the samples at `indices`."""
         given = {**self.shared, **self.skips}
-        tensors = {name: tensor[indices].to(self.device) for name, tensor in given.items()}
-        output: Tensor = block(self.hidden[indices].to(self.device), **tensors, **self.constants)
+        tensors = {name: self._at(indices, tensor) for name, tensor in given.items()}
+        output: Tensor = block(self._at(indices, self.hidden), **tensors, **self.constants)
         return output
 
     @torch.no_grad()
@@ -59,11 +60,11 @@ class BlockInputs:
         errors = torch.zeros(len(self), dtype=torch.float64)
 
         def add(part: slice) -> None:
-            difference = self.run(block, part).sub_(targets[part].to(self.device))
+            difference = self.run(block, part).sub_(self._at(part, targets))
             errors[part] = difference.flatten(1).square_().sum(dim=1, dtype=torch.float64)
 
         limit.each(len(self), self.tokens, add)
-        return float((errors if self.weights is None else errors * self.weights).sum())
+        return self._weighted_sum(errors)
 
     @torch.no_grad()
     def channel_errors(self, block: nn.Module, targets: Tensor, indices: Tensor, limit: BatchLimit) -> Tensor:
@@ -72,7 +73,7 @@ class BlockInputs:
         sums = torch.zeros(2, targets.shape[-1], dtype=torch.float64)
 
         def add(part: slice) -> None:
-            wanted = targets[indices[part]].to(self.device)
+            wanted = self._at(indices[part], targets)
             difference = self.run(block, indices[part]) - wanted
             both = torch.stack([difference, wanted]).flatten(1, -2)
             sums.add_(both.square_().sum(dim=1, dtype=torch.float64).cpu())
@@ -87,7 +88,7 @@ class BlockInputs:
 
         `channels` [C] are 1 for those that count and 0 for the others, None if all do.
         """
-        outputs, wanted = self.run(block, indices), targets[indices].to(self.device)
+        outputs, wanted = self.run(block, indices), self._at(indices, targets)
         if channels is not None:
             counted = channels.to(self.device)
             outputs, wanted = outputs * counted, wanted * counted
@@ -96,11 +97,21 @@ class BlockInputs:
         errors = F.mse_loss(outputs, wanted, reduction="none").flatten(1).mean(dim=1)
         return (errors * self.weights[indices].to(self.device)).mean()
 
-    def square_sum(self, outputs: Tensor) -> float:
-        """Weighted sum of the squares of `outputs` [M, ...], sample by sample: there is no memory for another one."""
-        weights: list[float] = [1.0] * len(self) if self.weights is None else self.weights.tolist()
-        squares = (float(sample.square().sum(dtype=torch.float64)) for sample in outputs)
-        return sum(weight * square for weight, square in zip(weights, squares, strict=True))
+    def square_sum(self, outputs: Tensor, limit: BatchLimit) -> float:
+        """Weighted sum of the squares of `outputs` [M, ...]."""
+        squares = torch.zeros(len(self), dtype=torch.float64)
+
+        def add(part: slice) -> None:
+            squares[part] = self._at(part, outputs).flatten(1).square().sum(dim=1, dtype=torch.float64)
+
+        limit.each(len(self), self.tokens, add)
+        return self._weighted_sum(squares)
+
+    def _at(self, indices: Tensor | slice, activations: Tensor) -> Tensor:
+        return on_device(activations, indices, self.device)
+
+    def _weighted_sum(self, values: Tensor) -> float:
+        return float((values if self.weights is None else values * self.weights).sum())
 
     def roots(self, part: slice, axes: int) -> Tensor:
         """The roots of what the samples of `part` count, [B, 1, ...] with so many axes, on the device."""
@@ -114,24 +125,3 @@ class BlockInputs:
     def with_skips(self, skips: Mapping[str, Tensor]) -> BlockInputs:
         """Return the same inputs with outputs of earlier blocks, by keyword argument."""
         return replace(self, skips=skips)
-
-
-class Gathered:
-    """A tensor [M, ...] that comes in parts."""
-
-    def __init__(self, samples: int, store: ActivationStore) -> None:
-        self._samples, self._store = samples, store
-        self._tensor: Tensor | None = None
-
-    def put(self, part: slice, values: Tensor) -> None:
-        """Take the samples of one part."""
-        if self._tensor is None:
-            self._tensor = self._store.empty((self._samples, *values.shape[1:]), values.dtype)
-        self._tensor[part] = values
-
-    @property
-    def tensor(self) -> Tensor:
-        """All of them, once every part was put."""
-        if self._tensor is None:
-            raise ValueError("there are no samples")
-        return self._tensor

@@ -84,7 +84,7 @@ def choose_formats(
     with progress.task("formats", len(opened)) as task:
         for unit, module, given, targets in _units(model, list(inputs), opened, _some(run, model)):
             trial = _Trial(unit, module, plan, inputs)
-            power = given.square_sum(targets) or 1.0
+            power = given.square_sum(targets, run.limit) or 1.0
             here = [layer for name, layer in opened.items() if name in trial.layers]
             for layer, weights in zip(here, _rounded(model, here, inputs, method, run.placement), strict=True):
                 errors = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class _Sums:
 
     def plus(self, other: _Sums) -> _Sums:
         """Of both."""
-        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram.to(self.gram.device)
         squares = self.squares + other.squares
         least, largest = min(self.least, other.least), max(self.largest, other.largest)
         return _Sums(self.count + other.count, squares, least, largest, gram)
@@ -52,11 +52,15 @@ class _Sums:
 class InputSums:
     """Sums over the inputs of layers, from which their statistics come.
 
-    Of `samples` in all, this process's come in order.
+    Of `samples` in all, this process's come in order. Gram matrices stay on a GPU where they are made as long as its
+    `room`, in bytes, suffices.
     """
 
-    def __init__(self, samples: int, largest_gram: int, shard: Shard, weights: Tensor | None) -> None:
+    def __init__(
+        self, samples: int, largest_gram: int, shard: Shard, weights: Tensor | None = None, room: int = 0
+    ) -> None:
         self._samples, self._largest_gram, self._shard = samples, largest_gram, shard
+        self._room = room
         self._roots = None if weights is None else weights.sqrt()
         self._sums: dict[str, _Sums] = {}
         # By layer, in order of first execution, the one whose sums are its own, too: layers that share an input, as q,
@@ -65,18 +69,25 @@ class InputSums:
         self._last: tuple[str, Tensor] | None = None
 
     def add(self, name: str, x: Tensor) -> None:
-        """Take a layer's input [B, ..., K]. What comes of it is kept in main memory.
-
-        If memory does not suffice for it, nothing has been added.
-        """
+        """Take a layer's input [B, ..., K]. If memory does not suffice for it, nothing has been added."""
         if name not in self._first and self._last is not None and self._last[1] is x:
             self._first[name] = self._last[0]
         if self._first.get(name, name) != name:
             return
-        sums = self._sums_of(x, self._sums[name].count if name in self._sums else 0)
-        self._sums[name] = self._sums[name].plus(sums) if name in self._sums else sums
+        before = self._sums.get(name)
+        sums = self._sums_of(x, 0 if before is None else before.count)
+        self._sums[name] = self._placed(sums) if before is None else before.plus(sums)
         self._first[name] = name
         self._last = name, x
+
+    def _placed(self, sums: _Sums) -> _Sums:
+        """A layer's first sums where all of its sums will be."""
+        if sums.gram is None:
+            return sums
+        if sums.gram.nbytes > self._room:
+            return replace(sums, gram=sums.gram.cpu())
+        self._room -= sums.gram.nbytes
+        return sums
 
     def _sums_of(self, x: Tensor, before: int) -> _Sums:
         """Of the next samples [B, ..., K], behind so many tokens."""
@@ -85,7 +96,7 @@ class InputSums:
         gram = None
         if x.shape[-1] <= self._largest_gram:
             chosen = tokens[self._chosen(before, len(x), len(tokens) // len(x)).to(x.device)]
-            gram = (chosen.T @ chosen).cpu()
+            gram = chosen.T @ chosen
         least, largest = x.aminmax()
         return _Sums(len(tokens), squares, float(least), float(largest), gram)
 
@@ -114,7 +125,7 @@ class InputSums:
 
     def _statistics(self, sums: _Sums) -> InputStatistics:
         squares, count = self._shard.add_up(sums.squares), self._shard.add_up(torch.tensor(sums.count))
-        gram = None if sums.gram is None else self._shard.add_up(sums.gram)
+        gram = None if sums.gram is None else self._shard.add_up(sums.gram).cpu()
         below, above = self._shard.largest(-sums.least), self._shard.largest(sums.largest)
         return InputStatistics((squares / count).float(), max(above, below), -below, gram)
 

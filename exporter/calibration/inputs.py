@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from exporter.calibration.activations import ActivationStore, BatchLimit
-from exporter.calibration.block_inputs import BlockInputs, Gathered
+from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.calibration.placement import Placement
+from exporter.calibration.transfers import Gathered
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import HIDDEN_STATES
 from exporter.models.prompts import Prompts
@@ -110,7 +111,9 @@ class CalibrationRun:
         Gram matrices are made for layers of at most `largest_gram` inputs, of all tokens where they are few, otherwise
         of tokens spread evenly over the set.
         """
-        statistics = InputSums(len(self.calibration_set), largest_gram, self.shard, self.weights)
+        statistics = InputSums(
+            len(self.calibration_set), largest_gram, self.shard, self.weights, self.placement.room_for_grams
+        )
         self.through(model, {name: partial(statistics.add, name) for name in layers})
         return statistics.result()
 

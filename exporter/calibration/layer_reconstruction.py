@@ -13,6 +13,7 @@ from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import Schedule
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.reconstruction import ROUNDING_NOISE, RoundingLinear, Unit, keep_if_better
+from exporter.calibration.transfers import on_device
 from exporter.method_section import MethodSection
 from exporter.progress import Task
 from exporter.quantize import BlockStatistics
@@ -47,7 +48,8 @@ class LayerError:
         sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
 
         def add(part: slice) -> None:
-            x, q = original.hidden[part].to(device), layer.quantized_input(quantized.hidden[part].to(device))
+            x = on_device(original.hidden, part, device)
+            q = layer.quantized_input(on_device(quantized.hidden, part, device))
             root = original.roots(part, x.ndim)
             x, q, target = ((tensor * root).flatten(0, -2) for tensor in (x, q, layer.linear(x, weight)))
             off = (q - x) @ weight.T

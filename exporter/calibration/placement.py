@@ -1,7 +1,7 @@
 """Where calibration computes: on the CPU, or on a GPU to which blocks of the model come one at a time.
 
-Weights and all samples' activations stay where they are, in main memory or in mapped files; what a computation needs of
-them is on the GPU while it lasts.
+Weights stay where they are, in main memory or in mapped files, and so do all samples' activations where the GPU has no
+room for them; what a computation needs of them is on the GPU while it lasts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ CPU = torch.device("cpu")
 _TOKENS_ON_GPU = 1 << 15
 # A model of at most this share of the GPU's memory stays there as a whole while it runs.
 _WHOLE_MODEL = 1 / 3
+# Gram matrices are added up there until they take this share, the others in main memory.
+_GRAMS = 1 / 4
+# All samples' activations are there if they take at most this share; the rest is for a block with its roundings, and
+# for batches.
+_ACTIVATIONS = 1 / 2
 # What cuBLAS needs to give the same bits again; read when its first product is made.
 _CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -49,6 +54,15 @@ class Placement:
     def limit(self) -> BatchLimit:
         """How many tokens go through a model at once, to begin with."""
         return BatchLimit(_TOKENS_ON_GPU) if self.on_gpu else BatchLimit()
+
+    def keeps(self, activations: int) -> bool:
+        """Whether so many bytes of all samples' activations stay on the GPU."""
+        return self.on_gpu and activations <= self.memory * _ACTIVATIONS
+
+    @property
+    def room_for_grams(self) -> int:
+        """How many bytes of Gram matrices stay on the GPU while they are added up."""
+        return int(self.memory * _GRAMS)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

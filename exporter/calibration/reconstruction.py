@@ -136,7 +136,7 @@ def reconstruct(
     def optimize(error_start: float) -> None:
         _optimize(unit, inputs, targets, method, generator, execution, task, error_start)
 
-    power = execution.mean(inputs.square_sum(targets), targets.numel()) or 1.0
+    power = execution.mean(inputs.square_sum(targets, execution.forward), targets.numel()) or 1.0
     return keep_if_better(unit, method, task, power, error_now, optimize)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.activations import ActivationStore
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.placement import Placement, choose_placement
+from exporter.calibration.transfers import Gathered, on_device
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
 from exporter.models.prompts import Prompts
@@ -41,10 +44,15 @@ def gpu() -> Placement:
 
 
 def calibrated(
-    run: CalibrationRun, model: nn.Module, plan: Plan, method: MethodSection, memory: int
+    run: CalibrationRun,
+    model: nn.Module,
+    plan: Plan,
+    method: MethodSection,
+    memory: int,
+    store: ActivationStore | None = None,
 ) -> CalibrationResult:
     placement = Placement(gpu().device, memory)
-    placed = replace(run, placement=placement, limit=placement.limit())
+    placed = replace(run, placement=placement, limit=placement.limit(), store=store or ActivationStore())
     with gpu().computing():
         return calibrate(model, plan, placed, method, 0, NullProgress())
 
@@ -89,6 +97,40 @@ def test_the_same_calibration_gives_the_same_bits_again(
     plan, run = plan_for(), CalibrationRun(adapter, replace(captured, hidden_states=latents), prompts)
     first, second = (tensors(calibrated(run, model, plan, JOINT, WHOLE)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("method", [METHOD, JOINT], ids=["default", "joint"])
+def test_where_activations_are_kept_changes_no_bit(
+    method: MethodSection,
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+    plan_for: Callable[..., Plan],
+    tmp_path: Path,
+) -> None:
+    plan, run = plan_for(), CalibrationRun(adapter, captured, prompts)
+    stores = ActivationStore(), ActivationStore(tmp_path), ActivationStore(device=gpu().device)
+    here, in_files, on_gpu = (calibrated(run, model, plan, method, BY_BLOCK, store) for store in stores)
+    for other in (in_files, on_gpu):
+        assert all(torch.equal(*pair) for pair in zip(tensors(here), tensors(other), strict=True))
+        assert [block.error_calibrated for block in other.blocks] == [block.error_calibrated for block in here.blocks]
+
+
+def test_activations_come_and_go_whole() -> None:
+    device = gpu().device
+    values = torch.randn(300, 1 << 16, generator=torch.Generator().manual_seed(0))
+    gathered = Gathered(300, ActivationStore())
+    for start in range(0, 300, 70):
+        part = slice(start, min(start + 70, 300))
+        # A product that is still being made when its result is asked for.
+        made = on_device(values, part, device)
+        for _ in range(50):
+            made = made * 2.0 * 0.5
+        gathered.put(part, made)
+    assert torch.equal(gathered.tensor, values)
+    chosen = torch.tensor([7, 299, 7, 0])
+    assert torch.equal(on_device(values, chosen, device).cpu(), values[chosen])
 
 
 def test_captured_trajectories_are_those_of_the_cpu(

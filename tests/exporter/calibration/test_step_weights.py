@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration.activations import BatchLimit
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
@@ -119,4 +120,5 @@ def test_samples_of_no_weight_teach_nothing() -> None:
         inputs.mean_squared_error(block, wanted, indices).backward()
         gradients.append(block.weight.grad.clone())
     assert torch.equal(*gradients)
-    assert inputs.square_sum(targets) == pytest.approx(float((targets.square().sum(dim=(1, 2)) * weights).sum()))
+    power = float((targets.square().sum(dim=(1, 2)) * weights).sum())
+    assert inputs.square_sum(targets, BatchLimit()) == pytest.approx(power)
