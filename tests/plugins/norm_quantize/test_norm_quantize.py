@@ -13,6 +13,13 @@ from plugins.op import NormQuantize, parse
 from tests.plugins.token_quantize.rows import DTYPES, differing, run_body, run_kernel, same_bytes
 from tests.plugins.triton_interpreter import TritonInterpreter
 
+VARIANTS = [
+    ("e2m3", "int8", 1152, False),
+    ("e4m3", "fp8", 1000, True),
+    ("e2m1", "fp16", 1408, True),
+    ("int8", "int8", 77, False),
+]
+
 
 def inputs(batch: int, tokens: int, k: int, samples: int, seed: int = 0) -> tuple[np.ndarray, ...]:
     generator = np.random.default_rng(seed)
@@ -47,27 +54,23 @@ def test_the_kernel_where_sums_are_exact(interpreter: TritonInterpreter, shared:
     assert same_bytes(numbers, expected[0])
 
 
+def check(numbers: np.ndarray, scales: np.ndarray, given: list[np.ndarray], variant: NormQuantize) -> None:
+    x, scale, shift = (array.astype(np.float32) for array in given)
+    expected, expected_scales = norm_quantize(x, scale, shift, get_format(variant.format), variant.container)
+    assert np.allclose(scales, expected_scales, rtol=1e-5, atol=0)
+    wanted = modulated_norm(x, scale, shift) / expected_scales
+    assert differing(numbers, expected, wanted, get_format(variant.format), 4e-6) == 0
+
+
 @pytest.mark.parametrize("float_type", DTYPES)
-@pytest.mark.parametrize(
-    ("fmt", "container", "k", "shared"),
-    [
-        ("e2m3", "int8", 1152, False),
-        ("e4m3", "fp8", 1000, True),
-        ("e2m1", "fp16", 1408, True),
-        ("int8", "int8", 77, False),
-    ],
-)
+@pytest.mark.parametrize(("fmt", "container", "k", "shared"), VARIANTS)
 def test_kernel_and_body(
     interpreter: TritonInterpreter, fmt: str, container: str, k: int, shared: bool, float_type: str
 ) -> None:
     given = [array.astype(DTYPES[float_type]) for array in inputs(2, 2, k, 1 if shared else 2)]
     variant = NormQuantize(fmt, container, float_type, k, shared)
-    x, scale, shift = (array.astype(np.float32) for array in given)
-    expected, scales = norm_quantize(x, scale, shift, get_format(fmt), container)
-    for numbers, found in (run_kernel(interpreter, variant, *given), run_body(variant, *given)):
-        assert np.allclose(found, scales, rtol=1e-5, atol=0)
-        wanted = modulated_norm(x, scale, shift) / scales
-        assert differing(numbers, expected, wanted, get_format(fmt), 4e-6) == 0
+    for numbers, scales in (run_kernel(interpreter, variant, *given), run_body(variant, *given)):
+        check(numbers, scales, given, variant)
 
 
 def test_names_and_types() -> None:
