@@ -29,7 +29,7 @@ Denoiser = Callable[[TransformerInputs], Tensor]
 _PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 # Of one call: matrix products are at full speed by then, and a model of 1.5 B parameters needs some 3 GB for them.
 _MOST_TOKENS = 16_384
-_MOST_SAMPLES = 64
+MOST_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def samples_at_once(tokens: int, guidance: float) -> int:
     """How many samples of `tokens` tokens each to denoise in one batch, so that memory stays bounded."""
     rows = 1 if guidance == 1.0 else 2
-    return max(1, min(_MOST_SAMPLES, _MOST_TOKENS // (rows * tokens)))
+    return max(1, min(MOST_SAMPLES, _MOST_TOKENS // (rows * tokens)))
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def sample(
     seed: int,
     latent_shape: tuple[int, int, int],
     progress: Progress | None = None,
-    batch_size: int = _MOST_SAMPLES,
+    batch_size: int = MOST_SAMPLES,
     record: Callable[[DenoiserCall], None] | None = None,
     finish: bool = True,
 ) -> Tensor:

@@ -4,7 +4,8 @@
 from all measured ones, small files in docs/quality/, so it can be stopped and run again. Cells of other settings or
 another model are measured anew; who changes what a method computes deletes its cells there.
 Cells can be chosen: `--bits W4A6 --row ours --seed 0`. One takes half a minute to three minutes on one core,
-`--samples 2000` eight more, for the first seed only. Processes may run side by side, each with seeds of its own.
+`--samples 2000` eight more, or seconds with `--device cuda`. Processes may run side by side, each with seeds of its
+own.
 `--model shapes` measures the second model, which `python tools/train_shapes.py --output build/shapes` makes.
 """
 
@@ -16,8 +17,10 @@ import click
 import torch
 from rich.console import Console
 
+from exporter.calibration.placement import choose_placement
 from exporter.files import write_text_atomically
 from exporter.progress import RichProgress
+from exporter.shards import Shard
 from tools.marked_section import marked_sections
 from tools.quality_cells.cells import Laboratory
 from tools.quality_cells.chart import draw
@@ -35,7 +38,8 @@ _RECIPES = {"digits": ROOT / "recipes" / "digits.yaml", "shapes": ROOT / "build"
 @click.option("--row", "rows", multiple=True, type=click.Choice([row.key for row in ROWS]), help="Only these methods.")
 @click.option("--seed", "seeds", multiple=True, type=click.Choice([*map(str, SEEDS)]), help="Only these seeds.")
 @click.option("--page-only", is_flag=True, help="Measure nothing.")
-@click.option("--samples", type=click.IntRange(0), default=0, show_default=True, help="Samples to judge, first seed.")
+@click.option("--samples", type=click.IntRange(0), default=0, show_default=True, help="Samples to judge.")
+@click.option("--device", default="cpu", show_default=True, help="Where samples are drawn: cpu, cuda or cuda:N.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="The page.")
 def main(
     model: str,
@@ -44,6 +48,7 @@ def main(
     seeds: tuple[str, ...],
     page_only: bool,
     samples: int,
+    device: str,
     output: Path,
 ) -> None:
     """Measure what is missing, then write the page."""
@@ -54,17 +59,18 @@ def main(
     # CPU seconds are those of one thread, which spends none of them waiting for another.
     torch.set_num_threads(1)
     progress = RichProgress(Console(stderr=True))
+    placement = choose_placement(device, None, Shard())
     laboratories = {}
     for name, recipe in _RECIPES.items():
         folder = ROOT / "build" / "quality" / name
         folder.mkdir(parents=True, exist_ok=True)
-        laboratories[name] = Laboratory(recipe, folder, CELLS / name, progress)
+        laboratories[name] = Laboratory(recipe, folder, CELLS / name, progress, placement)
     for seed in () if page_only else map(int, seeds or SEEDS):
         for width in BITS:
             for row in ROWS:
                 chosen = width.name in (bits or (width.name,)) and row.key in (rows or (row.key,))
                 if chosen and row.is_for(width):
-                    laboratories[model].cell(row, width, seed, samples if seed == SEEDS[0] else 0)
+                    laboratories[model].cell(row, width, seed, samples)
     draw(laboratories["digits"], output.with_suffix(".svg"))
     if samples:
         laboratories[model].original_judged(samples)

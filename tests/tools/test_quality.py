@@ -15,14 +15,14 @@ from exporter.models.loading import model_shapes
 from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.progress import NullProgress
-from exporter.quantize import QuantizedWeight, quantize_model
+from exporter.quantize import QuantizedWeight, QuantLinear, quantize_model
 from exporter.rounding import InputQuantizer, round_to_format
 from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
 from tools.quality_cells.chart import draw
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
-from tools.quality_cells.layers import quantize_with_zero_point, with_zero_points
+from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_weights, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
 from tools.quality_cells.rows import BITS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row
@@ -74,6 +74,9 @@ def test_frechet_distances_of_known_distributions() -> None:
     first -= first.mean(axis=0)
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(first + np.array([3.0, 0, 4.0]), first) == pytest.approx(25, rel=1e-6)
+    # A feature that never moves, whose covariance has no triangular factor.
+    still = np.hstack([first, np.zeros((len(first), 1))])
+    assert frechet_distance(3 * still, still) == pytest.approx(frechet_distance(3 * first, first), rel=1e-6)
     # Of N(0, σ²) and N(0, 1) it is (σ - 1)² in every direction.
     assert frechet_distance(3 * first, first) == pytest.approx(4 * np.trace(np.cov(first, rowvar=False)), rel=1e-6)
 
@@ -234,6 +237,17 @@ def test_zero_points_are_given_to_every_quantized_layer_and_change_inputs_only(t
     expected = model[1](F.linear(inputs, weight.dequantize(get_format("int4")), model[0].bias))
     torch.testing.assert_close(with_zero_points(quantized)(x), expected)
     assert float((with_zero_points(quantized)(x) - quantized(x)).abs().max()) > 0
+
+
+def test_weights_decoded_once_change_no_bit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 8), nn.Linear(8, 3))
+    weight = QuantizedWeight(torch.randint(0, 15, (8, 256), dtype=torch.uint8), torch.full((8, 2), 0.25))
+    plan = Plan(layers=(PLANNED,), high_precision=(), fp32_bytes=0, expected_bytes=0)
+    quantized = quantize_model(model, plan, {"0": weight})
+    decoded, x = with_decoded_weights(quantized), torch.randn(5, 256)
+    assert not any(isinstance(module, QuantLinear) for module in decoded.modules())
+    assert torch.equal(decoded(x), quantized(x))
 
 
 @pytest.mark.parametrize(("mantissa", "name"), [(1, "e2m1"), (0, "e3m0"), (2, "e1m2")])

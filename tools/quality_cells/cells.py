@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,14 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter import load_recipe
+from exporter.calibration.placement import Placement
 from exporter.evaluate import prompt_order
 from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
 from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
-from exporter.sampling import Denoiser, make_scheduler, sample
+from exporter.sampling import MOST_SAMPLES, Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
 from exporter.stages import capture
+from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import program_identity
 from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
 from tools.quality_cells.quantized import Quantized, quantized
@@ -56,12 +58,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """A recipe to change, a folder for everything that can be made again, and one for the measured cells."""
+    """A recipe to change, a folder for everything that can be made again, and one for the measured cells; where samples
+    to judge are drawn."""
 
     recipe: Path
     folder: Path
     cells: Path
     progress: Progress
+    placement: Placement = field(default_factory=Placement)
 
     def job(self, changes: Sequence[str], name: str) -> Job:
         """The changed recipe's job in the work folder `name`."""
@@ -79,7 +83,7 @@ class Laboratory:
             self._keep(row, bits, seed, kept)
         if samples > kept.samples:
             with self.progress.task(f"{bits.name} {row.key} seed {seed}: {samples} samples", 1):
-                recognised, frechet = self._judged(self._quantized(row, bits, seed).denoiser, samples)
+                recognised, frechet = self._judged(self.cell_samples(row, bits, seed, samples))
                 kept = replace(kept, samples=samples, recognised=recognised, frechet=frechet)
             self._keep(row, bits, seed, kept)
         return kept
@@ -145,14 +149,13 @@ class Laboratory:
         file = self.cells / "original.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if samples and (found is None or found["samples"] < samples):
-            recognised, frechet = self._judged(self._original[1].denoiser, samples)
+            recognised, frechet = self._judged(self._samples(self._original[1].denoiser, samples, HELD_OUT_SEED))
             found = {"samples": samples, "recognised": asdict(recognised), "frechet": asdict(frechet)}
             write_text_atomically(file, json.dumps(found, indent=1) + "\n")
         return None if found is None else (Interval(**found["recognised"]), Interval(**found["frechet"]))
 
-    def _judged(self, denoiser: Denoiser, count: int) -> tuple[Interval, Interval]:
+    def _judged(self, images: npt.NDArray[np.float32]) -> tuple[Interval, Interval]:
         """Share recognised of samples, and their distance to as many of the original from other seeds."""
-        images = self._samples(denoiser, count, HELD_OUT_SEED)
         job, original = self._original
         assert job.recipe.evaluation.classifier is not None
         assert original.prompts.labels is not None
@@ -167,20 +170,33 @@ class Laboratory:
         )
         return recognised, distance
 
+    def cell_samples(self, row: Row, bits: Bits, seed: int, count: int) -> npt.NDArray[np.float32]:
+        """Samples of a cell's model, kept."""
+        name = f"{bits.name}.{row.key}.{seed}.{self._settings(row, bits, seed)}.{count}.safetensors"
+
+        def draw() -> npt.NDArray[np.float32]:
+            model = self._quantized(row, bits, seed)
+            if not self.placement.on_gpu:
+                return self._samples(model.denoiser, count, HELD_OUT_SEED)
+            with self.placement.computing():
+                # All at once: a GPU takes as long for a few.
+                return self._samples(model.denoiser_on(self.placement.device), count, HELD_OUT_SEED, batch_size=count)
+
+        return _kept_samples(self.folder / "samples" / name, draw)
+
     def original_samples(self, name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
         """Samples of the original model, kept."""
         file = self.folder / f"original.{name}.{count}.safetensors"
-        if not file.is_file():
-            images = self._samples(self._original[1].denoiser, count, seed)
-            save_file({"samples": torch.from_numpy(images)}, file)
-        return load_file(file)["samples"].numpy()
+        return _kept_samples(file, lambda: self._samples(self._original[1].denoiser, count, seed))
 
     @cached_property
     def _original(self) -> tuple[Job, Source]:
         job = self.job((), "original")
         return job, load_source(job)
 
-    def _samples(self, denoiser: Denoiser, count: int, seed: int) -> npt.NDArray[np.float32]:
+    def _samples(
+        self, denoiser: Denoiser, count: int, seed: int, batch_size: int = MOST_SAMPLES
+    ) -> npt.NDArray[np.float32]:
         """Guided samples float32 [count, C, H, W], prompts in turn."""
         job, original = self._original
         settings = job.recipe.calibration
@@ -194,4 +210,14 @@ class Laboratory:
             guidance=settings.guidance,
             seed=seed,
             latent_shape=original.latent_shape,
+            batch_size=batch_size,
         ).numpy()
+
+
+def _kept_samples(file: Path, draw: Callable[[], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """What `draw` gave when the file was made."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_tensor_path(file) as unfinished:
+            save_file({"samples": torch.from_numpy(draw())}, unfinished)
+    return load_file(file)["samples"].numpy()

@@ -52,6 +52,18 @@ def with_zero_points(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def with_decoded_weights(model: nn.Module) -> nn.Module:
+    """The quantized model computing the same with weights that are decoded once, which is faster on a GPU."""
+    changed = share_copy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            quantizer = InputQuantizer(get_format(layer.activation_format), layer.scaling, layer.input_scale)
+            decoded = QuantizedInput(quantizer.fake_quantize, frozen_linear(layer.weight, layer.bias))
+            changed.set_submodule(name, decoded)
+    return changed.eval()
+
+
+@torch.no_grad()
 def with_quantized_inputs(model: nn.Module, activation: str) -> nn.Module:
     """A model of the published loop, its learned layers' inputs quantized online to the format `activation`."""
     changed = share_copy(model)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
@@ -15,24 +16,42 @@ from exporter.calibration_stages import formats_chosen, sample_weights
 from exporter.files import write_text_atomically
 from exporter.job import Job
 from exporter.model_stages import balanced, transformed
+from exporter.models.adapter import Adapter
+from exporter.models.inputs import TransformerInputs
 from exporter.progress import NullProgress
 from exporter.quantize import load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser
 from exporter.source import Source, load_source
 from exporter.stages import captured_inputs
 from exporter.workdir import name_for
-from tools.quality_cells.layers import with_quantized_inputs, with_zero_points
+from tools.quality_cells.layers import with_decoded_weights, with_quantized_inputs, with_zero_points
 from tools.quality_cells.published_loop import calibrate_as_published
 from tools.quality_cells.rows import ITERATIONS, Row
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fake-quantized model's noise prediction, and the CPU seconds that calibrating took; those of capturing inputs
-    and of balancing them are not in it."""
+    """A fake-quantized model with its family's adapter, and the CPU seconds that calibrating took; those of capturing
+    inputs and of balancing them are not in it."""
 
-    denoiser: Denoiser
+    model: nn.Module
+    adapter: Adapter
     seconds: float
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Its noise prediction."""
+        return partial(self.adapter.predict_noise, self.model)
+
+    def denoiser_on(self, device: torch.device) -> Denoiser:
+        """The same, computed on a device, with results in main memory."""
+        model = with_decoded_weights(self.model).to(device)
+
+        @torch.no_grad()
+        def predict(inputs: TransformerInputs) -> Tensor:
+            return self.adapter.predict_noise(model, inputs.to(device)).cpu()
+
+        return predict
 
 
 def quantized(job: Job, row: Row, weights: Path) -> Quantized:
@@ -63,7 +82,7 @@ def _by_recipe(job: Job, source: Source, captured: CalibrationSet, row: Row, wei
     model: nn.Module = quantize_model(source.model, source.plan, load_quantized(file, source.plan).weights)
     if row.zero_points:
         model = with_zero_points(model)
-    return Quantized(partial(source.adapter.predict_noise, model), float(seconds.read_text(encoding="utf-8")))
+    return Quantized(model, source.adapter, float(seconds.read_text(encoding="utf-8")))
 
 
 def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
@@ -72,4 +91,4 @@ def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: 
     rounded = calibrate_as_published(source.model, run, ITERATIONS, job.recipe.calibration.seed, lambda: None)
     seconds = time.process_time() - begin
     model = with_quantized_inputs(rounded, source.plan.layers[0].activation_format)
-    return Quantized(partial(source.adapter.predict_noise, model), round(seconds, 1))
+    return Quantized(model, source.adapter, round(seconds, 1))
