@@ -68,14 +68,16 @@ class CalibrationSection(Section):
     seed: Seed = 0
     memory: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="GB for all samples' activations, which are files beyond that, and before them for Gram matrices, "
-        "which are made in parts beyond that; unset: half of what is free",
+        description="GB for all samples' activations, which are files beyond that unless a GPU keeps them, and before "
+        "them for Gram matrices, which are made in parts beyond that; unset: half of what is free",
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
         default="auto", description="what calibrates: cpu, cuda, cuda:N, or auto: a GPU if PyTorch sees one"
     )
     device_memory: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="GB of the GPU's memory that calibration may use; unset: what is free"
+        default=None,
+        description="GB of the GPU's memory that calibration may use, half of it at most for all samples' activations; "
+        "unset: what is free",
     )
 
     @property

@@ -15,7 +15,7 @@ from exporter.calibration.activations import ActivationStore, choose_store
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.format_choice import LayerFormats
 from exporter.calibration.inputs import CalibrationRun
-from exporter.calibration.placement import Placement, choose_placement
+from exporter.calibration.placement import Placement, choose_placement, module_bytes
 from exporter.errors import InputError
 from exporter.files import sha256_of
 from exporter.job import Job
@@ -115,7 +115,8 @@ def load_source(job: Job) -> Source:
     given = recipe.calibration.memory
     memory = int(given * 1e9) if given is not None else usable_memory() // 2
     activations = _activation_bytes(recipe, adapter, model, prompts, latent_shape)
-    store = _activation_store(job, activations, memory, placement)
+    block = max((module_bytes(block) for _, block in adapter.blocks(model)), default=0)
+    store = choose_activation_store(job, activations, block, memory, placement)
     weights = weight_files(files.transformer, recipe.model.variant)
     read = {file.name: file for file in (files.transformer / CONFIG, *weights)}
     if recipe.calibration.prompts is not None:
@@ -182,11 +183,16 @@ def _activation_bytes(
     )
 
 
-def _activation_store(job: Job, activations: int, memory: int, placement: Placement) -> ActivationStore:
-    """Where so many bytes of all processes' activations are kept."""
+def choose_activation_store(
+    job: Job, activations: int, block: int, memory: int, placement: Placement
+) -> ActivationStore:
+    """Where so many bytes of all processes' activations are kept, of a model whose largest block has `block` bytes.
+
+    Raises `EnvironmentLacksError` where nothing has room.
+    """
     if not activations:
         return ActivationStore()
-    if placement.keeps(activations // job.shard.world):
+    if placement.keeps(activations // job.shard.world, block):
         return ActivationStore(device=placement.device)
     settings = job.recipe.calibration
     store = choose_store(settings.samples, activations // settings.samples, memory, job.work.path)

@@ -37,6 +37,8 @@ _CAPTIONS = 120
 _OPERATIONS = 6
 _DEFAULT_ITERATIONS, _PUBLISHED_ITERATIONS = 250, 2500
 _COMPARED_ITERATIONS = 60
+# Passes through the block, counted low: the fifth may be half of one.
+_LEAST_PASSES, _PASSES_OF_ITERATION = 4, 3
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,15 @@ class Block:
         """Bytes of all inputs' activations in the whole model's calibration."""
         return self.inputs * activation_bytes(self.tokens * self.width, 0, _CAPTIONS * self.width)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the block's linears, in float32."""
+        return 4 * 16 * self.width**2
+
     def store(self, placement: Placement) -> ActivationStore:
         """Where the whole model's calibration keeps them, if it is not in files."""
-        return ActivationStore(device=placement.device if placement.keeps(self.activations) else CPU)
+        on_gpu = placement.keeps(self.activations, self.weight_bytes)
+        return ActivationStore(device=placement.device if on_gpu else CPU)
 
     @property
     def iteration_flop(self) -> float:
@@ -100,17 +108,25 @@ class Calibrated:
 @dataclass(frozen=True)
 class Cost:
     """Seconds of an iteration, of everything else per captured input, and of everything else that inputs do not make
-    longer, all for one block; the calibration that they are from, and the kind of memory activations were in."""
+    longer, all for one block; the calibration that they are from, and whether activations were on the GPU."""
 
     block: Block
     iteration: float
     per_input: float
     fixed: float
     calibrated: Calibrated
-    activations: str
+    on_gpu: bool
 
-    def hours(self, iterations: int) -> float:
-        """Of the whole model, without the sampler's trajectories."""
+    @property
+    def resolved(self) -> bool:
+        """Whether the time per input can be: an input goes through the block five times, an iteration's share of it
+        is about three of these. A difference of two calibrations that is below has drowned in what varies."""
+        return self.per_input >= _LEAST_PASSES * self.iteration / (_PASSES_OF_ITERATION * self.block.batch)
+
+    def hours(self, iterations: int) -> float | None:
+        """Of the whole model, without the sampler's trajectories; None if the time per input is not known."""
+        if not self.resolved:
+            return None
         block = self.block
         seconds = iterations * self.iteration + block.inputs * self.per_input + self.fixed
         return block.depth * seconds / 3600
@@ -147,16 +163,17 @@ def warm_up(block: Block, placement: Placement) -> None:
 
 
 def cost(block: Block, placement: Placement) -> Cost:
-    """What the block's calibration takes, from three calibrations."""
+    """What the block's calibration takes, from three calibrations, behind one that warms up for sizes like these."""
     model, half_inputs = random_model(block), block.measured_inputs // 2
     with placement.computing():
+        calibrated(model, block, placement, block.measured_inputs, 1)
         half = calibrated(model, block, placement, half_inputs, 1)
         whole = calibrated(model, block, placement, block.measured_inputs, 1)
         learned = calibrated(model, block, placement, block.measured_inputs, 1 + block.iterations)
-    per_input = max(0.0, (whole.seconds - half.seconds) / (block.measured_inputs - half_inputs))
+    per_input = (whole.seconds - half.seconds) / (block.measured_inputs - half_inputs)
     iteration = (learned.seconds - whole.seconds) / block.iterations
     fixed = max(0.0, whole.seconds - block.measured_inputs * per_input - iteration)
-    return Cost(block, iteration, per_input, fixed, learned, block.store(placement).device.type)
+    return Cost(block, iteration, per_input, fixed, learned, block.store(placement).device != CPU)
 
 
 def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -> str:
@@ -170,9 +187,10 @@ def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -
         (
             item.block.model, str(item.block.width), str(item.block.tokens), str(item.block.batch),
             f"{1e3 * item.iteration:.1f} ms", f"{item.block.iteration_flop / item.iteration / 1e12:.0f}",
-            f"{1e3 * item.per_input:.1f} ms", f"{item.fixed:.1f} s", f"{item.calibrated.gigabytes:.1f} GB",
-            f"{item.block.activations / 1e9:.0f} GB ({item.activations})",
-            f"{item.hours(_DEFAULT_ITERATIONS):.2f} h", f"{item.hours(_PUBLISHED_ITERATIONS):.2f} h",
+            f"{1e3 * item.per_input:.1f} ms" if item.resolved else "not resolved",
+            f"{item.fixed:.1f} s", f"{item.calibrated.gigabytes:.1f} GB",
+            f"{item.block.activations / 1e9:.0f} GB {'on the GPU' if item.on_gpu else 'elsewhere'}",
+            _hours(item, _DEFAULT_ITERATIONS), _hours(item, _PUBLISHED_ITERATIONS),
         )
         for item in costs
     ]  # fmt: skip
@@ -184,6 +202,11 @@ def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -
             markdown_table(("", "calibration", "error before", "and behind it"), lines),
         ]
     return "\n\n".join(parts)
+
+
+def _hours(item: Cost, iterations: int) -> str:
+    hours = item.hours(iterations)
+    return "–" if hours is None else f"{hours:.2f} h"
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from exporter.errors import EnvironmentLacksError
 _TOKENS_AT_ONCE = 2048
 _UNLIMITED = 1 << 62
 
-# What PyTorch's allocator of main memory and cuBLAS say in a RuntimeError; that of a GPU has an error of its own.
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What PyTorch's allocators of main memory, pinned or not, and cuBLAS say in a RuntimeError; that of a GPU has an error
+# of its own.
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 class BatchLimit:
@@ -88,10 +89,16 @@ class ActivationStore:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor to be filled. Raises `EnvironmentLacksError` where the disk has no room for it."""
+        """A tensor to be filled. Raises `EnvironmentLacksError` where the GPU or the disk has no room for it."""
         size = int(np.prod(shape)) * dtype.itemsize
         if self.folder is None or size == 0:
-            return torch.empty(*shape, dtype=dtype, device=self.device)
+            try:
+                return torch.empty(*shape, dtype=dtype, device=self.device)
+            except torch.OutOfMemoryError as error:
+                raise EnvironmentLacksError(
+                    f"{self.device}: no room for {size / 1e9:.1f} GB more of activations: {error}; with less "
+                    "calibration.device_memory they are kept in main memory"
+                ) from error
         with tempfile.TemporaryFile(dir=self.folder) as file:
             # Now, instead of a crash when the disk turns out to be full in the middle of it.
             try:

@@ -125,7 +125,8 @@ class InputSums:
 
     def _statistics(self, sums: _Sums) -> InputStatistics:
         squares, count = self._shard.add_up(sums.squares), self._shard.add_up(torch.tensor(sums.count))
-        gram = None if sums.gram is None else self._shard.add_up(sums.gram).cpu()
+        # Processes may have kept it in different places.
+        gram = None if sums.gram is None else self._shard.add_up(sums.gram.cpu())
         below, above = self._shard.largest(-sums.least), self._shard.largest(sums.largest)
         return InputStatistics((squares / count).float(), max(above, below), -below, gram)
 

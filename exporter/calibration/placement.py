@@ -28,9 +28,12 @@ _TOKENS_ON_GPU = 1 << 15
 _WHOLE_MODEL = 1 / 3
 # Gram matrices are added up there until they take this share, the others in main memory.
 _GRAMS = 1 / 4
-# All samples' activations are there if they take at most this share; the rest is for a block with its roundings, and
-# for batches.
+# All samples' activations are there if they take at most this share of what the largest block leaves; the rest is for
+# batches.
 _ACTIVATIONS = 1 / 2
+# What a block takes while it is learned, in sizes of its weights: these, what is learned of them with its gradient and
+# two moments, and what the rounding function keeps for its own gradient.
+_LEARNED_BLOCK = 12
 # What cuBLAS needs to give the same bits again; read when its first product is made.
 _CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -55,9 +58,9 @@ class Placement:
         """How many tokens go through a model at once, to begin with."""
         return BatchLimit(_TOKENS_ON_GPU) if self.on_gpu else BatchLimit()
 
-    def keeps(self, activations: int) -> bool:
-        """Whether so many bytes of all samples' activations stay on the GPU."""
-        return self.on_gpu and activations <= self.memory * _ACTIVATIONS
+    def keeps(self, activations: int, block: int) -> bool:
+        """Whether so many bytes of all samples' activations stay on the GPU, where the largest block has `block`."""
+        return self.on_gpu and activations <= (self.memory - _LEARNED_BLOCK * block) * _ACTIVATIONS
 
     @property
     def room_for_grams(self) -> int:
@@ -113,7 +116,7 @@ class Placement:
     def holds_model(self, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
         """Let `model` compute on the device: as a whole if it is small there, else each of its `blocks` comes when it
         is run and goes when it has."""
-        if not self.on_gpu or _bytes(model) <= self.memory * _WHOLE_MODEL:
+        if not self.on_gpu or module_bytes(model) <= self.memory * _WHOLE_MODEL:
             with self.holds(model):
                 yield
             return
@@ -185,7 +188,8 @@ def choose_placement(wanted: str, memory: float | None, shard: Shard) -> Placeme
     return Placement(device, free if memory is None else min(free, int(memory * 1e9)))
 
 
-def _bytes(model: nn.Module) -> int:
+def module_bytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, shared ones once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -44,7 +44,7 @@ class Gathered:
             return
         staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        sent.record()
+        sent.record(torch.cuda.current_stream(values.device))
         # The one before it is written now, while the GPU is busy with this one.
         self._arrive()
         self._coming = part, staged, sent

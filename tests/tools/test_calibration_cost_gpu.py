@@ -13,12 +13,14 @@ from tools import calibration_cost_gpu
 from tools.calibration_cost_gpu import BLOCKS, Calibrated, Cost, main, section
 
 LEARNED = Calibrated(seconds=9.0, gigabytes=3.5, start=2e-8, end=1e-8)
-COST = Cost(BLOCKS[0], iteration=0.08, per_input=0.03, fixed=2.0, calibrated=LEARNED, activations="cuda")
+COST = Cost(BLOCKS[0], iteration=0.08, per_input=0.03, fixed=2.0, calibrated=LEARNED, on_gpu=True)
 
 
 def test_hours_are_those_of_all_blocks_iterations_and_inputs() -> None:
     assert COST.hours(250) == pytest.approx(28 * (250 * 0.08 + 2560 * 0.03 + 2) / 3600)
-    assert replace(COST, per_input=0.0, fixed=0.0).hours(2500) == pytest.approx(28 * 2500 * 0.08 / 3600)
+    assert replace(COST, fixed=0.0).hours(0) == pytest.approx(28 * 2560 * 0.03 / 3600)
+    # Less than four passes, of which an iteration on 16 inputs is three.
+    assert replace(COST, per_input=0.006).hours(250) is None
 
 
 def test_groups_divide_every_block() -> None:
@@ -40,9 +42,11 @@ def test_operations_are_those_of_linears_and_self_attention() -> None:
 def test_the_section_shows_times_and_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_cost_gpu, "machine", lambda: "GPU")
     text = section([COST], [("PixArt, FP32", LEARNED)])
-    assert "| 80.0 ms | 29 | 30.0 ms | 2.0 s | 3.5 GB | 38 GB (cuda) |" in text
+    assert "| 80.0 ms | 29 | 30.0 ms | 2.0 s | 3.5 GB | 38 GB on the GPU |" in text
     assert "| PixArt, FP32 | 9.00 s | 2.000e-08 | 1.000e-08 |" in text
     assert "Products of float32 numbers" not in section([COST], [])
+    unresolved = replace(COST, per_input=0.001, on_gpu=False)
+    assert "| not resolved | 2.0 s | 3.5 GB | 38 GB elsewhere | – | – |" in section([unresolved], [])
 
 
 def test_without_a_gpu_it_says_so() -> None:

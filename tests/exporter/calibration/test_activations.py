@@ -16,6 +16,7 @@ from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration.transfers import Gathered
 from exporter.errors import EnvironmentLacksError
 from exporter.method_section import MethodSection
 from exporter.models.pixart import PixArtAdapter
@@ -200,3 +201,13 @@ def test_activations_go_to_files_where_memory_does_not_suffice(tmp_path: Path) -
     assert choose_store(10, 100, 999, tmp_path).folder == tmp_path
     with pytest.raises(EnvironmentLacksError, match=r"need 1\d+\.0 GB .* at most \d+ fit"):
         choose_store(1_000_000, 10**9 // 2 * 200, 999, tmp_path)
+
+
+def test_parts_of_a_tensor_may_come_again() -> None:
+    values = torch.arange(12.0).reshape(6, 2)
+    gathered = Gathered(6, ActivationStore())
+    for part in (slice(0, 4), slice(0, 2), slice(2, 4), slice(4, 6)):
+        gathered.put(part, values[part])
+    assert torch.equal(gathered.tensor, values)
+    with pytest.raises(ValueError, match="no samples"):
+        _ = Gathered(0, ActivationStore()).tensor

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from exporter.calibration.activations import ActivationStore
 from exporter.calibration.balance import find_balance
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
@@ -66,7 +67,9 @@ def test_a_calibration_on_a_gpu_is_that_on_the_cpu(
     run = CalibrationRun(adapter, captured, prompts, weights=weights)
     here = calibrate(model, plan, run, method, 0, NullProgress())
     with PretendedGpu() as gpu:
-        placed = replace(run, placement=placement, limit=placement.limit())
+        # Activations are on the GPU where the whole model is, too.
+        store = ActivationStore(device=GPU) if placement is WHOLE else ActivationStore()
+        placed = replace(run, placement=placement, limit=placement.limit(), store=store)
         there = calibrate(model, plan, placed, method, 0, NullProgress())
     assert gpu.operations > 1000
     assert all(one is other for one, other in zip(before, _tensors(model), strict=True))
@@ -195,3 +198,12 @@ def test_gradients_are_repeatable_where_results_are() -> None:
             raise RuntimeError("sizes differ")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_activations_stay_on_a_gpu_with_room_for_them_and_a_block_that_is_learned() -> None:
+    gpu = Placement(GPU, memory=1000)
+    assert gpu.keeps(500, block=0)
+    assert not gpu.keeps(501, block=0)
+    assert gpu.keeps(200, block=50)
+    assert not gpu.keeps(201, block=50)
+    assert not Placement().keeps(0, block=0)
