@@ -40,16 +40,20 @@ def test_a_large_mean_costs_no_precision() -> None:
     assert np.abs(np.abs(modulated_norm(x, ones, zeros)) - 1).max() < 1e-6
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_kernel_where_sums_are_exact(interpreter: TritonInterpreter, shared: bool) -> None:
+def exact_inputs(shared: bool) -> tuple[tuple[np.ndarray, ...], NormQuantize]:
     """±1 around a whole mean: every sum is exact in any order, so every bit must be the reference's."""
     generator = np.random.default_rng(1)
     signs = generator.permuted(np.tile(np.float32([1, -1]), (2, 3, 64)), axis=-1)
     x = signs * np.float32([[[4], [8], [2]]]) + np.float32([[[1], [5], [-7]]])
     _, scale, shift = inputs(2, 3, 128, 1 if shared else 2)
-    variant = NormQuantize("e2m3", "int8", "fp32", 128, shared)
-    numbers, scales = run_kernel(interpreter, variant, x, scale, shift)
-    expected = norm_quantize(x, scale, shift, get_format("e2m3"), "int8")
+    return (x, scale, shift), NormQuantize("e2m3", "int8", "fp32", 128, shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_kernel_where_sums_are_exact(interpreter: TritonInterpreter, shared: bool) -> None:
+    given, variant = exact_inputs(shared)
+    numbers, scales = run_kernel(interpreter, variant, *given)
+    expected = norm_quantize(*given, get_format("e2m3"), "int8")
     assert same_bytes(scales, expected[1])
     assert same_bytes(numbers, expected[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.cuda.launcher import TORCH_TYPES, run_on_gpu
+from exporter.cuda.launcher import TORCH_TYPES, launcher_of
 from plugins.formats import get_format
 from plugins.kernels.hardware import HARDWARE
 from plugins.op import GeluQuantize, NormQuantize, TokenQuantize
@@ -29,23 +30,30 @@ pytestmark = [
 ]
 
 
-def made(variant: QuantizerVariant, *inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Numbers, as bytes, and scales."""
+def results(
+    variant: QuantizerVariant, *inputs: npt.NDArray[Any]
+) -> Iterator[tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]]:
+    """Numbers, as bytes, and scales of every tactic, on outputs that held something else."""
 
     def moved(array: npt.NDArray[Any], element: int) -> Tensor:
         octets = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8))
         return octets.view(TORCH_TYPES[element]).view(array.shape).cuda()
 
+    launcher = launcher_of(0)
     tensors = [moved(array, element) for array, element in zip(inputs, variant.input_types.values(), strict=True)]
-    numbers, scales = run_on_gpu(variant, tensors)
-    return numbers.view(torch.int8).cpu().numpy(), scales.cpu().numpy()
+    for tactic in range(len(launcher.tactics(variant))):
+        numbers, scales = launcher.allocate(variant, tensors[0])
+        octets = numbers.view(torch.int8).fill_(0x55)
+        launcher.launch(variant, tactic, tensors, [numbers, scales.fill_(-1)], torch.cuda.current_stream().cuda_stream)
+        yield octets.cpu().numpy(), scales.cpu().numpy()
 
 
 @pytest.mark.parametrize(("fmt", "container"), PAIRS)
 def test_tokens_are_rounded_as_the_format(fmt: str, container: str) -> None:
     x = turning_points(get_format(fmt))[None]
     variant = TokenQuantize(fmt, container, "fp32", x.shape[-1])
-    token.check(*made(variant, x), x, variant)
+    for numbers, scales in results(variant, x):
+        token.check(numbers, scales, x, variant)
 
 
 @pytest.mark.parametrize("float_type", DTYPES)
@@ -53,7 +61,8 @@ def test_tokens_are_rounded_as_the_format(fmt: str, container: str) -> None:
 def test_extreme_tokens(fmt: str, container: str, float_type: str) -> None:
     x = extreme_rows(1100, DTYPES[float_type])
     variant = TokenQuantize(fmt, container, float_type, 1100)
-    token.check(*made(variant, x), x, variant)
+    for numbers, scales in results(variant, x):
+        token.check(numbers, scales, x, variant)
 
 
 @pytest.mark.parametrize("float_type", DTYPES)
@@ -61,7 +70,8 @@ def test_extreme_tokens(fmt: str, container: str, float_type: str) -> None:
 def test_behind_gelu(fmt: str, container: str, float_type: str) -> None:
     x = extreme_rows(1100, DTYPES[float_type])
     variant = GeluQuantize(fmt, container, float_type, 1100)
-    gelu.check(*made(variant, x), x, variant)
+    for numbers, scales in results(variant, x):
+        gelu.check(numbers, scales, x, variant)
 
 
 @pytest.mark.parametrize("float_type", DTYPES)
@@ -69,4 +79,13 @@ def test_behind_gelu(fmt: str, container: str, float_type: str) -> None:
 def test_behind_a_norm(fmt: str, container: str, k: int, shared: bool, float_type: str) -> None:
     given = [array.astype(DTYPES[float_type]) for array in norm.inputs(2, 2, k, 1 if shared else 2)]
     variant = NormQuantize(fmt, container, float_type, k, shared)
-    norm.check(*made(variant, *given), given, variant)
+    for numbers, scales in results(variant, *given):
+        norm.check(numbers, scales, given, variant)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_behind_a_norm_whose_sums_are_exact(shared: bool) -> None:
+    given, variant = norm.exact_inputs(shared)
+    expected = norm.norm_quantize(*given, get_format(variant.format), variant.container)
+    for found in results(variant, *given):
+        assert all(norm.same_bytes(one, other) for one, other in zip(found, expected, strict=True))
