@@ -2,7 +2,7 @@
 
 `python -m tools.quality` measures cell after cell (a method at some bits, calibrated with a seed) and writes the page
 from all measured ones, small files in docs/quality/, so it can be stopped and run again. Cells of other settings or
-another model are measured anew; who changes what a method computes deletes its cells there.
+another model are measured anew; who changes what a method computes deletes its cells there, and build/quality.
 Cells can be chosen: `--bits W4A6 --row ours --seed 0`. One takes half a minute to three minutes on one core,
 `--samples 2000` eight more, or seconds with `--device cuda`. Processes may run side by side, each with seeds of its
 own.
@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from exporter.calibration.placement import choose_placement
+from exporter.errors import EnvironmentLacksError
 from exporter.files import write_text_atomically
 from exporter.progress import RichProgress
 from exporter.shards import Shard
@@ -39,7 +40,7 @@ _RECIPES = {"digits": ROOT / "recipes" / "digits.yaml", "shapes": ROOT / "build"
 @click.option("--seed", "seeds", multiple=True, type=click.Choice([*map(str, SEEDS)]), help="Only these seeds.")
 @click.option("--page-only", is_flag=True, help="Measure nothing.")
 @click.option("--samples", type=click.IntRange(0), default=0, show_default=True, help="Samples to judge.")
-@click.option("--device", default="cpu", show_default=True, help="Where samples are drawn: cpu, cuda or cuda:N.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where cells' samples are drawn.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="The page.")
 def main(
     model: str,
@@ -59,7 +60,10 @@ def main(
     # CPU seconds are those of one thread, which spends none of them waiting for another.
     torch.set_num_threads(1)
     progress = RichProgress(Console(stderr=True))
-    placement = choose_placement(device, None, Shard())
+    try:
+        placement = choose_placement(device, None, Shard())
+    except EnvironmentLacksError as error:
+        raise click.UsageError(str(error)) from error
     laboratories = {}
     for name, recipe in _RECIPES.items():
         folder = ROOT / "build" / "quality" / name

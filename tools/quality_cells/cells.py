@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from exporter import load_recipe
 from exporter.calibration.placement import Placement
@@ -30,20 +31,22 @@ from exporter.source import Source, load_source
 from exporter.stages import capture
 from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import program_identity
-from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
+from tools.quality_cells.figures import RESAMPLES, Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
 from tools.quality_cells.quantized import Quantized, quantized
 from tools.quality_cells.rows import HELD_OUT_SEED, SEEDS, Bits, Row
 
 _HELD_OUT_TRAJECTORIES = 16
 _DRIFT_SAMPLES = 64
 _PROGRAM_DIGITS = 12
+_DRAWN = "drawn"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A cell: noise predictions on held-out trajectories, drift of finished samples, CPU seconds of calibrating; on
-    `samples` samples (0: not measured) what the classifier recognises and the Fréchet distance to the original's; and
-    the `program`, a hash of the exporter's source and libraries, and version of PyTorch that measured it."""
+    """A cell: noise predictions on held-out trajectories, drift of finished samples, CPU seconds of calibrating, and
+    the `program`, a hash of the exporter's source and libraries, and version of PyTorch that measured these; on
+    `samples` samples (0: not measured) what the classifier recognises and the Fréchet distance to the original's, and
+    what has `drawn` them: PyTorch's version and the GPU, if it was one."""
 
     snr_mean_db: float
     snr_worst_db: float
@@ -54,6 +57,7 @@ class Figures:
     samples: int = 0
     recognised: Interval | None = None
     frechet: Interval | None = None
+    drawn: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class Laboratory:
     placement: Placement = field(default_factory=Placement)
 
     def job(self, changes: Sequence[str], name: str) -> Job:
-        """The changed recipe's job in the work folder `name`."""
-        recipe = load_recipe(self.recipe, changes, "cpu")
+        """The changed recipe's job in the work folder `name`, which captures and calibrates on the CPU."""
+        recipe = load_recipe(self.recipe, (*changes, "calibration.device=cpu"), "cpu")
         work = self.folder / f"{name}.work"
         output = self.folder / "not_written.onnx"
         return open_job(recipe, output, work, fresh=False, keep_graphs=False, progress=NullProgress())
@@ -83,8 +87,9 @@ class Laboratory:
             self._keep(row, bits, seed, kept)
         if samples > kept.samples:
             with self.progress.task(f"{bits.name} {row.key} seed {seed}: {samples} samples", 1):
-                recognised, frechet = self._judged(self.cell_samples(row, bits, seed, samples))
-                kept = replace(kept, samples=samples, recognised=recognised, frechet=frechet)
+                images, drawn = self.cell_samples(row, bits, seed, samples)
+                recognised, frechet = self._judged(images, RESAMPLES if seed == SEEDS[0] else 0)
+                kept = replace(kept, samples=samples, recognised=recognised, frechet=frechet, drawn=drawn)
             self._keep(row, bits, seed, kept)
         return kept
 
@@ -149,12 +154,14 @@ class Laboratory:
         file = self.cells / "original.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if samples and (found is None or found["samples"] < samples):
-            recognised, frechet = self._judged(self._samples(self._original[1].denoiser, samples, HELD_OUT_SEED))
+            recognised, frechet = self._judged(
+                self._samples(self._original[1].denoiser, samples, HELD_OUT_SEED), RESAMPLES
+            )
             found = {"samples": samples, "recognised": asdict(recognised), "frechet": asdict(frechet)}
             write_text_atomically(file, json.dumps(found, indent=1) + "\n")
         return None if found is None else (Interval(**found["recognised"]), Interval(**found["frechet"]))
 
-    def _judged(self, images: npt.NDArray[np.float32]) -> tuple[Interval, Interval]:
+    def _judged(self, images: npt.NDArray[np.float32], resamples: int) -> tuple[Interval, Interval]:
         """Share recognised of samples, and their distance to as many of the original from other seeds."""
         job, original = self._original
         assert job.recipe.evaluation.classifier is not None
@@ -164,14 +171,17 @@ class Laboratory:
         classes, ours = judge.look(images)
         _, theirs = judge.look(reference)
         right = classes == original.prompts.labels[prompt_order(original, len(images))].numpy()
-        recognised = bootstrapped(lambda chosen: float(right[chosen].mean()), len(images)).within(0.0, 1.0)
+        share = bootstrapped(lambda chosen: float(right[chosen].mean()), len(images), resamples=resamples)
         distance = bootstrapped(
-            lambda chosen, other: frechet_distance(ours[chosen], theirs[other]), len(images), sets=2
+            lambda chosen, other: frechet_distance(ours[chosen], theirs[other]),
+            len(images),
+            sets=2,
+            resamples=resamples,
         )
-        return recognised, distance
+        return share.within(0.0, 1.0), distance
 
-    def cell_samples(self, row: Row, bits: Bits, seed: int, count: int) -> npt.NDArray[np.float32]:
-        """Samples of a cell's model, kept."""
+    def cell_samples(self, row: Row, bits: Bits, seed: int, count: int) -> tuple[npt.NDArray[np.float32], str]:
+        """Samples of a cell's model, kept, and what drew them."""
         name = f"{bits.name}.{row.key}.{seed}.{self._settings(row, bits, seed)}.{count}.safetensors"
 
         def draw() -> npt.NDArray[np.float32]:
@@ -179,15 +189,19 @@ class Laboratory:
             if not self.placement.on_gpu:
                 return self._samples(model.denoiser, count, HELD_OUT_SEED)
             with self.placement.computing():
-                # All at once: a GPU takes as long for a few.
+                # All at once: a GPU would take as long for a hundredth of them.
                 return self._samples(model.denoiser_on(self.placement.device), count, HELD_OUT_SEED, batch_size=count)
 
-        return _kept_samples(self.folder / "samples" / name, draw)
+        drawn = f"PyTorch {torch.__version__}"
+        if self.placement.on_gpu:
+            drawn += f" on {torch.cuda.get_device_name(self.placement.device)}"
+        return _kept_samples(self.folder / "samples" / name, draw, drawn)
 
     def original_samples(self, name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
         """Samples of the original model, kept."""
         file = self.folder / f"original.{name}.{count}.safetensors"
-        return _kept_samples(file, lambda: self._samples(self._original[1].denoiser, count, seed))
+        images, _ = _kept_samples(file, lambda: self._samples(self._original[1].denoiser, count, seed), "")
+        return images
 
     @cached_property
     def _original(self) -> tuple[Job, Source]:
@@ -214,10 +228,14 @@ class Laboratory:
         ).numpy()
 
 
-def _kept_samples(file: Path, draw: Callable[[], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-    """What `draw` gave when the file was made."""
+def _kept_samples(
+    file: Path, draw: Callable[[], npt.NDArray[np.float32]], drawn: str
+) -> tuple[npt.NDArray[np.float32], str]:
+    """What `draw` gave when the file was made, and what `drawn` was then."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_tensor_path(file) as unfinished:
-            save_file({"samples": torch.from_numpy(draw())}, unfinished)
-    return load_file(file)["samples"].numpy()
+            save_file({"samples": torch.from_numpy(draw())}, unfinished, {_DRAWN: drawn})
+    with safe_open(file, "np") as found:
+        images: npt.NDArray[np.float32] = found.get_tensor("samples")
+        return images, (found.metadata() or {}).get(_DRAWN, "")

@@ -23,14 +23,16 @@ _CONFIDENCE = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % bootstrap interval."""
+    """A figure with its 95 % bootstrap interval, if it has been resampled."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def within(self, least: float, most: float) -> Interval:
         """The same of a figure that cannot be outside: the interval's shift may have led it there."""
+        if self.low is None or self.high is None:
+            return self
         return replace(self, low=max(self.low, least), high=min(self.high, most))
 
 
@@ -71,14 +73,19 @@ def _factor(covariance: Floats) -> Floats:
         return cast(Floats, vectors * np.sqrt(values.clip(min=0)))
 
 
-def bootstrapped(figure: Callable[..., float], count: int, sets: int = 1, seed: int = 0) -> Interval:
-    """`figure` of the indices of all `count` samples of each of the sets, with the interval of its values on resamples.
+def bootstrapped(
+    figure: Callable[..., float], count: int, sets: int = 1, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """`figure` of the indices of all `count` samples of each of the sets, with the interval of its values on resamples,
+    if there are to be any.
 
     Where resampling itself shifts the figure, as it does a distance, the interval is moved by that shift.
     """
     generator = np.random.default_rng(seed)
     value = figure(*[np.arange(count)] * sets)
-    drawn = np.array([figure(*generator.integers(count, size=(sets, count))) for _ in range(RESAMPLES)])
+    if not resamples:
+        return Interval(value)
+    drawn = np.array([figure(*generator.integers(count, size=(sets, count))) for _ in range(resamples)])
     low, high = np.percentile(drawn - drawn.mean(), _CONFIDENCE)
     return Interval(value, value + float(low), value + float(high))
 

@@ -57,8 +57,10 @@ def with_decoded_weights(model: nn.Module) -> nn.Module:
     changed = share_copy(model)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
-            quantizer = InputQuantizer(get_format(layer.activation_format), layer.scaling, layer.input_scale)
-            decoded = QuantizedInput(quantizer.fake_quantize, frozen_linear(layer.weight, layer.bias))
+            decoded: nn.Module = frozen_linear(layer.weight, layer.bias)
+            if layer.activation_format != "none":
+                quantizer = InputQuantizer(get_format(layer.activation_format), layer.scaling, layer.input_scale)
+                decoded = QuantizedInput(quantizer.fake_quantize, decoded)
             changed.set_submodule(name, decoded)
     return changed.eval()
 

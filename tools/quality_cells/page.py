@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
 
 _HEADING = (
-    "| method | noise-prediction SNR, dB | worst step | drift, dB | recognised | Fréchet distance | CPU s | seeds |\n"
+    "| method | noise-prediction SNR, dB | worst step | drift, dB | recognised | Fréchet distance | CPU s "
+    "| seeds (judged) |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 _NOTHING = "Not measured yet."
@@ -38,6 +39,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
         shapes_by_method=by_method(shapes),
         shapes_against_best=against_best(shapes),
         original=_original(digits),
+        drawn=_drawn(digits),
         provenance=_provenance([digits, shapes]),
         nothing=_NOTHING,
         iterations=ITERATIONS,
@@ -54,16 +56,16 @@ def table(laboratory: Laboratory, bits: Bits) -> str:
 def _line(row: Row, found: Sequence[Figures]) -> str:
     if not found:
         return ""
-    judged = next((figures for figures in found if figures.samples), None)
+    judged = [figures for figures in found if figures.samples]
     cells = [
         row.title,
         spread([figures.snr_mean_db for figures in found]),
         spread([figures.snr_worst_db for figures in found]),
         spread([figures.drift_db for figures in found]),
-        "–" if judged is None else _interval(judged.recognised, 100, " %"),
-        "–" if judged is None else _interval(judged.frechet, 1, ""),
+        _intervals([figures.recognised for figures in judged], 100, " %"),
+        _intervals([figures.frechet for figures in judged], 1, ""),
         f"{statistics.mean(figures.calibration_seconds for figures in found):.0f}",
-        str(len(found)),
+        f"{len(found)} ({len(judged)})",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -73,7 +75,14 @@ def _original(laboratory: Laboratory) -> str:
     if found is None:
         return "not measured yet"
     recognised, frechet = found
-    return f"recognised {_interval(recognised, 100, ' %')}, Fréchet distance {_interval(frechet, 1, '')}"
+    return f"recognised {_intervals([recognised], 100, ' %')}, Fréchet distance {_intervals([frechet], 1, '')}"
+
+
+def _drawn(laboratory: Laboratory) -> str:
+    """How many cells' samples were drawn by what."""
+    judged = (cell for bits in BITS for row in ROWS for cell in laboratory.all_kept(row, bits) if cell.samples)
+    counts = Counter(cell.drawn for cell in judged)
+    return ", ".join(f"of {count} cells by {drawn}" for drawn, count in sorted(counts.items())) or "none yet"
 
 
 def _provenance(laboratories: Sequence[Laboratory]) -> str:
@@ -91,9 +100,14 @@ def _provenance(laboratories: Sequence[Laboratory]) -> str:
     )
 
 
-def _interval(interval: Interval | None, factor: float, unit: str) -> str:
-    if interval is None:
+def _intervals(found: Sequence[Interval | None], factor: float, unit: str) -> str:
+    """The mean over seeds, the standard deviation where there are several, and in brackets the interval of the one that
+    has been resampled."""
+    intervals = [interval for interval in found if interval is not None]
+    if not intervals:
         return "–"
-    digits = 1 if factor > 1 else 3
-    low, value, high = (f"{factor * one:.{digits}f}" for one in (interval.low, interval.value, interval.high))
-    return f"{value}{unit} ({low} … {high})"
+    values = spread([factor * interval.value for interval in intervals])
+    for interval in intervals:
+        if interval.low is not None and interval.high is not None:
+            return f"{values}{unit} ({factor * interval.low:.1f} … {factor * interval.high:.1f})"
+    return f"{values}{unit}"
