@@ -92,7 +92,9 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)
 
-    name = name_for(QUANTIZED, ".safetensors", source.layer_facts())
+    # By all that it takes hours for: another method's weights do not replace finished ones.
+    settings = [source.layer_facts(), job.recipe.method.model_dump(), job.recipe.calibration.captured]
+    name = name_for(QUANTIZED, ".safetensors", settings)
     path, reused = job.work.obtain(name, calibration_key(job, source), make)
     if reused:
         job.shard.agree(False)

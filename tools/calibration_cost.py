@@ -29,7 +29,7 @@ _OPERATIONS = 6
 _WEIGHTS = 16
 # FP32 of an H100 SXM (67 published), at six tenths.
 _RATE = 40e12
-# Of the published recipes, and of `effort: default`.
+# As published, and of `effort: default`.
 _ITERATIONS_OF = (2500, 250)
 
 
@@ -55,7 +55,7 @@ SWEEP = (
 
 @dataclass(frozen=True)
 class Job:
-    """A published calibration: a block's width and image tokens, iterations, samples in a batch, captured inputs."""
+    """A calibration: a block's width and image tokens, iterations, samples in a batch, captured inputs."""
 
     name: str
     depth: int

@@ -26,7 +26,7 @@ from tools.marked_section import marked_sections
 from tools.quality_cells.cells import Laboratory
 from tools.quality_cells.chart import draw
 from tools.quality_cells.page import markdown
-from tools.quality_cells.rows import BITS, ROWS, SEEDS
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "docs" / "quality"
@@ -40,6 +40,7 @@ _RECIPES = {"digits": ROOT / "recipes" / "digits.yaml", "shapes": ROOT / "build"
 @click.option("--seed", "seeds", multiple=True, type=click.Choice([*map(str, SEEDS)]), help="Only these seeds.")
 @click.option("--page-only", is_flag=True, help="Measure nothing.")
 @click.option("--samples", type=click.IntRange(0), default=0, show_default=True, help="Samples to judge.")
+@click.option("--compare", is_flag=True, help="Only hold ours against integers, sample by sample.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where cells' samples are drawn.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="The page.")
 def main(
@@ -49,38 +50,52 @@ def main(
     seeds: tuple[str, ...],
     page_only: bool,
     samples: int,
+    compare: bool,
     device: str,
     output: Path,
 ) -> None:
     """Measure what is missing, then write the page."""
     if not _RECIPES[model].is_file():
         raise click.UsageError("--model shapes: make it first: python tools/train_shapes.py --output build/shapes")
+    if compare and not samples:
+        raise click.UsageError("--compare: of how many samples? Give --samples 2000")
     if samples and model != "digits":
         raise click.UsageError("--samples: only the digits have a classifier")
     # CPU seconds are those of one thread, which spends none of them waiting for another.
     torch.set_num_threads(1)
-    progress = RichProgress(Console(stderr=True))
-    try:
-        placement = choose_placement(device, None, Shard())
-    except EnvironmentLacksError as error:
-        raise click.UsageError(str(error)) from error
-    laboratories = {}
-    for name, recipe in _RECIPES.items():
-        folder = ROOT / "build" / "quality" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        laboratories[name] = Laboratory(recipe, folder, CELLS / name, progress, placement)
+    laboratories = _laboratories(device)
+    chosen = [
+        (row, width)
+        for width in BITS
+        for row in ROWS
+        if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)) and row.is_for(width)
+    ]
     for seed in () if page_only else map(int, seeds or SEEDS):
-        for width in BITS:
-            for row in ROWS:
-                chosen = width.name in (bits or (width.name,)) and row.key in (rows or (row.key,))
-                if chosen and row.is_for(width):
-                    laboratories[model].cell(row, width, seed, samples)
+        for row, width in chosen:
+            if not compare:
+                laboratories[model].cell(row, width, seed, samples)
+            elif row is OURS:
+                laboratories[model].compared(row, INTEGERS, width, seed, samples)
     draw(laboratories["digits"], output.with_suffix(".svg"))
     if samples:
         laboratories[model].original_judged(samples)
     sections = marked_sections(output) if output.is_file() else []
     page = markdown(laboratories["digits"], laboratories["shapes"]).rstrip()
     write_text_atomically(output, "\n\n".join([page, *sections]) + "\n")
+
+
+def _laboratories(device: str) -> dict[str, Laboratory]:
+    """By model. Raises `UsageError` for a device that is not here."""
+    try:
+        placement = choose_placement(device, None, Shard())
+    except EnvironmentLacksError as error:
+        raise click.UsageError(str(error)) from error
+    progress, made = RichProgress(Console(stderr=True)), {}
+    for name, recipe in _RECIPES.items():
+        folder = ROOT / "build" / "quality" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        made[name] = Laboratory(recipe, folder, CELLS / name, progress, placement)
+    return made
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def choose_formats(
 
     A candidate's weight is rounded as the method begins: to nearest or with error feedback, on scales searched over the
     whole calibration set. Then its block runs on some of the captured inputs. A layer that never runs keeps its first
-    candidate.
+    candidate. All Gram matrices are made at once.
     """
     inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
     opened = {layer.name: layer for layer in plan.open}

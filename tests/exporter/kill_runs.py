@@ -23,14 +23,15 @@ from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
 from exporter.cli import main
 from exporter.job import open_job
+from exporter.model_stages import balanced
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.source import load_source
 from exporter.stages import calibrated_weights, captured_inputs
 from exporter.workdir import WorkDir
 
-SEARCH = "method.scale_search=absmax"
-"""Of the recipe, for speed."""
+SETTINGS = ("method.scale_search=absmax", "method.start=gptq", "method.balance=true")
+"""Of the recipe: as the default's, but for the search of scales, for speed."""
 
 # Whether a child has ended, without burying it.
 _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -53,13 +54,14 @@ class _KilledSealing(WorkDir):
 def calibrate(recipe: Path, output: Path, progress: Progress | None = None, seals: int | None = None) -> None:
     """What an export of `recipe` to `output` does up to the calibrated weights, its lock included; killed while it
     seals a file when there are as many `seals`."""
-    quick = load_recipe(recipe, [SEARCH])
+    quick = load_recipe(recipe, SETTINGS)
     job = open_job(quick, output, None, fresh=False, keep_graphs=False, progress=progress or NullProgress())
     if seals is not None:
         job = replace(job, work=_KilledSealing(job.work.path, job.work.fresh, seals))
     with job.work.locked():
         source = load_source(job)
-        calibrated_weights(job, source, captured_inputs(job, source))
+        captured = captured_inputs(job, source)
+        calibrated_weights(job, balanced(job, source, captured), captured)
 
 
 def export(recipe: Path, output: Path) -> None:
@@ -90,8 +92,8 @@ def kill_runs(recipe: Path, output: Path, run: Callable[[Path, Path], None], mom
 def _begun(recipe: Path, output: Path, run: Callable[[Path, Path], None], moment: str, before: int) -> tuple[str, int]:
     """Begin a run that is killed, and say when."""
     if moment == "sealing":
-        # One of the scales' and both blocks' files.
-        seals = before + random.randrange(3)
+        # One of the files of scales, error feedback and both blocks, or one before them.
+        seals = before + random.randrange(4)
         return moment, _fork(partial(calibrate, seals=seals), recipe, output)
     child = _fork(run, recipe, output)
     delay = random.uniform(0, 0.05 if moment == "sealed" else float(moment))

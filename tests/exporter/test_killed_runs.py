@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import main
-from tests.exporter.kill_runs import SEARCH, calibrate
+from tests.exporter.kill_runs import SETTINGS, calibrate
 from tests.exporter.progresses import InterruptedProgress
 
 ROOT = Path(__file__).parents[2]
@@ -65,20 +65,22 @@ def test_an_interrupted_calibration_is_not_lost_to_another_recipe(
     tiny_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, output, work = tiny_job / "tiny.yaml", tmp_path / "x.onnx", tmp_path / "x.work"
-    # Steps of capturing, of the scales of all layers, and of the first block.
+    # Steps of capturing, of the scales of all layers, of their error feedback, and of the first block.
     with pytest.raises(KeyboardInterrupt):
-        calibrate(recipe, output, InterruptedProgress(3 + 20 + 4))
+        calibrate(recipe, output, InterruptedProgress(3 + 20 + 20 + 4))
     before = _files(work)
     for change, words in {
         "calibration.steps=4": "had calibration.steps 3, not 4: ",
         "method.iterations=7": "had method.iterations 6, not 7: ",
     }.items():
-        assert main([str(recipe), "-o", str(output), "--quiet", "--set", SEARCH, "--set", change]) == 2
+        changes = [word for setting in (*SETTINGS, change) for word in ("--set", setting)]
+        assert main([str(recipe), "-o", str(output), "--quiet", *changes]) == 2
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
     assert before == _files(work)
     rest = InterruptedProgress()
     calibrate(recipe, output, rest)
-    assert rest.begun == ["scales", "calibrate transformer_blocks.0", "calibrate transformer_blocks.1"]
+    blocks = [f"calibrate transformer_blocks.{number}" for number in range(2)]
+    assert rest.begun == ["scales", "error feedback", *blocks]
     assert not any(work.glob("unfinished.*"))

@@ -39,6 +39,24 @@ def test_targets_with_other_group_multipliers_keep_their_own_weights(tiny_job: P
 
 
 @pytest.mark.slow
+def test_another_method_s_weights_do_not_replace_finished_ones(tiny_job: Path, tmp_path: Path) -> None:
+    def weights(*changes: str) -> dict[str, bytes]:
+        recipe = load_recipe(tiny_job / "tiny.yaml", ("method.name=rtn", *changes), "cpu")
+        output, progress = tmp_path / "x.onnx", NullProgress()
+        job = open_job(recipe, output, tmp_path / "x.work", fresh=False, keep_graphs=False, progress=progress)
+        source = load_source(job)
+        calibrated_weights(job, source, captured_inputs(job, source))
+        return {path.name: path.read_bytes() for path in (tmp_path / "x.work").glob("quantized.*.safetensors")}
+
+    finished = weights("method.scale_search=mse")
+    both = weights("method.scale_search=absmax")
+    assert len(finished) == 1
+    assert len(both) == 2
+    assert finished.items() < both.items()
+    assert weights("method.scale_search=mse") == both
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("match", "shift", "message"),
     [

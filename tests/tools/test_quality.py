@@ -22,7 +22,14 @@ from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
 from tools.quality_cells.chart import draw
-from tools.quality_cells.figures import Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
+from tools.quality_cells.figures import (
+    Interval,
+    Judge,
+    bootstrapped,
+    distances_apart,
+    frechet_distance,
+    signal_to_noise_db,
+)
 from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_weights, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
@@ -110,6 +117,21 @@ def test_distances_vary_with_both_sets() -> None:
     assert both.value == one.value
     assert None not in (one.low, one.high, both.low, both.high)
     assert (both.high - both.low) / (one.high - one.low) == pytest.approx(np.sqrt(2), rel=0.1)
+
+
+def test_distances_of_the_same_noise_are_told_apart_where_they_differ() -> None:
+    generator = np.random.default_rng(0)
+    noise, theirs = generator.normal(size=(2, 1000, 3))
+    ours = noise + 0.01 * generator.normal(size=noise.shape)
+    others = {"alike": noise + 0.01 * generator.normal(size=noise.shape), "off": noise + np.array([1.0, 0.0, 0.0])}
+    found = distances_apart(ours, others, theirs, resamples=200)
+    for name, interval in found.items():
+        other = others[name]
+        assert interval.value == pytest.approx(frechet_distance(ours, theirs) - frechet_distance(other, theirs))
+    alike, off = found["alike"], found["off"]
+    assert None not in (alike.low, alike.high, off.low, off.high)
+    assert alike.low < 0 < alike.high < 0.05
+    assert -1.5 < off.low < off.high < -0.5
 
 
 def test_verdicts_need_seeds_that_agree() -> None:

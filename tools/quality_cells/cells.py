@@ -31,7 +31,15 @@ from exporter.source import Source, load_source
 from exporter.stages import capture
 from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import program_identity
-from tools.quality_cells.figures import RESAMPLES, Interval, Judge, bootstrapped, frechet_distance, signal_to_noise_db
+from tools.quality_cells.figures import (
+    RESAMPLES,
+    Interval,
+    Judge,
+    bootstrapped,
+    distances_apart,
+    frechet_distance,
+    signal_to_noise_db,
+)
 from tools.quality_cells.quantized import Quantized, quantized
 from tools.quality_cells.rows import HELD_OUT_SEED, SEEDS, Bits, Row
 
@@ -163,10 +171,9 @@ class Laboratory:
 
     def _judged(self, images: npt.NDArray[np.float32], resamples: int) -> tuple[Interval, Interval]:
         """Share recognised of samples, and their distance to as many of the original from other seeds."""
-        job, original = self._original
-        assert job.recipe.evaluation.classifier is not None
+        _, original = self._original
         assert original.prompts.labels is not None
-        judge = Judge(job.recipe.resolve_path(job.recipe.evaluation.classifier))
+        judge = self._judge
         reference = self.original_samples("reference", len(images), HELD_OUT_SEED + len(images))
         classes, ours = judge.look(images)
         _, theirs = judge.look(reference)
@@ -197,11 +204,32 @@ class Laboratory:
             drawn += f" on {torch.cuda.get_device_name(self.placement.device)}"
         return _kept_samples(self.folder / "samples" / name, draw, drawn)
 
+    def compared(self, row: Row, others: Sequence[Row], bits: Bits, seed: int, samples: int) -> dict[str, Interval]:
+        """Fréchet distances of `row` minus those of `others`, by key, on `samples` samples of the same noise, kept.
+        With 0 samples only what is kept."""
+        file = self.cells / f"compared.{bits.name}.{row.key}.{seed}.json"
+        if not samples:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            return {key: Interval(**interval) for key, interval in found.items()}
+        look = self._judge.look
+        features = {one.key: look(self.cell_samples(one, bits, seed, samples)[0])[1] for one in (row, *others)}
+        _, theirs = look(self.original_samples("reference", samples, HELD_OUT_SEED + samples))
+        found = distances_apart(features.pop(row.key), features, theirs)
+        text = json.dumps({key: asdict(interval) for key, interval in found.items()}, indent=1)
+        write_text_atomically(file, text + "\n")
+        return found
+
     def original_samples(self, name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
         """Samples of the original model, kept."""
         file = self.folder / f"original.{name}.{count}.safetensors"
         images, _ = _kept_samples(file, lambda: self._samples(self._original[1].denoiser, count, seed), "")
         return images
+
+    @cached_property
+    def _judge(self) -> Judge:
+        recipe = load_recipe(self.recipe, (), "cpu")
+        assert recipe.evaluation.classifier is not None
+        return Judge(recipe.resolve_path(recipe.evaluation.classifier))
 
     @cached_property
     def _original(self) -> tuple[Job, Source]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +88,28 @@ def bootstrapped(
     drawn = np.array([figure(*generator.integers(count, size=(sets, count))) for _ in range(resamples)])
     low, high = np.percentile(drawn - drawn.mean(), _CONFIDENCE)
     return Interval(value, value + float(low), value + float(high))
+
+
+def distances_apart(
+    ours: Floats, others: Mapping[str, Floats], theirs: Floats, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """By name, our Fréchet distance to `theirs` [n, F] minus another set's, with the interval of the differences.
+
+    All sets but `theirs` began with the same noise: a resample takes the same samples of each, so that what the noise
+    leaves open cancels.
+    """
+    generator = np.random.default_rng(seed)
+
+    def differences(chosen: npt.NDArray[np.int64], reference: npt.NDArray[np.int64]) -> Floats:
+        first = frechet_distance(ours[chosen], theirs[reference])
+        return np.array([first - frechet_distance(other[chosen], theirs[reference]) for other in others.values()])
+
+    count = len(ours)
+    values = differences(np.arange(count), np.arange(count))
+    drawn = np.stack([differences(*generator.integers(count, size=(2, count))) for _ in range(resamples)])
+    low, high = values + np.percentile(drawn - drawn.mean(axis=0), _CONFIDENCE, axis=0)
+    ends = np.stack([values, low, high], axis=1).tolist()
+    return {name: Interval(*three) for name, three in zip(others, ends, strict=True)}
 
 
 def signal_to_noise_db(original: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:

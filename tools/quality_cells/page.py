@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tools.quality_cells.figures import Interval
 from tools.quality_cells.rows import BITS, ITERATIONS, ROWS, SEEDS, Bits, Row
-from tools.quality_cells.verdict import against_best, by_method, spread
+from tools.quality_cells.verdict import against_best, by_method, samples_against_integers, spread
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -36,6 +36,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
         shapes=[(bits, table(shapes, bits)) for bits in BITS],
         digits_by_method=by_method(digits),
         digits_against_best=against_best(digits),
+        samples_against_integers=samples_against_integers(digits),
         shapes_by_method=by_method(shapes),
         shapes_against_best=against_best(shapes),
         original=_original(digits),

@@ -26,7 +26,7 @@ from exporter.stages import captured_inputs
 from exporter.workdir import name_for
 from tools.quality_cells.layers import with_decoded_weights, with_quantized_inputs, with_zero_points
 from tools.quality_cells.published_loop import calibrate_as_published
-from tools.quality_cells.rows import ITERATIONS, Row
+from tools.quality_cells.rows import Row
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _by_recipe(job: Job, source: Source, captured: CalibrationSet, row: Row, wei
 def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
     begin = time.process_time()
     run = source.calibration_run(captured)
-    rounded = calibrate_as_published(source.model, run, ITERATIONS, job.recipe.calibration.seed, lambda: None)
+    rounded = calibrate_as_published(source.model, run, row.published_loop, job.recipe.calibration.seed, lambda: None)
     seconds = time.process_time() - begin
     model = with_quantized_inputs(rounded, source.plan.layers[0].activation_format)
     return Quantized(model, source.adapter, round(seconds, 1))

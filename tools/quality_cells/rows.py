@@ -50,6 +50,7 @@ _ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
 _WEIGHTED = "method.step_weights=trajectory"
 _JOINT = "method.quantize_activations=true"
 _ABSMAX = "method.scale_search=absmax"
+_LOOP = (*_NEAREST, _ABSMAX)
 # At three bits there is one float only.
 _CHOSEN = ("e2m1",)
 
@@ -59,8 +60,8 @@ class Row:
     """A method: `formats` are integers, floats, floats as FP4DiT publishes them, floats with integer activations
     ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by
     pattern, where {activation} stands for the activations' format. `zero_points`: integer activations have
-    a zero point per token. `unsigned`: what a GELU makes is shifted and quantized without a sign. `published_loop`: the
-    weights come from `calibrate_as_published` instead of the recipe's method."""
+    a zero point per token. `unsigned`: what a GELU makes is shifted and quantized without a sign. `published_loop`: so
+    many iterations of `calibrate_as_published`, if any, instead of the recipe's method."""
 
     key: str
     title: str
@@ -70,7 +71,7 @@ class Row:
     transforms: tuple[tuple[str, str], ...] = ()
     zero_points: bool = False
     unsigned: bool = False
-    published_loop: bool = False
+    published_loop: int = 0
 
     def is_for(self, bits: Bits) -> bool:
         """Whether there is such a cell: the published loop knows 4-bit floats only, and at 8 bits all have a sign."""
@@ -114,7 +115,7 @@ _INTEGERS = (
 _FLOATS = (
     Row("fp_nearest", "floats, round to nearest", "floats", _NEAREST),
     Row("fp4dit", "floats, FP4DiT's formats and scales, AdaRound", "published", (*_FROM_NEAREST, _ABSMAX)),
-    Row("fp4dit_loop", "floats, FP4DiT's own loop", "published", (*_NEAREST, _ABSMAX), published_loop=True),
+    Row("fp4dit_loop", "floats, FP4DiT's own loop", "published", _LOOP, published_loop=ITERATIONS),
     Row("fp_adaround", "floats, AdaRound, block reconstruction", "floats", _FROM_NEAREST),
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
@@ -122,6 +123,8 @@ _FLOATS = (
     Row("mixed", "float weights, integer activations, `default`", "mixed", _FROM_GPTQ, balance=True),
 )
 _VARIANTS = (
+    Row("fp4dit_published", "floats, FP4DiT's own loop, 2500 iterations", "published", _LOOP, published_loop=2500),
+    Row("fp_from_gptq", "floats, GPTQ, then AdaRound", "floats", _FROM_GPTQ),
     Row("fp_best", "floats, `best`: 1000 iterations", "floats", _BEST, balance=True),
     Row("fp_joint", "floats, `default`, activations quantized while learning", "floats", (*_FROM_GPTQ, _JOINT), True),
     Row("fp_exact", "floats, `default`, balanced by powers of two", "floats", _FROM_GPTQ, balance="exact"),
@@ -143,3 +146,5 @@ def with_zero_point(row: Row) -> Row:
 
 
 ROWS = (*_INTEGERS, *map(with_zero_point, _INTEGERS), *_FLOATS, *_VARIANTS)
+OURS = next(row for row in ROWS if row.key == "ours")
+INTEGERS = tuple(row for row in ROWS if row.formats == "integers")

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tools.quality_cells.rows import BITS, ROWS, SEEDS, Bits, Row
+from tools.quality_cells.figures import Interval
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, Bits, Row
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -56,9 +57,22 @@ def against_best(laboratory: Laboratory) -> str:
     return _table("dB of the mean, of the worst step", lines)
 
 
+def samples_against_integers(laboratory: Laboratory) -> str:
+    """Ours less every row of integers in Fréchet distance, of the first seed whose samples have been compared."""
+    lines = []
+    for row in INTEGERS:
+        cells = []
+        for bits in BITS:
+            found = (laboratory.compared(OURS, INTEGERS, bits, seed, 0).get(row.key) for seed in SEEDS)
+            cells.append(next((_signed(interval) for interval in found if interval is not None), "–"))
+        if set(cells) != {"–"}:
+            lines.append(f"| ours − {row.title} | {' | '.join(cells)} |")
+    return _table("Fréchet distance", lines) if lines else ""
+
+
 def differences(laboratory: Laboratory, key: str, bits: Bits, *, zero_points: bool) -> tuple[list[float], list[float]]:
     """The row `key` less the best row of integers, seed by seed: mean SNR, worst step. Nothing where one is missing."""
-    integers = [row for row in ROWS if row.formats == "integers" and row.zero_points == zero_points]
+    integers = [row for row in INTEGERS if row.zero_points == zero_points]
     best = _best(laboratory, integers, bits)
     both = [] if best is None else _both(laboratory, _row(key), best, bits)
     means = [one.snr_mean_db - other.snr_mean_db for one, other in both]
@@ -72,6 +86,10 @@ def verdict(found: Sequence[float]) -> str:
     if min(found) > 0:
         return "floats closer"
     return "integers closer" if max(found) < 0 else "no difference"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
 
 
 def _table(head: str, lines: Sequence[str]) -> str:

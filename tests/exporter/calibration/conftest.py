@@ -101,7 +101,7 @@ def captured(
 def plan_for(model: nn.Module) -> Planner:
     """Plan the linears whose module paths start with one of the prefixes."""
 
-    def plan(*prefixes: str, group_size: int = 16, activation: str = "e2m3") -> Plan:
+    def plan(*prefixes: str, group_size: int = 16, activation: str = "e2m3", scales: str = "foldable") -> Plan:
         layers = tuple(
             LayerPlan(
                 name=name,
@@ -111,7 +111,7 @@ def plan_for(model: nn.Module) -> Planner:
                 weight_format="e2m1",
                 activation_format=activation,
                 group_size=group_size,
-                scales="foldable" if group_size else "channel",
+                scales=scales if group_size else "channel",
                 container="int8",
             )
             for name, linear in model.named_modules()
