@@ -33,7 +33,7 @@ from tools.quality_cells.figures import (
 from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_weights, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
-from tools.quality_cells.rows import BITS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row
 from tools.quality_cells.verdict import differences, verdict
 
 MEASURED_BY = ("0123456789ab", "2.0")
@@ -187,6 +187,14 @@ def test_the_samples_say_no_more_than_the_prose(tmp_path: Path) -> None:
         # One sample fewer, at most.
         assert figures.recognised.value > original[0].value - 1.5 / figures.samples
         assert original[1].low < figures.frechet.value < original[1].high
+
+
+def test_no_integers_samples_are_closer_than_ours(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    found = laboratory.compared(OURS, INTEGERS, W4A6, SEEDS[1], 0)
+    assert found.keys() == {row.key for row in INTEGERS}
+    assert all(interval.low is not None and interval.low < 0 for interval in found.values())
+    assert sum(interval.high is not None and interval.high < 0 for interval in found.values()) == 2
 
 
 def test_drift_is_in_decibels() -> None:
