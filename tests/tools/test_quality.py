@@ -108,6 +108,16 @@ def test_the_prose_says_what_the_kept_cells_say(
     assert [verdict(each) for each in found] == [mean, worst]
 
 
+def test_learning_with_quantized_activations_gains_at_four_bits_as_the_prose_says(tmp_path: Path) -> None:
+    laboratory, rows = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress()), {}
+    for key in ("fp_joint", "ours"):
+        row = next(row for row in ROWS if row.key == key)
+        rows[key] = [figures.snr_mean_db for figures in laboratory.all_kept(row, W4A4)]
+    gains = [joint - ours for joint, ours in zip(rows["fp_joint"], rows["ours"], strict=True)]
+    assert len(gains) == len(SEEDS)
+    assert min(gains) > 0.5
+
+
 @pytest.mark.parametrize(
     ("key", "zero_points", "said"),
     [("ours", False, "floats closer"), ("ours", True, "no difference"), ("fp_unsigned", True, "floats closer")],
