@@ -22,13 +22,11 @@ from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
 from tools.quality_cells.chart import draw
-from tools.quality_cells.figures import (
-    Interval,
-)
+from tools.quality_cells.figures import Interval
 from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_weights, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
-from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row, row_of
 from tools.quality_cells.verdict import differences, verdict
 
 MEASURED_BY = ("0123456789ab", "2.0")
@@ -111,8 +109,7 @@ def test_the_prose_says_what_the_kept_cells_say(
 def test_learning_with_quantized_activations_gains_at_four_bits_as_the_prose_says(tmp_path: Path) -> None:
     laboratory, rows = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress()), {}
     for key in ("fp_joint", "ours"):
-        row = next(row for row in ROWS if row.key == key)
-        rows[key] = [figures.snr_mean_db for figures in laboratory.all_kept(row, W4A4)]
+        rows[key] = [figures.snr_mean_db for figures in laboratory.all_kept(row_of(key), W4A4)]
     gains = [joint - ours for joint, ours in zip(rows["fp_joint"], rows["ours"], strict=True)]
     assert len(gains) == len(SEEDS)
     assert min(gains) > 0.5
@@ -160,8 +157,7 @@ def test_no_integers_samples_are_closer_than_ours(tmp_path: Path) -> None:
 def test_the_page_shows_what_is_kept_and_how_many_seeds(tmp_path: Path) -> None:
     laboratory, other = (Laboratory(RECIPE, tmp_path, tmp_path / name, NullProgress()) for name in ("digits", "shapes"))
     assert "Not measured yet." in markdown(laboratory, other)
-    rows = {row.key: row for row in ROWS}
-    row, floats = rows["int_nearest"], rows["fp_nearest"]
+    row, floats = row_of("int_nearest"), row_of("fp_nearest")
     laboratory._keep(floats, W4A6, SEEDS[0], Figures(43.5, 30.0, 25.0, 7.0, *MEASURED_BY))
     for seed, snr, distance in zip(SEEDS, (40.0, 42.0), (Interval(5.0, 2.5, 7.5), Interval(6.0)), strict=False):
         figures = Figures(snr, 30.0, 25.0, 7.0, *MEASURED_BY, 2000, Interval(0.99, 0.98, 1.0), distance, "a GPU")

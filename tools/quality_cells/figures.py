@@ -56,12 +56,28 @@ class Judge:
 
 def frechet_distance(ours: Floats, theirs: Floats) -> float:
     """Of the normal distributions with the means and covariances of two sets of features [n, F] (arXiv 1706.08500)."""
-    difference = ours.mean(axis=0) - theirs.mean(axis=0)
-    first, second = np.cov(ours, rowvar=False), np.cov(theirs, rowvar=False)
+    return _distance(_Moments.of(ours), _Moments.of(theirs))
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """The mean [F] and covariance [F, F] of a set of features."""
+
+    mean: Floats
+    covariance: Floats
+
+    @classmethod
+    def of(cls, features: Floats) -> _Moments:
+        return cls(features.mean(axis=0), np.cov(features, rowvar=False))
+
+
+def _distance(first: _Moments, second: _Moments) -> float:
+    difference = first.mean - second.mean
     # With A = F·Fᵀ the trace of (A·B)^½ is that of the root of Fᵀ·B·F, which is symmetric.
-    factor = _factor(first)
-    cross = np.sqrt(np.linalg.eigvalsh(factor.T @ second @ factor).clip(min=0)).sum()
-    return float(difference @ difference + np.trace(first) + np.trace(second) - 2 * cross)
+    factor = _factor(first.covariance)
+    cross = np.sqrt(np.linalg.eigvalsh(factor.T @ second.covariance @ factor).clip(min=0)).sum()
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    return float(difference @ difference + traces - 2 * cross)
 
 
 def _factor(covariance: Floats) -> Floats:
@@ -101,8 +117,10 @@ def distances_apart(
     generator = np.random.default_rng(seed)
 
     def differences(chosen: npt.NDArray[np.int64], reference: npt.NDArray[np.int64]) -> Floats:
-        first = frechet_distance(ours[chosen], theirs[reference])
-        return np.array([first - frechet_distance(other[chosen], theirs[reference]) for other in others.values()])
+        # The reference is the same for all.
+        against = _Moments.of(theirs[reference])
+        first, *rest = (_distance(_Moments.of(one[chosen]), against) for one in (ours, *others.values()))
+        return first - np.array(rest)
 
     count = len(ours)
     values = differences(np.arange(count), np.arange(count))

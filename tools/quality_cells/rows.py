@@ -146,5 +146,12 @@ def with_zero_point(row: Row) -> Row:
 
 
 ROWS = (*_INTEGERS, *map(with_zero_point, _INTEGERS), *_FLOATS, *_VARIANTS)
-OURS = next(row for row in ROWS if row.key == "ours")
+
+
+def row_of(key: str) -> Row:
+    """The row with this key."""
+    return next(row for row in ROWS if row.key == key)
+
+
+OURS = row_of("ours")
 INTEGERS = tuple(row for row in ROWS if row.formats == "integers")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tools.quality_cells.figures import Interval
-from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, Bits, Row
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, SEEDS, Bits, Row, row_of
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -38,7 +38,7 @@ def by_method(laboratory: Laboratory) -> str:
     lines = []
     for zero, words in (("", "around zero"), ("_zero", "with zero points")):
         for title, ours, theirs in _PAIRS:
-            cells = [_cell(laboratory, _row(ours), _row(theirs + zero), bits) for bits in BITS]
+            cells = [_cell(laboratory, row_of(ours), row_of(theirs + zero), bits) for bits in BITS]
             lines.append(f"| {title}; integers {words} | {' | '.join(cells)} |")
     return _table("floats − integers, dB", lines)
 
@@ -59,22 +59,24 @@ def against_best(laboratory: Laboratory) -> str:
 
 def samples_against_integers(laboratory: Laboratory) -> str:
     """Ours less every row of integers in Fréchet distance, of the first seed whose samples have been compared."""
+    columns = []
+    for bits in BITS:
+        kept = (laboratory.compared(OURS, INTEGERS, bits, seed, 0) for seed in SEEDS)
+        columns.append(next((found for found in kept if found), {}))
+    if not any(columns):
+        return ""
     lines = []
     for row in INTEGERS:
-        cells = []
-        for bits in BITS:
-            found = (laboratory.compared(OURS, INTEGERS, bits, seed, 0).get(row.key) for seed in SEEDS)
-            cells.append(next((_signed(interval) for interval in found if interval is not None), "–"))
-        if set(cells) != {"–"}:
-            lines.append(f"| ours − {row.title} | {' | '.join(cells)} |")
-    return _table("Fréchet distance", lines) if lines else ""
+        cells = [_signed(column[row.key]) if row.key in column else "–" for column in columns]
+        lines.append(f"| ours − {row.title} | {' | '.join(cells)} |")
+    return _table("Fréchet distance", lines)
 
 
 def differences(laboratory: Laboratory, key: str, bits: Bits, *, zero_points: bool) -> tuple[list[float], list[float]]:
     """The row `key` less the best row of integers, seed by seed: mean SNR, worst step. Nothing where one is missing."""
     integers = [row for row in INTEGERS if row.zero_points == zero_points]
     best = _best(laboratory, integers, bits)
-    both = [] if best is None else _both(laboratory, _row(key), best, bits)
+    both = [] if best is None else _both(laboratory, row_of(key), best, bits)
     means = [one.snr_mean_db - other.snr_mean_db for one, other in both]
     return means, [one.snr_worst_db - other.snr_worst_db for one, other in both]
 
@@ -96,17 +98,13 @@ def _table(head: str, lines: Sequence[str]) -> str:
     return "\n".join([f"| {head} | {' | '.join(bits.name for bits in BITS)} |", f"|---|{'---|' * len(BITS)}", *lines])
 
 
-def _row(key: str) -> Row:
-    return next(row for row in ROWS if row.key == key)
-
-
 def _best(laboratory: Laboratory, rows: Sequence[Row], bits: Bits) -> Row | None:
     means = {
         row.key: statistics.mean(figures.snr_mean_db for figures in found)
         for row in rows
         if (found := laboratory.all_kept(row, bits))
     }
-    return _row(max(means, key=means.__getitem__)) if means else None
+    return row_of(max(means, key=means.__getitem__)) if means else None
 
 
 def _cell(laboratory: Laboratory, ours: Row, theirs: Row, bits: Bits) -> str:

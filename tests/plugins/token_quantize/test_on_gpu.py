@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,22 +56,18 @@ def test_tokens_are_rounded_as_the_format(fmt: str, container: str) -> None:
         token.check(numbers, scales, x, variant)
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "check"), [(TokenQuantize, token.check), (GeluQuantize, gelu.check)], ids=["alone", "behind GELU"]
+)
 @pytest.mark.parametrize("float_type", DTYPES)
 @pytest.mark.parametrize(("fmt", "container"), gelu.VARIANTS)
-def test_extreme_tokens(fmt: str, container: str, float_type: str) -> None:
+def test_extreme_tokens(
+    quantizer: type[QuantizerVariant], check: Callable[..., None], fmt: str, container: str, float_type: str
+) -> None:
     x = extreme_rows(1100, DTYPES[float_type])
-    variant = TokenQuantize(fmt, container, float_type, 1100)
+    variant = quantizer(fmt, container, float_type, 1100)
     for numbers, scales in results(variant, x):
-        token.check(numbers, scales, x, variant)
-
-
-@pytest.mark.parametrize("float_type", DTYPES)
-@pytest.mark.parametrize(("fmt", "container"), gelu.VARIANTS)
-def test_behind_gelu(fmt: str, container: str, float_type: str) -> None:
-    x = extreme_rows(1100, DTYPES[float_type])
-    variant = GeluQuantize(fmt, container, float_type, 1100)
-    for numbers, scales in results(variant, x):
-        gelu.check(numbers, scales, x, variant)
+        check(numbers, scales, x, variant)
 
 
 @pytest.mark.parametrize("float_type", DTYPES)
