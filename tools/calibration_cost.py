@@ -26,7 +26,7 @@ _TOKENS = (_SIDE // 2) ** 2
 # Forward, the inputs' gradients and the weights'; a multiplication and an addition are two.
 _OPERATIONS = 6
 # A block of width d: four projections each in self- and cross-attention, and two of 4 d² in the feed-forward.
-_WEIGHTS = 16
+WEIGHTS = 16
 # FP32 of an H100 SXM (67 published), at six tenths.
 _RATE = 40e12
 # As published, and of `effort: default`.
@@ -66,7 +66,7 @@ class Job:
 
     def learning(self, iterations: int) -> float:
         """Operations of so many iterations on every block: linears, and both products of self-attention."""
-        block = _OPERATIONS * self.tokens * (_WEIGHTS * self.width**2 + 2 * self.tokens * self.width)
+        block = _OPERATIONS * self.tokens * (WEIGHTS * self.width**2 + 2 * self.tokens * self.width)
         return float(iterations) * self.batch * self.depth * block
 
     @property
@@ -117,7 +117,7 @@ def measured_table() -> str:
     for size in SWEEP:
         fixed = cpu_seconds(size, 1)
         iteration = (cpu_seconds(size, 1 + _ITERATIONS) - fixed) / _ITERATIONS / size.depth
-        work = _OPERATIONS * _BATCH * _TOKENS * (_WEIGHTS * size.width**2 + 2 * _TOKENS * size.width)
+        work = _OPERATIONS * _BATCH * _TOKENS * (WEIGHTS * size.width**2 + 2 * _TOKENS * size.width)
         cells = (size.depth, size.width, size.samples, f"{fixed:.2f}", f"{1e3 * iteration:.1f}")
         rows.append((*map(str, cells), f"{work / iteration / 1e9:.0f}"))
     return markdown_table(head, rows)

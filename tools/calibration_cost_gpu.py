@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
 
 import click
@@ -25,6 +26,7 @@ from exporter.calibration.placement import CPU, Placement
 from exporter.method_section import MethodSection
 from exporter.progress import NullProgress, Progress, RichProgress
 from exporter.source import activation_bytes
+from tools.calibration_cost import JOBS, WEIGHTS, Job
 from tools.gpu_bench.machine import machine
 from tools.gpu_bench.transformer import linear_plan
 from tools.marked_section import markdown_table, replace_section
@@ -34,7 +36,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 SECTION = "calibration cost on a gpu"
 
 _CAPTIONS = 120
-_OPERATIONS = 6
 _DEFAULT_ITERATIONS, _PUBLISHED_ITERATIONS = 250, 2500
 _COMPARED_ITERATIONS = 60
 # Passes through the block, counted low: the fifth may be half of one.
@@ -43,38 +44,38 @@ _LEAST_PASSES, _PASSES_OF_ITERATION = 4, 3
 
 @dataclass(frozen=True)
 class Block:
-    """A model's block: heads and their width, image tokens along a side, samples of a batch of its published recipe;
-    how many blocks and captured inputs the whole has; how many inputs and iterations are measured."""
+    """A block of a job's model and its heads; how many inputs and iterations are measured; what to say of it."""
 
-    model: str
+    job: Job
     heads: int
-    head: int
-    side: int
-    batch: int
-    depth: int
-    inputs: int
     measured_inputs: int
     iterations: int
+    note: str = ""
 
     @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.heads * self.head
+    def model(self) -> str:
+        """The model's name, with the note."""
+        return self.job.name + self.note
 
     @property
-    def tokens(self) -> int:
-        """Image tokens of a sample."""
-        return self.side**2
+    def head(self) -> int:
+        """Width of a head."""
+        return self.job.width // self.heads
+
+    @property
+    def side(self) -> int:
+        """Image tokens along a side."""
+        return isqrt(self.job.tokens)
 
     @property
     def activations(self) -> int:
         """Bytes of all inputs' activations in the whole model's calibration."""
-        return self.inputs * activation_bytes(self.tokens * self.width, 0, _CAPTIONS * self.width)
+        return self.job.inputs * activation_bytes(self.job.tokens * self.job.width, 0, _CAPTIONS * self.job.width)
 
     @property
     def weight_bytes(self) -> int:
         """Of the block's linears, in float32."""
-        return 4 * 16 * self.width**2
+        return 4 * WEIGHTS * self.job.width**2
 
     def store(self, placement: Placement) -> ActivationStore:
         """Where the whole model's calibration keeps them, if it is not in files."""
@@ -84,14 +85,14 @@ class Block:
     @property
     def iteration_flop(self) -> float:
         """Operations of an iteration's linears and products of self-attention, forward and backward."""
-        return float(_OPERATIONS * self.batch * self.tokens * (16 * self.width**2 + 2 * self.tokens * self.width))
+        return self.job.learning(1) / self.job.depth
 
 
 BLOCKS = (
-    Block("PixArt-α 512", 16, 72, 32, 16, 28, 64 * 40, 256, 100),
-    Block("PixArt-Σ 1024", 16, 72, 64, 16, 28, 32 * 40, 96, 20),
-    Block("Hunyuan-DiT 1.2, 1024 (its width in PixArt's block)", 16, 88, 64, 8, 40, 64 * 100, 96, 20),
-    Block("12 B: 57 blocks of 3584, 1024", 28, 128, 64, 16, 57, 32 * 40, 32, 4),
+    Block(JOBS[0], 16, 256, 100),
+    Block(JOBS[1], 16, 96, 20),
+    Block(JOBS[2], 16, 96, 20, " (its width in PixArt's block)"),
+    Block(JOBS[3], 28, 32, 4),
 )
 
 
@@ -121,15 +122,15 @@ class Cost:
     def resolved(self) -> bool:
         """Whether the time per input can be: an input goes through the block five times, an iteration's share of it
         is about three of these. A difference of two calibrations that is below has drowned in what varies."""
-        return self.per_input >= _LEAST_PASSES * self.iteration / (_PASSES_OF_ITERATION * self.block.batch)
+        return self.per_input >= _LEAST_PASSES * self.iteration / (_PASSES_OF_ITERATION * self.block.job.batch)
 
     def hours(self, iterations: int) -> float | None:
         """Of the whole model, without the sampler's trajectories; None if the time per input is not known."""
         if not self.resolved:
             return None
         block = self.block
-        seconds = iterations * self.iteration + block.inputs * self.per_input + self.fixed
-        return block.depth * seconds / 3600
+        seconds = iterations * self.iteration + block.job.inputs * self.per_input + self.fixed
+        return block.job.depth * seconds / 3600
 
 
 def random_model(block: Block) -> nn.Module:
@@ -145,7 +146,7 @@ def calibrated(model: nn.Module, block: Block, placement: Placement, inputs: int
         limit=placement.limit(),
         store=block.store(placement),
     )
-    method = MethodSection(effort="default", iterations=iterations, batch_size=block.batch)
+    method = MethodSection(effort="default", iterations=iterations, batch_size=block.job.batch)
     torch.cuda.reset_peak_memory_stats(placement.device)
     begin = time.perf_counter()
     result = calibrate(model, linear_plan(model), run, method, 0, NullProgress())
@@ -159,7 +160,7 @@ def calibrated(model: nn.Module, block: Block, placement: Placement, inputs: int
 def warm_up(block: Block, placement: Placement) -> None:
     """Let libraries load and choose what they compute with."""
     with placement.computing():
-        calibrated(random_model(block), block, placement, block.batch, 1)
+        calibrated(random_model(block), block, placement, block.job.batch, 1)
 
 
 def cost(block: Block, placement: Placement) -> Cost:
@@ -185,7 +186,7 @@ def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -
     )  # fmt: skip
     rows = [
         (
-            item.block.model, str(item.block.width), str(item.block.tokens), str(item.block.batch),
+            item.block.model, str(item.block.job.width), str(item.block.job.tokens), str(item.block.job.batch),
             f"{1e3 * item.iteration:.1f} ms", f"{item.block.iteration_flop / item.iteration / 1e12:.0f}",
             f"{1e3 * item.per_input:.1f} ms" if item.resolved else "not resolved",
             f"{item.fixed:.1f} s", f"{item.calibrated.gigabytes:.1f} GB",
@@ -225,7 +226,7 @@ def compare(block: Block, placement: Placement) -> list[tuple[str, Calibrated]]:
     with placement.computing():
         for name, precision in (("FP32", "highest"), ("TF32", "high")):
             with _products(precision):
-                calibrated(model, block, placement, block.batch, 1)
+                calibrated(model, block, placement, block.job.batch, 1)
                 found.append(
                     (
                         f"{block.model}, {name}",

@@ -24,7 +24,7 @@ def test_hours_are_those_of_all_blocks_iterations_and_inputs() -> None:
 
 
 def test_groups_divide_every_block() -> None:
-    assert all(block.width % 128 == 0 for block in BLOCKS)
+    assert all(block.job.width % 128 == 0 for block in BLOCKS)
 
 
 def test_activations_stay_on_a_gpu_that_has_room_for_the_whole_models() -> None:
@@ -36,7 +36,7 @@ def test_activations_stay_on_a_gpu_that_has_room_for_the_whole_models() -> None:
 def test_operations_are_those_of_linears_and_self_attention() -> None:
     block = BLOCKS[0]
     per_token = 2 * (8 * 1152**2 + 2 * 4 * 1152**2) + 4 * 1024 * 1152
-    assert block.iteration_flop == 3 * block.batch * block.tokens * per_token
+    assert block.iteration_flop == 3 * block.job.batch * block.job.tokens * per_token
 
 
 def test_the_section_shows_times_and_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
