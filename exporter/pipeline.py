@@ -6,6 +6,7 @@ sealed in the work folder, graphs are files, and the gate and the report read wh
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration_stages import formats_chosen
+from exporter.device.build import engine_begun
 from exporter.evaluate import Evaluation, evaluate
 from exporter.gate.table import GateResult
 from exporter.job import Job, open_job
@@ -43,18 +45,18 @@ from exporter.validate import validate_output as validate_again
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an engine is made of: the exported and the lowered graph, `runnable` in ONNX Runtime, and the reference.
+    """What an engine is made of, not validated yet: the exported and the lowered graph, `runnable` in ONNX Runtime, and
+    the model that is their reference on the inputs that were `captured`.
 
-    `fidelity` is the gate's result with the quantization error that it is judged against, None without validation;
-    `ranges` what FP16 must hold, () for other compute types.
+    `ranges` is what FP16 must hold, () for other compute types.
     """
 
     source: Source
+    captured: CalibrationSet
     quantized: nn.Module
     exported: Path
     lowered: Path
     runnable: Path
-    fidelity: tuple[GateResult, float] | None
     ranges: tuple[Amax, ...]
 
 
@@ -92,11 +94,14 @@ def export(
     job = open_job(recipe, output, work_dir, fresh=fresh, keep_graphs=keep_graphs, progress=progress, shard=shard)
     with job.work.locked(), job.shard.joined():
         made = prepare(job, validate=validate)
-        engine = job.timed("build", build, made.lowered, made.runnable, validated=validate)
+        # Without the gate there is nothing that the builder could run beside.
+        beside = engine_begun(made.lowered, job.target, job.work.path) if validate else nullcontext()
+        with beside as begun:
+            fidelity = finish_lowered(job, made, validate=validate)
+            engine = job.timed("build", build, made.lowered, made.runnable, begun, validated=validate)
         evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)
-        report, metrics = write_results(job, made.source, engine, evaluation, made.fidelity, made.ranges)
-    fidelity = made.fidelity[0] if made.fidelity else None
-    return ExportResult(engine, report, metrics, job.work.path, fidelity, evaluation)
+        report, metrics = write_results(job, made.source, engine, evaluation, fidelity, made.ranges)
+    return ExportResult(engine, report, metrics, job.work.path, fidelity[0] if fidelity else None, evaluation)
 
 
 def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | None, shard: Shard) -> None:
@@ -115,7 +120,10 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
 
 
 def prepare(job: Job, *, validate: bool) -> Prepared:
-    """Every stage up to the graph that the engine is built from, validated unless `validate` is False."""
+    """Every stage up to the graph that the engine is built from.
+
+    Raises `EnvironmentLacksError` where it is to be validated and this CPU saturates its products.
+    """
     source = job.timed("load", load_source)
     if validate:
         products = {layer.name: layer.product for layer in source.plan.layers}
@@ -135,11 +143,22 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     ranges = job.timed("ranges", checked_ranges, source, captured, exported) if ranged else ()
     lowered = job.timed("lower", lowered_graph, source, exported)
     runnable = runnable_graph(lowered, job.target, job.work.file(f"{EMULATED}.{job.target.name}.onnx"))
-    graphs = (exported, runnable)
-    fidelity = job.timed("validate", check_fidelity, source, quantized, captured, *graphs) if validate else None
+    return Prepared(source, captured, quantized, exported, lowered, runnable, ranges)
+
+
+def finish_lowered(job: Job, made: Prepared, *, validate: bool) -> tuple[GateResult, float] | None:
+    """Validate the graphs and compile the kernels of their plugins: all that an engine needs beside the lowered graph.
+
+    The gate's result with the quantization error in dB that it is judged against; None where it was not to `validate`.
+    Raises `FidelityError`.
+    """
+    fidelity = None
+    if validate:
+        graphs = (made.exported, made.runnable)
+        fidelity = job.timed("validate", check_fidelity, made.source, made.quantized, made.captured, *graphs)
     if job.target.kernels == "plugin":
-        job.timed("kernels", compiled_kernels, lowered)
-    return Prepared(source, quantized, exported, lowered, runnable, fidelity, ranges)
+        job.timed("kernels", compiled_kernels, made.lowered)
+    return fidelity
 
 
 def validate_output(output: str | Path, progress: Progress | None = None) -> GateResult:

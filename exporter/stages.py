@@ -14,6 +14,7 @@ from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
 from exporter.calibration_stages import sample_weights
+from exporter.device.begun import BegunEngine
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.files import atomic_path, write_text_atomically
@@ -251,8 +252,9 @@ def compiled_kernels(job: Job, lowered: Path) -> None:
     job.progress.note(f"{verb(reused, 'compiled')} {count} kernels ({folder})")
 
 
-def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
-    """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it.
+def build(job: Job, lowered: Path, runnable: Path, begun: BegunEngine | None, *, validated: bool) -> Path:
+    """The engine at the job's output: the lowered graph itself for ONNX Runtime, else what TensorRT makes of it, which
+    may have `begun`.
 
     Beside it, the recipe as it was resolved and the origin, by which `validate` finds the reference and the graph
     that was compared with it (`runnable`).
@@ -260,7 +262,7 @@ def build(job: Job, lowered: Path, runnable: Path, *, validated: bool) -> Path:
     if job.target.engine == "onnxruntime":
         _copy_onnx(lowered, job.output)
     else:
-        build_engine(lowered, job.output, job.target, job.progress, BuildOptions(acceptance=validated))
+        build_engine(lowered, job.output, job.target, job.progress, BuildOptions(acceptance=validated), begun)
     write_text_atomically(job.beside(".recipe.yaml"), recipe_to_yaml(job.recipe))
     Origin.of(job.output, runnable, job.gate_folder if validated else None).save(job.output)
     job.progress.note(f"wrote {job.output} ({output_bytes(job.output) / 1e6:.2f} MB)")

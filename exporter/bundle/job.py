@@ -19,7 +19,7 @@ from exporter.gate.table import GateResult
 from exporter.job import Job, fitted_target, open_work_dir
 from exporter.metrics import installed_versions
 from exporter.onnx_files import external_files, read_model
-from exporter.pipeline import prepare
+from exporter.pipeline import finish_lowered, prepare
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import Recipe
 from exporter.targets import AUTO, TargetChoice, get_target, resolve_target
@@ -101,7 +101,8 @@ def export_bundle(
             progress.note(f"target {choice.target.name} ({choice.reason})")
             job = Job(own, output, choice, work, keep_graphs, progress)
             made = prepare(job, validate=validate)
-            graphs.append(_Graphs(job, made.exported, made.lowered, validated=made.fidelity is not None))
+            finish_lowered(job, made, validate=validate)
+            graphs.append(_Graphs(job, made.exported, made.lowered, validated=validate))
             weights = _Weights(find_licence(made.source.files), made.source.identity)
             # What the first target had made anew is new enough for the others.
             work = replace(work, fresh=False)

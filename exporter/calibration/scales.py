@@ -31,8 +31,8 @@ _LOWEST, _HIGHEST = -1.0, 0.75
 _FAR_PER_OCTAVE = 4
 _FARTHEST = 4.5
 _REFINEMENTS = (0.97, 0.985, 1.015, 1.03)
-# Few enough to stay in a CPU's cache, and many enough to keep a GPU busy.
-_ELEMENTS_IN_CACHE, _ELEMENTS_ON_GPU = 1 << 16, 1 << 22
+# So few that they stay in a CPU's cache, so many that its threads do not wait for Python; enough to keep a GPU busy.
+_ELEMENTS_IN_CACHE, _ELEMENTS_ON_GPU = 1 << 19, 1 << 22
 
 
 def round_significand(scales: Tensor, bits: int = SIGNIFICAND_BITS) -> Tensor:

@@ -5,30 +5,28 @@ TensorRT works in processes of its own, so that one that crashes loses nothing.
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from exporter.device.acceptance import Acceptance, find_acceptance
+from exporter.device.begun import BegunEngine, is_room_beside
+from exporter.device.checks import Check, check_engine, gate_folder, refuse_failed
 from exporter.device.child import WorkerError, run_worker
-from exporter.device.engine_layers import check_layers
 from exporter.device.graph import LoweredGraph, read_lowered
-from exporter.device.jobs import EngineCheck, EngineJob
+from exporter.device.jobs import EngineJob
 from exporter.device.memory import estimate_memory
 from exporter.device.preflight import check_graph, check_kernels, check_version
 from exporter.device.profiles import BatchRange, profile_shapes
 from exporter.device.requirements import installed_version, missing_builder
 from exporter.device.rtx_file import check_rtx_engine
 from exporter.device.sizes import size
-from exporter.errors import EnvironmentLacksError, FidelityError, InputError
-from exporter.files import atomic_path, sha256_of
+from exporter.errors import EnvironmentLacksError, InputError
+from exporter.files import atomic_path, scratch_folder, sha256_of
 from exporter.gpu import free_memory, local_gpu
 from exporter.targets import Target
 from plugins.kernels.library import INDEX
@@ -55,19 +53,6 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was asked of the engine; `detail` says what was found, or why it was not asked."""
-
-    name: str
-    state: Literal["passed", "failed", "not run"]
-    detail: str
-
-    def sentence(self) -> str:
-        """One line for the terminal."""
-        return f"{self.name}: {self.state}{': ' if self.detail else ''}{self.detail}"
-
-
-@dataclass(frozen=True)
 class EngineInfo:
     """A finished engine: where, for what, how large, built by what, in how many seconds, and what was checked."""
 
@@ -80,13 +65,18 @@ class EngineInfo:
 
 
 def build_engine(
-    lowered: Path, output: Path, target: Target, progress: Progress, options: BuildOptions | None = None
+    lowered: Path,
+    output: Path,
+    target: Target,
+    progress: Progress,
+    options: BuildOptions | None = None,
+    begun: BegunEngine | None = None,
 ) -> EngineInfo:
     """Build `lowered` (ONNX in `target`'s own operators) into an engine file, which is written whole or not at all.
 
     TensorRT-RTX targets are built on any machine, TensorRT targets on the device itself. Dynamic dimensions, which
     are all the batch, range over `options.batch`. Where the engine's GPU is, the engine is loaded in a fresh process,
-    inspected and compared with the gate's saved outputs.
+    inspected and compared with the gate's saved outputs. An engine that is already being built is waited for (`begun`).
 
     Raises:
         EnvironmentLacksError: the builder, its version or the device is not here; the message has the command to run
@@ -98,32 +88,55 @@ def build_engine(
     rtx = target.engine == "tensorrt-rtx"
     graph = read_lowered(lowered)
     version = _checked_environment(graph, output, target, options)
-    shapes = profile_shapes(graph.model, options.batch)
     _check_memory(graph, options, progress)
     start = time.monotonic()
     cache = timing_cache_path(output, graph.kernels)
     with atomic_path(output) as temporary:
-        job = EngineJob(
-            onnx=str(lowered),
-            engine=str(temporary),
-            rtx=rtx,
-            compute_capability=target.compute_capability or (0, 0),
-            shapes=shapes,
-            workspace=options.workspace,
-            plugins=graph.plugins,
-            kernels=str(graph.kernels) if graph.kernels else None,
-        )
+        job = _engine_job(graph, temporary, target, options)
         # TensorRT-RTX measures nothing when it builds: its timing cache does nothing.
-        built = _build(job, cache if options.timing_cache and not rtx else None, target, progress)
+        built = _build(job, cache if options.timing_cache and not rtx else None, target, progress, begun)
         if rtx:
             check_rtx_engine(temporary)
-        checks = _check_engine(graph, temporary, output, target, progress, options)
-        _refuse_failed(checks, temporary, output)
+        checks = check_engine(graph, temporary, output, target, progress, options.gate, acceptance=options.acceptance)
+        refuse_failed(checks, temporary, output)
     seconds = time.monotonic() - start
     name = f"{'TensorRT-RTX' if rtx else 'TensorRT'} {built or '.'.join(map(str, version))}"
     for check in checks:
         progress.note(check.sentence())
     return EngineInfo(output, target.name, output.stat().st_size, name, seconds, checks)
+
+
+@contextmanager
+def engine_begun(
+    lowered: Path, target: Target, folder: Path, options: BuildOptions | None = None
+) -> Iterator[BegunEngine | None]:
+    """What `build_engine` would build, being built in `folder` by a process beside this one, as long as the body runs.
+
+    None where it would disturb or cannot be: a builder that measures on the GPU or with plugins, too little memory for
+    both, and whatever `build_engine` is going to refuse.
+    """
+    with ExitStack() as stack:
+        begun = None
+        if target.engine == "tensorrt-rtx" and target.kernels != "plugin" and is_room_beside(lowered):
+            with suppress(EnvironmentLacksError, InputError):
+                graph, options = read_lowered(lowered), options or BuildOptions()
+                _checked_environment(graph, lowered, target, options)
+                engine = stack.enter_context(scratch_folder(folder)) / "engine.plan"
+                begun = stack.enter_context(BegunEngine(_engine_job(graph, engine, target, options)))
+        yield begun
+
+
+def _engine_job(graph: LoweredGraph, engine: Path, target: Target, options: BuildOptions) -> EngineJob:
+    return EngineJob(
+        onnx=str(graph.path),
+        engine=str(engine),
+        rtx=target.engine == "tensorrt-rtx",
+        compute_capability=target.compute_capability or (0, 0),
+        shapes=profile_shapes(graph.model, options.batch),
+        workspace=options.workspace,
+        plugins=graph.plugins,
+        kernels=str(graph.kernels) if graph.kernels else None,
+    )
 
 
 def timing_cache_path(output: Path, kernels: Path | None = None) -> Path:
@@ -165,15 +178,11 @@ def _checked_environment(graph: LoweredGraph, output: Path, target: Target, opti
 def _journey(graph: LoweredGraph, options: BuildOptions) -> str:
     """What goes to the device, and what must be there, in words."""
     weights = graph.path.with_name(f"{graph.path.name}.data")
-    beside = [path for path in (weights, graph.kernels, _gate_folder(graph, options)) if path and path.exists()]
+    beside = [path for path in (weights, graph.kernels, gate_folder(graph, options.gate)) if path and path.exists()]
     names = ", ".join(path.name if path.is_file() else f"{path.name}/" for path in beside)
     oldest = ".".join(map(str, OLDEST_TENSORRT))
     needed = f" (its plugins need TensorRT {oldest} or later there)" if graph.plugins else ""
     return f"take it{f' and {names}' if names else ''} to the device{needed} and run"
-
-
-def _gate_folder(graph: LoweredGraph, options: BuildOptions) -> Path:
-    return options.gate or graph.path.parent / f"gate.{graph.lowered_for.name}"
 
 
 def _check_memory(graph: LoweredGraph, options: BuildOptions, progress: Progress) -> None:
@@ -192,13 +201,19 @@ def _check_memory(graph: LoweredGraph, options: BuildOptions, progress: Progress
     progress.note("warning: the build may run out of memory: use a smaller largest batch (--batch) or --workspace")
 
 
-def _build(job: EngineJob, cache: Path | None, target: Target, progress: Progress) -> str:
-    """Run the builder and keep its timing cache; its version."""
+def _build(
+    job: EngineJob, cache: Path | None, target: Target, progress: Progress, begun: BegunEngine | None = None
+) -> str:
+    """Run the builder, or wait for the one that was `begun` for the same, and keep its timing cache; its version."""
+    title = f"building for {target.name}"
     with _new_cache(cache) as new_cache:
         earlier = str(cache) if cache is not None and cache.is_file() else None
         job = replace(job, timing_cache=earlier, new_timing_cache=str(new_cache) if new_cache else None)
         try:
-            result = run_worker("build", job, f"building for {target.name}", progress)
+            if begun is not None and begun.is_of(job):
+                result = begun.finish(Path(job.engine), title, progress)
+            else:
+                result = run_worker("build", job, title, progress)
         except WorkerError as error:
             if _OUT_OF_MEMORY.search(str(error)):
                 raise EnvironmentLacksError(
@@ -218,71 +233,3 @@ def _new_cache(cache: Path | None) -> Iterator[Path | None]:
         return
     with atomic_path(cache) as temporary:
         yield temporary
-
-
-def _check_engine(
-    graph: LoweredGraph, engine: Path, output: Path, target: Target, progress: Progress, options: BuildOptions
-) -> tuple[Check, ...]:
-    """Load the engine in a fresh process, hold its layers against the graph's table, and compare its outputs."""
-    rtx = target.engine == "tensorrt-rtx"
-    gpu = local_gpu()
-    names = ("loaded in a fresh process", "quantized layers", "acceptance")
-    if gpu is None or gpu.compute_capability != target.compute_capability:
-        here = "no GPU here" if gpu is None else f"the GPU here is {gpu.name}"
-        return tuple(Check(name, "not run", f"{here}, and the engine is for {target.name}") for name in names)
-    layers_file = output.with_name(output.stem + ".layers.json")
-    try:
-        with atomic_path(layers_file) as temporary:
-            check = EngineCheck(str(engine), rtx, layers=str(temporary))
-            run_worker("load", check, f"loading for {target.name}", progress)
-    except WorkerError as error:
-        return (Check(names[0], "failed", str(error)), *(Check(name, "not run", "") for name in names[1:]))
-    layers = _layers_check(graph, layers_file)
-    gate = _gate_folder(graph, options)
-    return (
-        Check(names[0], "passed", ""),
-        layers,
-        _acceptance_check(engine, output, gate, progress, rtx=rtx, wanted=options.acceptance),
-    )
-
-
-def _layers_check(graph: LoweredGraph, layers_file: Path) -> Check:
-    verdicts = check_layers(graph, layers_file.read_text(encoding="utf-8"))
-    wrong = [verdict for verdict in verdicts if verdict.state == "wrong"]
-    hidden = [verdict.layer for verdict in verdicts if verdict.state == "not visible"]
-    if wrong:
-        named = "; ".join(f"{v.layer} is planned as {v.expected} and reads {v.found}" for v in wrong[:_MOST_NAMED])
-        return Check("quantized layers", "failed", f"{len(wrong)} of {len(verdicts)}: {named} (see {layers_file})")
-    if hidden and len(hidden) == len(verdicts):
-        return Check("quantized layers", "not run", f"TensorRT's inspector names none of the {len(verdicts)} layers")
-    seen = f"{len(verdicts) - len(hidden)} of {len(verdicts)} are as planned"
-    unseen = f", the inspector does not name {', '.join(hidden[:_MOST_NAMED])}" if hidden else ""
-    return Check("quantized layers", "passed", seen + unseen)
-
-
-def _acceptance_check(engine: Path, output: Path, gate: Path, progress: Progress, *, rtx: bool, wanted: bool) -> Check:
-    if not wanted:
-        return Check("acceptance", "not run", "--no-acceptance")
-    saved: Acceptance | None = find_acceptance(gate)
-    if saved is None:
-        return Check("acceptance", "not run", f"{gate} has no saved inputs and outputs")
-    repeat = f"repeat: {saved.command(output, rtx=rtx)}"
-    try:
-        check = EngineCheck(str(engine), rtx, inputs=str(saved.inputs), outputs=str(saved.outputs))
-        result = run_worker("compare", check, "comparing with the reference", progress)
-    except WorkerError as error:
-        return Check("acceptance", "failed", f"{error}; {repeat}")
-    worst_name, worst = min(result["snr"].items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1])
-    passed = worst >= saved.least_db
-    found = f"SNR of {worst_name} {worst:.1f} dB, at least {saved.least_db:.1f} dB needed; {repeat}"
-    return Check("acceptance", "passed" if passed else "failed", found)
-
-
-def _refuse_failed(checks: tuple[Check, ...], engine: Path, output: Path) -> None:
-    """Raise `FidelityError` for the first check that failed; the engine is kept under another name."""
-    failed = next((check for check in checks if check.state == "failed"), None)
-    if failed is None:
-        return
-    rejected = output.with_name(f"{output.stem}.rejected{output.suffix}")
-    os.replace(engine, rejected)
-    raise FidelityError(f"{failed.sentence()}; the engine is kept as {rejected}")

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,14 +87,21 @@ class _Heard:
     lines: list[str] = field(default_factory=list)
 
 
-def run_worker(stage: Stage, job: EngineJob | EngineCheck, title: str, progress: Progress) -> dict[str, Any]:
-    """The worker's result; its phases are shown under `title`.
+def run_worker(
+    stage: Stage,
+    job: EngineJob | EngineCheck,
+    title: str,
+    progress: Progress,
+    started: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+) -> dict[str, Any]:
+    """The worker's result; its phases are shown under `title`. `started` is given the process when it has begun.
 
     Raises `WorkerError`, and `EnvironmentLacksError` where TensorRT or polygraphy cannot be imported.
     """
     heard = _Heard()
     with PhaseBar(progress, title) as bar, tempfile.TemporaryFile("w+", errors="replace") as log:
         with _started(stage, job.to_json(), log) as process:
+            started(process)
             for line in process.stdout or ():
                 facts = read_message(line)
                 if facts is None:

@@ -12,6 +12,7 @@ import onnx
 import torch
 
 from exporter.errors import FidelityError
+from exporter.files import atomic_path
 from exporter.gate.large import compare_segments
 from exporter.gate.linears import (
     LINEAR_DB,
@@ -40,7 +41,8 @@ from exporter.targets import Target
 def compare_graph(
     path: Path, stage: Stage, reference: Reference, folder: Path, target: Target, progress: Progress
 ) -> GateResult:
-    """All rows of the graph in `path`, and the commands that repeat them, with their files in `folder`.
+    """All rows of the graph in `path`, and the commands that repeat them, with their files in `folder`, the cut graphs
+    of a large one beside it, if `folder` is.
 
     A large exported graph gets no commands, and none of the files that they would need, hundreds of megabytes.
 
@@ -151,11 +153,23 @@ class _Compared:
 
     def cut_path(self, kind: str) -> Path:
         """The file of the graph that is cut at its `linears` or between its `blocks`."""
+        if self.lends_weights:
+            return self.path.with_name(f"{self.path.stem}.{kind}.onnx")
         return self.folder / f"{kind}.{self.stage}.onnx"
 
+    @property
+    def lends_weights(self) -> bool:
+        """Whether the cut graphs read the weights in the large graph's second file: in the work folder they stand
+        beside it."""
+        return self.is_large and self.path.parent == self.folder.parent
+
     def save_cut(self, cut: onnx.ModelProto, path: Path) -> None:
-        """Write a part of the large graph, with weights that are in the graph's own second file."""
-        save_onnx(cut, path, LARGEST_WORK_FILE_BYTES, folder=self.path.parent)
+        """Write a part of the large graph, some of whose weights are in the graph's own second file."""
+        if self.lends_weights:
+            with atomic_path(path) as temporary:
+                onnx.save(cut, temporary)
+        else:
+            save_onnx(cut, path, LARGEST_WORK_FILE_BYTES, folder=self.path.parent)
 
     def whole(self, advance: Callable[[], None]) -> tuple[LinearsComparison, tuple[GateRow, ...]]:
         """Compare a small graph, in one piece each time; the second part is the blocks, tiles and the end to end."""

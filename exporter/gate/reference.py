@@ -125,10 +125,11 @@ def _measure(
     around = _with_known_blocks(quantized, adapter, seen)
     forced = []
     for model, given in ((original, inputs), (around, shaken)):
-        with _forced(adapter.blocks(model), adapter.skips(model), seen) as own:
+        with _forced(adapter.blocks(model), adapter.skips(model), seen) as own, _weights_let_go(adapter.blocks(model)):
             own[OUTPUT] = adapter.forward(model, given)
         forced.append(own)
-    of_original = adapter.forward(original, inputs)
+    with _weights_let_go(adapter.blocks(original)):
+        of_original = adapter.forward(original, inputs)
     release_mapped_weights()
     free = distance(OUTPUT, of_original, adapter.forward(quantized, shaken))
     return _Measured(
@@ -136,6 +137,19 @@ def _measure(
         {name: distance(name, forced[0][name], forced[1][name]) for name in arrays},
         free,
     )
+
+
+@contextmanager
+def _weights_let_go(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Let go of mapped weights behind every block: the builder of an engine may be running beside this."""
+
+    def let_go(_module: nn.Module, _args: Any, _output: Any) -> None:
+        release_mapped_weights()
+
+    with ExitStack() as hooks:
+        for _, block in blocks:
+            hooks.callback(block.register_forward_hook(let_go).remove)
+        yield
 
 
 class _KnownBlock(nn.Module):

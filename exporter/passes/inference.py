@@ -16,7 +16,14 @@ _LARGEST_INFERRED_ELEMENTS = 1024
 
 def element_types(graph: gs.Graph) -> dict[str, int]:
     """The ONNX element type of every tensor that has a known one; what an unknown operator makes is left out."""
-    model: onnx.ModelProto = gs.export_onnx(graph)
+    light = graph.copy()
+    for tensor in light.tensors().values():
+        if isinstance(tensor, gs.Constant) and math.prod(tensor.shape) > _LARGEST_INFERRED_ELEMENTS:
+            variable = tensor.to_variable(tensor.dtype, tensor.shape)
+            # graphsurgeon's exporter asks for what its own conversion does not set.
+            variable.type = "tensor_type"
+            light.inputs.append(variable)
+    model: onnx.ModelProto = gs.export_onnx(light)
     values = (*model.graph.input, *model.graph.output, *infer(model))
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}

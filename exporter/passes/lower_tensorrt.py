@@ -24,6 +24,10 @@ from plugins.formats import FloatFormat, Format
 _CONVERTED_TO = ("int8", "fp8")
 """Containers that QuantizeLinear makes with scale 1."""
 
+# Numbers of more steps than this are converted one by one.
+_LARGEST_TABLE = 1 << 12
+_NOT_EXACT = "the weights are not exact in {}"
+
 
 def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
     """FloatQuantizeOnline, FloatQuantizeBlocks, FloatGemm → Q/DQ around a MatMul, by the layer's container;
@@ -160,7 +164,7 @@ def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
         return gs.Constant(name, _exactly(numbers, np.dtype(np.int8))), _contiguous(scales[:, 0])
     product = layer.product
     into = (product.weight_factor if product else None) or 1.0
-    bits = _exactly(numbers * (into * layer.format.step), FP8.dtype).view(np.uint8)
+    bits = _fp8_bits(numbers, into * layer.format.step)
     scales = layer.weight_scales[:, 0] / np.float32(into)
     return low_bit_constant(name, bits, TensorProto.FLOAT8E4M3FN), _contiguous(scales)
 
@@ -169,9 +173,23 @@ def _contiguous(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(scales, np.float32)
 
 
+def _fp8_bits(numbers: npt.NDArray[np.signedinteger[Any]], unit: float) -> npt.NDArray[np.uint8]:
+    """The bytes of numbers·unit in FP8, by a table of few numbers. Raises ValueError if one of them changes."""
+    largest = max(int(numbers.max()), -int(numbers.min()))
+    if largest > _LARGEST_TABLE:
+        return _exactly(numbers * unit, FP8.dtype).view(np.uint8)
+    values = np.arange(-largest, largest + 1) * unit
+    table = values.astype(FP8.dtype)
+    places = np.ascontiguousarray(numbers).astype(np.int16) + largest
+    exact = table.astype(values.dtype) == values
+    if not exact.all() and not exact[places].all():
+        raise ValueError(_NOT_EXACT.format(FP8.dtype))
+    return table.view(np.uint8)[places]
+
+
 def _exactly(numbers: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The numbers in a smaller type. Raises ValueError if one of them changes."""
     stored = np.ascontiguousarray(numbers.astype(dtype, copy=False))
     if numbers.dtype != dtype and not np.array_equal(stored.astype(numbers.dtype), numbers):
-        raise ValueError(f"the weights are not exact in {dtype}")
+        raise ValueError(_NOT_EXACT.format(dtype))
     return stored

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from exporter.device import build, requirements
+from exporter.device import build, checks, requirements
 from exporter.device.build import BuildOptions, EngineInfo, build_engine, timing_cache_path
 from exporter.device.child import WorkerError
 from exporter.device.jobs import EngineCheck, EngineJob
@@ -51,6 +51,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
     made = Worker()
     orin = Gpu("Orin", (8, 7), 8 << 30, True)
     monkeypatch.setattr(build, "run_worker", made)
+    monkeypatch.setattr(checks, "run_worker", made)
+    monkeypatch.setattr(checks, "local_gpu", lambda: orin)
     monkeypatch.setattr(requirements, "local_gpu", lambda: orin)
     monkeypatch.setattr(requirements, "installed_version", lambda *, rtx: (10, 3))
     monkeypatch.setattr(build, "installed_version", lambda *, rtx: (10, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +13,7 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.layer_table import LayerEntry, read_layer_table
+from exporter.passes.lower_tensorrt import _fp8_bits
 from exporter.targets import TARGETS
 from plugins.float_quantize.reference import quantize_online
 from plugins.formats import get_format
@@ -134,3 +136,14 @@ def test_scale_that_is_not_positive_is_refused() -> None:
     weight.scales[5] = 0
     with pytest.raises(InputError, match=r"blocks\.0\.fc.*not positive"):
         _lower(one_linear(weight), "rtx-sm86")
+
+
+@pytest.mark.parametrize("largest", [17, 1 << 13])
+def test_numbers_that_fp8_lacks_are_refused(largest: int) -> None:
+    """17 needs five significand bits; few numbers are looked up in a table, others converted one by one."""
+    with pytest.raises(ValueError, match="not exact in float8_e4m3fn"):
+        _fp8_bits(np.array([[-3, 17, largest]]), 1.0)
+    # 8192 is a number that FP8 has, in units that bring it into range.
+    exact = np.array([[-3, 15, largest & ~1]])
+    expected = (exact * 2.0**-6).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(_fp8_bits(exact, 2.0**-6), expected.view(np.uint8))
