@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.codes import encode_grid_values, nearest_codes
+from exporter.cores import on_every_core
 from exporter.cuda.linear import PackedOnGpu
 from exporter.decoded_weights import unpacked_codes, unpacked_weight
 from exporter.errors import InputError
@@ -217,11 +218,15 @@ def save_quantized(path: Path, result: CalibrationResult, plan: Plan) -> None:
 
     The same result gives the same bytes, so the seconds that blocks took are left out.
     """
+
+    def packed(layer: LayerPlan) -> Tensor:
+        codes = result.weights[layer.name].codes.cpu().numpy()
+        return torch.from_numpy(pack(codes, get_format(layer.weight_format).bits))
+
     tensors: dict[str, Tensor] = {}
-    for layer in plan.layers:
+    for layer, words in zip(plan.layers, on_every_core(packed, plan.layers), strict=True):
         weight = result.weights[layer.name]
-        words = pack(weight.codes.cpu().numpy(), get_format(layer.weight_format).bits)
-        tensors[f"{layer.name}.words"] = torch.from_numpy(words)
+        tensors[f"{layer.name}.words"] = words
         tensors[f"{layer.name}.scales"] = weight.scales.cpu().contiguous()
         if weight.input_scale is not None:
             tensors[f"{layer.name}.input_scale"] = weight.input_scale.cpu()
@@ -251,7 +256,8 @@ def load_quantized(path: Path, plan: Plan) -> CalibrationResult:
     names = {f"{layer.name}.{part}" for layer in plan.layers for part in _parts(layer)}
     if names != tensors.keys():
         raise InputError(f"{path}: tensors missing or unexpected: {', '.join(sorted(names ^ tensors.keys()))}")
-    return CalibrationResult({layer.name: _unpack_layer(path, layer, tensors) for layer in plan.layers}, blocks)
+    weights = on_every_core(lambda layer: _unpack_layer(path, layer, tensors), plan.layers)
+    return CalibrationResult({layer.name: weight for layer, weight in zip(plan.layers, weights, strict=True)}, blocks)
 
 
 def _parts(layer: LayerPlan) -> tuple[str, ...]:

@@ -80,11 +80,13 @@ def validate_graphs(
     folder.mkdir(exist_ok=True)
     # Here what lowering freed, and below what the torch models did: glibc keeps several hundred megabytes of it.
     return_freed_memory()
-    reference = record_reference(original, quantized, adapter, batches, progress, compute, product_type(target))
+    record_reference(original, quantized, adapter, batches, progress, compute, product_type(target)).save(folder)
+    # From here on its numbers are those in the file, which need not be in memory all the time.
+    reference = Reference.load(folder)
     release_mapped_weights()
     return_freed_memory()
     with quiet(), ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(_save, reference, folder)
+        saved = pool.submit(_save_for_polygraphy, reference, folder)
         # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
         found = compare_graphs(exported, lowered, reference, folder, target, progress)
         saved.result()
@@ -183,10 +185,8 @@ def _target_of(path: Path) -> Target:
     return get_target(names[TARGET_KEY])
 
 
-def _save(reference: Reference, folder: Path) -> None:
-    """The reference, and the inputs and outputs of the cut between blocks and of the whole model, which reads and gives
-    some of them."""
-    reference.save(folder)
+def _save_for_polygraphy(reference: Reference, folder: Path) -> None:
+    """Inputs and outputs of the cut between blocks, and of the whole model, which reads and gives some of them."""
     lowered = reference.for_stage("lowered")
     save_feeds(model_feeds(lowered), folder / "model.inputs.json")
     save_reference([dict(model.boundaries) for model in lowered.models], folder / "model.reference.json")

@@ -31,10 +31,9 @@ _SECONDS_BETWEEN_SAMPLES = 0.1
 GB = 1e9
 _MOST_OF_FP32 = 0.17
 _BUILDER = (
-    "An rtx target's build is TensorRT-RTX's own builder, in a process of its own beside the waiting exporter: that "
-    "time, and most of that memory, is no stage's of ours."
+    "TensorRT-RTX's own builder, in a process of its own, takes one core and at most {:.1f} GB of what is resident. It "
+    "runs beside `validate`, at lower priority; `build` is what was left of it behind that."
 )
-_GATE = "validate"
 # The stage that writes the output; what comes behind it evaluates it for the report.
 _WRITES = "build"
 # Stages that are named where a budget is missed.
@@ -176,19 +175,8 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
         ]
     for use in exports:
         if get_target(use.target).engine == "tensorrt-rtx":
-            lines += ["", _BUILDER + _why_behind_the_gate(model, use)]
+            lines += ["", _BUILDER.format(use.builder_bytes / GB)]
     return "\n".join(lines)
-
-
-def _why_behind_the_gate(model: FullSize, use: ExportUse) -> str:
-    """Why the builder does not run beside the gate, where memory is the reason."""
-    gate = next(stage.peak_bytes for stage in use.stages if stage.name == _GATE)
-    if use.builder_bytes + gate <= model.most_bytes:
-        return ""
-    return (
-        f" It begins when the gate has passed: the builder's {use.builder_bytes / GB:.1f} GB beside the gate's "
-        f"{gate / GB:.1f} GB would be more than the {model.most_bytes / GB:.1f} GB of the budget."
-    )
 
 
 def _verdict(found: float, most: float, digits: str, unit: str, why_not: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from exporter.progress import Progress
 
 # The other work comes first where cores are few.
-_NICENESS = 19
+_NICENESS = 5
 # TensorRT-RTX takes about five times a graph's weights, and what runs beside it as much again.
 _ROOM = 10
 

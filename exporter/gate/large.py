@@ -18,6 +18,7 @@ from exporter.gate.segments import Constants, DividedGraph, segment_outputs, wit
 from exporter.gate.subgraphs import given_name
 from exporter.gate.table import GateRow, Stage
 from exporter.gate.whole import boundary_rows, computed_boundaries, end_to_end_row, model_feeds, read_by, tiles_row
+from exporter.memory import release_mapped_weights
 from exporter.passes.layer_table import LayerEntry
 
 
@@ -44,9 +45,10 @@ def compare_segments(
     """What `compare_blocks`, `compare_tiles` and `compare_end_to_end` compare, of a large graph and segment by segment.
 
     Every segment of `plain`, the graph without tiles, runs on the reference's tensors, and on what the segments of
-    `written` before it gave, which run free from the model's inputs to its output; there a tiled segment must give the
-    bits of the plain one. Those of the `layers` that lie in it run on the inputs that the reference recorded. `path`,
-    the graph's file, is for messages and for weights that the graphs lack; `threads` are those of one operator.
+    `written` before it gave, which run free from the model's inputs to its output (`Reference.free_inputs`); there a
+    tiled segment must give the bits of the plain one. Those of the `layers` that lie in it run on the inputs that the
+    reference recorded. `path`, the graph's file, is for messages and for weights that the graphs lack; `threads` are
+    those of one operator.
 
     Raises:
         CutError: the graph lacks a block's output.
@@ -84,7 +86,7 @@ class _Walk:
         self._linears = LinearsComparison()
         self._codes: dict[str, CodeComparison] = {}
         self._forced = model_feeds(reference)
-        self._free: list[Arrays] = [dict(model.inputs) for model in reference.models]
+        self._free: list[Arrays] = [reference.free_inputs(model) for model in reference.models]
         self._example: Arrays = {}
         self._rows: list[GateRow] = []
         self._tiles_equal: list[bool] = []
@@ -106,6 +108,8 @@ class _Walk:
         for feed, output in zip(self._free, free, strict=True):
             feed.update({given_name(name): array for name, array in output.items()})
         self._example |= free[0]
+        # The reference's file.
+        release_mapped_weights()
 
     def _run(
         self, graph: DividedGraph, names: Sequence[str], constants: Constants, feeds: Sequence[Arrays]

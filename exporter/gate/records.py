@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from exporter.compute import COMPUTE_TYPES, Compute
 from exporter.errors import InputError
@@ -28,7 +29,7 @@ SHARED_PREFIX = "blocks."
 
 MANIFEST = "manifest.json"
 TENSORS = "reference.safetensors"
-_VERSION = 4
+_VERSION = 5
 # Where the compute type, not quantization, limits the agreement: its rounding, at least so far away, is asked for.
 ROUNDING_MARGIN_DB = 6.0
 _FACTS = ("layer", "weight_format", "activation_format", "rank", "probes", "products")
@@ -117,7 +118,7 @@ class Reference:
     for the free-running model. `blocks`: module paths in order. The worst over timesteps of the output's SNR:
     `quantization_db` against the original model's, `sensitivity_db` against its own on inputs changed as little as
     rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32. `outputs` are those of
-    layers that are quantized.
+    layers that are quantized. `free_samples` is how many samples of a batch the models run free on, None for all.
     """
 
     linears: tuple[LinearRecord, ...]
@@ -129,6 +130,15 @@ class Reference:
     sensitivity_db: float
     rounding: Rounding | None = None
     outputs: tuple[OutputRecord, ...] = ()
+    free_samples: int | None = None
+
+    def free_inputs(self, model: ModelRecord) -> dict[str, npt.NDArray[Any]]:
+        """The inputs of one of the models that a graph runs free on."""
+        return {name: array[: self.free_samples] for name, array in model.inputs.items()}
+
+    def free_output(self, model: ModelRecord) -> npt.NDArray[np.generic]:
+        """What the model gave on its `free_inputs`."""
+        return model.boundaries[OUTPUT][: self.free_samples]
 
     def for_stage(self, stage: Stage) -> Reference:
         """The reference as a graph of that stage is compared with it: the exported one is FP32 whatever is asked for.
@@ -174,6 +184,7 @@ class Reference:
             "end_to_end_threshold": self.end_to_end_threshold,
             "quantization_db": self.quantization_db,
             "sensitivity_db": self.sensitivity_db,
+            "free_samples": self.free_samples,
             "rounding": None if self.rounding is None else asdict(self.rounding),
         }
         with atomic_tensor_path(folder / TENSORS) as temporary:
@@ -182,14 +193,14 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path) -> Reference:
-        """Read what `save` wrote.
+        """Read what `save` wrote; the arrays are the file itself, mapped into memory.
 
         Raises:
             InputError: nothing is there, or it is not what `save` writes.
         """
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
+            tensors = {name: tensor.numpy() for name, tensor in load_file(folder / TENSORS).items()}
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename or folder}: no validation reference; export again without --no-validate"
@@ -227,6 +238,7 @@ class Reference:
             manifest["sensitivity_db"],
             None if manifest["rounding"] is None else Rounding(**manifest["rounding"]),
             tuple(outputs),
+            manifest["free_samples"],
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ def record_reference(
             inputs = adapter.with_conditions(quantized, batch)
             with rows.collected(), outputs.collected(), _boundaries(blocks) as seen:
                 seen[OUTPUT] = adapter.forward(quantized, inputs)
-            measured.append(_measure(original, quantized, adapter, inputs, seen))
+            measured.append(_measure(original, quantized, adapter, inputs, seen, rows.free_samples))
             costs += [] if compute == "fp32" else [_rounding(compute, products, quantized, adapter, inputs, seen)]
             task.advance()
         linears, rounded_outputs = tuple(rows.records()), tuple(outputs.records())
@@ -84,6 +85,7 @@ def record_reference(
         sensitivity_db=min(one.sensitivity_db for one in free),
         rounding=_worst(costs),
         outputs=rounded_outputs,
+        free_samples=rows.free_samples,
     )
 
 
@@ -110,6 +112,7 @@ def _measure(
     adapter: Adapter,
     inputs: TransformerInputs,
     seen: dict[str, Tensor],
+    free_samples: int | None,
 ) -> _Measured:
     arrays = {name: as_array(tensor) for name, tensor in seen.items()}
     for name, array in arrays.items():
@@ -117,8 +120,8 @@ def _measure(
             raise FidelityError(f"the quantized torch model gives NaN or infinity at {name}; nothing can be compared")
     shaken = _shaken(inputs)
 
-    def distance(name: str, of_original: Tensor, of_shaken: Tensor) -> _Distances:
-        found = (bounded_db(snr_db(as_array(tensor), arrays[name])) for tensor in (of_original, of_shaken))
+    def distances(expected: npt.NDArray[Any], of_original: Tensor, of_shaken: Tensor) -> _Distances:
+        found = (bounded_db(snr_db(as_array(tensor), expected)) for tensor in (of_original, of_shaken))
         return _Distances(*found)
 
     # A block that is given its inputs is not shaken: what it gave is what it would give again.
@@ -128,13 +131,14 @@ def _measure(
         with _forced(adapter.blocks(model), adapter.skips(model), seen) as own, _weights_let_go(adapter.blocks(model)):
             own[OUTPUT] = adapter.forward(model, given)
         forced.append(own)
+    samples = slice(free_samples)
     with _weights_let_go(adapter.blocks(original)):
-        of_original = adapter.forward(original, inputs)
+        of_original = adapter.forward(original, inputs[samples])
     release_mapped_weights()
-    free = distance(OUTPUT, of_original, adapter.forward(quantized, shaken))
+    free = distances(arrays[OUTPUT][samples], of_original, adapter.forward(quantized, shaken[samples]))
     return _Measured(
         ModelRecord(float(inputs.timestep.flatten()[0]), dict(inputs.as_numpy()), arrays),
-        {name: distance(name, forced[0][name], forced[1][name]) for name in arrays},
+        {name: distances(array, forced[0][name], forced[1][name]) for name, array in arrays.items()},
         free,
     )
 

@@ -18,6 +18,7 @@ from exporter.compute import Compute
 from exporter.cores import on_every_core
 from exporter.gate.records import LinearRecord
 from exporter.gate.rounding import rounded
+from exporter.gate.segments import is_large
 from exporter.quantize import QuantLinear
 from exporter.rounding import dequantize
 
@@ -83,6 +84,15 @@ class LinearInputs:
         per_row = sum(2 * module.in_features + module.out_features for module in modules.values())
         rows = min(TOKEN_ROWS, max(_FEWEST_ROWS, _MOST_NUMBERS // max(per_row, 1)))
         return cls(modules, TokenRows(modules, max(1, rows // batches), compute), products)
+
+    @property
+    def free_samples(self) -> int | None:
+        """On how many samples of a batch the models run free: on one where they are large, None for all.
+
+        Every part of them is compared on all samples given its inputs; a second one running free would take a large
+        model's gate a quarter longer.
+        """
+        return 1 if is_large(self.modules.values()) else None
 
     def collected(self) -> AbstractContextManager[None]:
         """Collect while the model runs once."""

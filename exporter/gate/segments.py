@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ from exporter.gate.subgraphs import (
     typed_output,
 )
 from exporter.onnx_files import with_values
-from exporter.passes.layer_table import LayerEntry
 from exporter.runtime import OnnxSession
 from exporter.runtime.arena import share_arena
 
@@ -44,9 +43,21 @@ Constants: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """Computed constants by name."""
 
 
-def is_large(layers: Iterable[LayerEntry]) -> bool:
+class Linear(Protocol):
+    """A quantized layer of a graph or of a model."""
+
+    @property
+    def in_features(self) -> int:
+        """K of its weight [N, K]."""
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+
+
+def is_large(layers: Iterable[Linear]) -> bool:
     """Whether a graph with these quantized layers is run in segments."""
-    return sum(entry.in_features * entry.out_features for entry in layers) > LARGEST_WHOLE
+    return sum(layer.in_features * layer.out_features for layer in layers) > LARGEST_WHOLE
 
 
 def segment_outputs(model: onnx.ModelProto, blocks: Sequence[str]) -> list[tuple[str, ...]]:

@@ -88,13 +88,13 @@ def compare_end_to_end(path: Path, reference: Reference, stage: Stage, *, optimi
     Raises:
         FidelityError: it cannot be run.
     """
-    outputs = run_graph(path, [dict(model.inputs) for model in reference.models], optimized=optimized)
+    outputs = run_graph(path, [reference.free_inputs(model) for model in reference.models], optimized=optimized)
     return end_to_end_row(outputs, reference, stage)
 
 
 def end_to_end_row(outputs: Sequence[Arrays], reference: Reference, stage: Stage) -> GateRow:
     """The verdict on the outputs of the graph running free, one mapping a timestep."""
-    expected: Sequence[Arrays] = [{OUTPUT: model.boundaries[OUTPUT]} for model in reference.models]
+    expected: Sequence[Arrays] = [{OUTPUT: reference.free_output(model)} for model in reference.models]
     snr = compare_snr(expected, outputs)
     return _row(stage, "end_to_end", OUTPUT, snr.get(OUTPUT, np.nan), reference.end_to_end_threshold)
 

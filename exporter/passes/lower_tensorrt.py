@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from exporter.byte_tables import look_up
 from exporter.errors import InputError
 from exporter.passes.encodings import unit_of
 from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
@@ -24,8 +25,6 @@ from plugins.formats import FloatFormat, Format
 _CONVERTED_TO = ("int8", "fp8")
 """Containers that QuantizeLinear makes with scale 1."""
 
-# Numbers of more steps than this are converted one by one.
-_LARGEST_TABLE = 1 << 12
 _NOT_EXACT = "the weights are not exact in {}"
 
 
@@ -174,17 +173,17 @@ def _contiguous(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _fp8_bits(numbers: npt.NDArray[np.signedinteger[Any]], unit: float) -> npt.NDArray[np.uint8]:
-    """The bytes of numbers·unit in FP8, by a table of few numbers. Raises ValueError if one of them changes."""
-    largest = max(int(numbers.max()), -int(numbers.min()))
-    if largest > _LARGEST_TABLE:
+    """The bytes of numbers·unit in FP8, those of one byte by a table. Raises ValueError if one of them changes."""
+    if numbers.itemsize > 1:
         return _exactly(numbers * unit, FP8.dtype).view(np.uint8)
-    values = np.arange(-largest, largest + 1) * unit
+    # From 0 to 127 and from −128 to −1, as a byte counts.
+    values = np.arange(256, dtype=np.uint8).view(np.int8) * unit
     table = values.astype(FP8.dtype)
-    places = np.ascontiguousarray(numbers).astype(np.int16) + largest
     exact = table.astype(values.dtype) == values
-    if not exact.all() and not exact[places].all():
+    numbers = np.ascontiguousarray(numbers)
+    if not exact.all() and not look_up(exact, numbers).all():
         raise ValueError(_NOT_EXACT.format(FP8.dtype))
-    return table.view(np.uint8)[places]
+    return look_up(table.view(np.uint8), numbers)
 
 
 def _exactly(numbers: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from exporter.byte_tables import look_up
 from exporter.passes.surgery import Splicer, array_of, is_output, online_quantizer, variant_of
 from plugins.block_scales import BlockScaling
 from plugins.body import Body
@@ -98,7 +99,8 @@ class Layer:
         largest = self.format.max_numerator * (1 if self.multipliers is None else int(self.multipliers.max()))
         # Of the negative number below it: what holds −128 need not hold 128.
         dtype = np.min_scalar_type(-largest - 1)
-        numerators = self.format.numerators.astype(dtype)[self.codes()]
+        table, codes = self.format.numerators.astype(dtype), self.codes()
+        numerators = look_up(table, codes) if dtype.itemsize == 1 else table[codes]
         if self.multipliers is None:
             return numerators
         size = self.gemm.group_size

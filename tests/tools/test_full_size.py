@@ -102,11 +102,8 @@ def test_what_is_met_says_so_and_what_is_missed_says_by_how_much_and_why() -> No
     assert "evaluate" not in longest
 
 
-def test_the_builder_stands_behind_the_gate_where_both_would_be_too_much() -> None:
-    stages = tuple(replace(stage, peak_bytes=2_000_000_000) for stage in RTX.stages)
-    use = replace(RTX, stages=stages)
-    assert "the builder's 3.0 GB beside the gate's 2.0 GB" in markdown(replace(PIXART, most_bytes=4e9), 1, [use])
-    assert "It begins when" not in markdown(replace(PIXART, most_bytes=6e9), 1, [use])
+def test_what_the_builder_takes_is_said_where_there_is_one() -> None:
+    assert "at most 3.0 GB of what is resident" in markdown(PIXART, 1, [RTX])
     assert "builder" not in markdown(PIXART, 1, [USE])
 
 

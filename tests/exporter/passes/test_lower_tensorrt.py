@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -138,12 +139,11 @@ def test_scale_that_is_not_positive_is_refused() -> None:
         _lower(one_linear(weight), "rtx-sm86")
 
 
-@pytest.mark.parametrize("largest", [17, 1 << 13])
-def test_numbers_that_fp8_lacks_are_refused(largest: int) -> None:
-    """17 needs five significand bits; few numbers are looked up in a table, others converted one by one."""
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_numbers_that_fp8_lacks_are_refused(dtype: type[np.signedinteger[Any]]) -> None:
+    """17 needs five significand bits; bytes are looked up, longer numbers converted."""
     with pytest.raises(ValueError, match="not exact in float8_e4m3fn"):
-        _fp8_bits(np.array([[-3, 17, largest]]), 1.0)
-    # 8192 is a number that FP8 has, in units that bring it into range.
-    exact = np.array([[-3, 15, largest & ~1]])
-    expected = (exact * 2.0**-6).astype(ml_dtypes.float8_e4m3fn)
-    np.testing.assert_array_equal(_fp8_bits(exact, 2.0**-6), expected.view(np.uint8))
+        _fp8_bits(np.array([[-3, 17]], dtype), 1.0)
+    exact = np.array([[-3, 15, -128, 0], [-1, 30, 120, 26]], dtype).T
+    expected = (exact * 0.5).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(_fp8_bits(exact, 0.5), expected.view(np.uint8))
