@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools import measured_export
-from tools.full_size import ExportUse, StageUse, markdown, watch, weight_bytes
+from tools.full_size import ExportUse, StageUse, fastest_of, markdown, watch, weight_bytes
 from tools.full_size_commands import COMMANDS, Command, CommandUse, measured, remove
 from tools.full_size_commands import markdown as commands_markdown
 from tools.full_size_models import MODELS, FullSize, make_model
@@ -100,6 +100,14 @@ def test_what_is_met_says_so_and_what_is_missed_says_by_how_much_and_why() -> No
     ]
     longest = aims(replace(model, most_seconds=60), USE)["cpu: output written and validated in at most 60 s"][1]
     assert "evaluate" not in longest
+
+
+def test_the_fastest_of_several_exports_says_how_long_the_others_took() -> None:
+    slow = replace(USE, written_seconds=90.0, peak_bytes=2_500_000_000)
+    use = fastest_of([slow, USE])
+    assert (use.written_seconds, use.peak_bytes) == (70.0, 2_500_000_000)
+    assert "cpu: the fastest of 2 exports (70, 90 s)" in markdown(PIXART, 1, [use])
+    assert "fastest" not in markdown(PIXART, 1, [fastest_of([USE])])
 
 
 def test_what_the_builder_takes_is_said_where_there_is_one() -> None:
