@@ -97,6 +97,8 @@ def export(
         # Without the gate there is nothing that the builder could run beside.
         beside = engine_begun(made.lowered, job.target, job.work.path) if validate else nullcontext()
         with beside as begun:
+            if begun is not None:
+                job.progress.note(f"the engine for {job.target.name} is being built beside the validation")
             fidelity = finish_lowered(job, made, validate=validate)
             engine = job.timed("build", build, made.lowered, made.runnable, begun, validated=validate)
         evaluation = job.timed("evaluate", evaluate, made.source, made.quantized, made.runnable)

@@ -211,6 +211,9 @@ def _rewritten(job: Job, source: Path, passes: tuple[Pass, ...], name: str) -> P
 
     model, results = run_passes(onnx.load(source), passes, job.target, keep if job.keep_graphs else None)
     path = job.work.file(f"{name}.onnx")
+    # Graphs that the gate cut read the weights that are replaced now.
+    for cut in path.parent.glob(f"*.{job.target.name}.*.onnx"):
+        cut.unlink()
     save_onnx(model, path, LARGEST_WORK_FILE_BYTES)
     changes = ", ".join(f"{result.name} {result.changed}" for result in results if result.changed)
     job.progress.note(f"{name}: {results[-1].nodes} nodes ({changes})")

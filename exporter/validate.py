@@ -1,7 +1,7 @@
 """The fidelity gate as a stage: torch fake-quant against the exported and the lowered graph, and again later.
 
-What the comparison needs is kept in a folder: the reference (manifest.json, reference.safetensors), the cut graphs,
-inputs and expected outputs as polygraphy reads them and the verdict (result.json).
+What the comparison needs is kept in a folder: the reference (manifest.json, reference.safetensors), the cut graphs (a
+large graph's stand beside it), inputs and expected outputs as polygraphy reads them and the verdict (result.json).
 """
 
 from __future__ import annotations

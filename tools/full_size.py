@@ -31,8 +31,8 @@ _SECONDS_BETWEEN_SAMPLES = 0.1
 GB = 1e9
 _MOST_OF_FP32 = 0.17
 _BUILDER = (
-    "TensorRT-RTX's own builder, in a process of its own, takes one core and at most {:.1f} GB of what is resident. It "
-    "runs beside `validate`, at lower priority; `build` is what was left of it behind that."
+    "TensorRT-RTX's own builder, in a process of its own, takes one core and at most {:.1f} GB of what is resident. "
+    "Where memory is for both it runs beside `validate`, at lower priority, and `build` is what was left of it."
 )
 # The stage that writes the output; what comes behind it evaluates it for the report.
 _WRITES = "build"
@@ -194,7 +194,7 @@ def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str
 def _notes(use: ExportUse) -> Iterator[str]:
     if len(use.runs) > 1:
         times = ", ".join(f"{seconds:.0f}" for seconds in use.runs)
-        yield f"{use.target}: the fastest of {len(use.runs)} exports ({times} s); the machine is noisy. Memory: the most."
+        yield f"{use.target}: the fastest of {len(use.runs)} exports ({times} s), with the most memory of any."
     if get_target(use.target).engine == "tensorrt-rtx":
         yield _BUILDER.format(use.builder_bytes / GB)
 

@@ -31,7 +31,8 @@ _LOWEST, _HIGHEST = -1.0, 0.75
 _FAR_PER_OCTAVE = 4
 _FARTHEST = 4.5
 _REFINEMENTS = (0.97, 0.985, 1.015, 1.03)
-# So few that they stay in a CPU's cache, so many that its threads do not wait for Python; enough to keep a GPU busy.
+# So few that they stay in a CPU's cache, so many that layers in other threads need not wait for Python's lock; enough
+# to keep a GPU busy.
 _ELEMENTS_IN_CACHE, _ELEMENTS_ON_GPU = 1 << 19, 1 << 22
 
 

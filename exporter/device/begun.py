@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -28,7 +29,7 @@ _ROOM = 10
 
 def is_room_beside(lowered: Path) -> bool:
     """Whether there is memory for a builder of this graph beside what else goes on."""
-    return lowered.is_file() and usable_memory() > _ROOM * total_bytes(lowered)
+    return usable_memory() > _ROOM * total_bytes(lowered)
 
 
 class BegunEngine:
@@ -73,4 +74,6 @@ class BegunEngine:
             self._process = process
             if self._left:
                 process.kill()
-        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+        # A courtesy, which a system may refuse or the process no longer be there for.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporter.device.begun import BegunEngine, is_room_beside
 from exporter.device.checks import Check, check_engine, gate_folder, refuse_failed
@@ -54,7 +54,8 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """A finished engine: where, for what, how large, built by what, in how many seconds, and what was checked."""
+    """A finished engine: where, for what, how large, built by what, how many seconds were waited for it, and what was
+    checked."""
 
     path: Path
     target: str
@@ -88,11 +89,12 @@ def build_engine(
     rtx = target.engine == "tensorrt-rtx"
     graph = read_lowered(lowered)
     version = _checked_environment(graph, output, target, options)
-    _check_memory(graph, options, progress)
     start = time.monotonic()
     cache = timing_cache_path(output, graph.kernels)
     with atomic_path(output) as temporary:
         job = _engine_job(graph, temporary, target, options)
+        if begun is None or not begun.is_of(job):
+            _check_memory(graph, options, progress)
         # TensorRT-RTX measures nothing when it builds: its timing cache does nothing.
         built = _build(job, cache if options.timing_cache and not rtx else None, target, progress, begun)
         if rtx:
@@ -117,12 +119,13 @@ def engine_begun(
     """
     with ExitStack() as stack:
         begun = None
-        if target.engine == "tensorrt-rtx" and target.kernels != "plugin" and is_room_beside(lowered):
-            with suppress(EnvironmentLacksError, InputError):
+        if target.engine == "tensorrt-rtx" and target.kernels != "plugin":
+            with suppress(EnvironmentLacksError, InputError, OSError):
                 graph, options = read_lowered(lowered), options or BuildOptions()
                 _checked_environment(graph, lowered, target, options)
-                engine = stack.enter_context(scratch_folder(folder)) / "engine.plan"
-                begun = stack.enter_context(BegunEngine(_engine_job(graph, engine, target, options)))
+                if is_room_beside(lowered):
+                    engine = stack.enter_context(scratch_folder(folder)) / "engine.plan"
+                    begun = stack.enter_context(BegunEngine(_engine_job(graph, engine, target, options)))
         yield begun
 
 
@@ -210,10 +213,7 @@ def _build(
         earlier = str(cache) if cache is not None and cache.is_file() else None
         job = replace(job, timing_cache=earlier, new_timing_cache=str(new_cache) if new_cache else None)
         try:
-            if begun is not None and begun.is_of(job):
-                result = begun.finish(Path(job.engine), title, progress)
-            else:
-                result = run_worker("build", job, title, progress)
+            result = _finished(begun, job, title, progress) or run_worker("build", job, title, progress)
         except WorkerError as error:
             if _OUT_OF_MEMORY.search(str(error)):
                 raise EnvironmentLacksError(
@@ -224,6 +224,17 @@ def _build(
     if cache is not None:
         progress.note(f"timing cache {cache}: {result['timing_cache']}")
     return str(result["version"])
+
+
+def _finished(begun: BegunEngine | None, job: EngineJob, title: str, progress: Progress) -> dict[str, Any] | None:
+    """What was `begun` of the same job; None without, or where it failed: alone it may have what it lacked."""
+    if begun is None or not begun.is_of(job):
+        return None
+    try:
+        return begun.finish(Path(job.engine), title, progress)
+    except WorkerError as error:
+        progress.note(f"{title} beside the gate failed ({error}); once more, alone")
+        return None
 
 
 @contextmanager

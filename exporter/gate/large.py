@@ -108,7 +108,7 @@ class _Walk:
         for feed, output in zip(self._free, free, strict=True):
             feed.update({given_name(name): array for name, array in output.items()})
         self._example |= free[0]
-        # The reference's file.
+        # What was read of the reference's file.
         release_mapped_weights()
 
     def _run(

@@ -118,7 +118,8 @@ class Reference:
     for the free-running model. `blocks`: module paths in order. The worst over timesteps of the output's SNR:
     `quantization_db` against the original model's, `sensitivity_db` against its own on inputs changed as little as
     rounding does. `rounding` is what a compute type other than FP32 costs, None for FP32. `outputs` are those of
-    layers that are quantized. `free_samples` is how many samples of a batch the models run free on, None for all.
+    layers that are quantized. `free_samples` is how many samples of a batch the graphs run free on, None
+    for all; the numbers of running free are then those of the worst so many samples, which all together keep, too.
     """
 
     linears: tuple[LinearRecord, ...]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,17 +13,17 @@ from torch import Tensor, nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
+from exporter.gate.forced import boundaries_of, forced, weights_let_go, with_known_blocks
 from exporter.gate.outputs import LayerOutputs
-from exporter.gate.records import OUTPUT, SHARED_PREFIX, ModelRecord, Reference, Rounding
+from exporter.gate.records import OUTPUT, ModelRecord, Reference, Rounding
 from exporter.gate.rounding import rounded, stored_in
 from exporter.gate.rows import LinearInputs, as_array
 from exporter.gate.snr import snr_db
 from exporter.gate.table import bounded_db
 from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
-from exporter.models.inputs import TransformerInputs, shared_inputs
+from exporter.models.inputs import TransformerInputs
 from exporter.progress import Progress
-from exporter.quantize import share_copy
 
 # Where nothing is quantized on the way, two float32 computations agree at least this well.
 EXACT_DB = 100.0
@@ -60,10 +59,12 @@ def record_reference(
     with progress.task("recording the reference", len(batches) + 1) as task:
         for batch in batches:
             inputs = adapter.with_conditions(quantized, batch)
-            with rows.collected(), outputs.collected(), _boundaries(blocks) as seen:
+            with rows.collected(), outputs.collected(), boundaries_of(blocks) as seen:
                 seen[OUTPUT] = adapter.forward(quantized, inputs)
-            measured.append(_measure(original, quantized, adapter, inputs, seen, rows.free_samples))
-            costs += [] if compute == "fp32" else [_rounding(compute, products, quantized, adapter, inputs, seen)]
+            parts = _parts(inputs.batch, rows.free_samples)
+            measured.append(_measure(original, quantized, adapter, inputs, seen, parts))
+            if compute != "fp32":
+                costs.append(_rounding(compute, products, quantized, adapter, inputs, seen, parts))
             task.advance()
         linears, rounded_outputs = tuple(rows.records()), tuple(outputs.records())
         task.advance()
@@ -112,8 +113,9 @@ def _measure(
     adapter: Adapter,
     inputs: TransformerInputs,
     seen: dict[str, Tensor],
-    free_samples: int | None,
+    parts: Sequence[slice],
 ) -> _Measured:
+    """`parts` are the samples that are judged on their own when running free, of which the worst counts."""
     arrays = {name: as_array(tensor) for name, tensor in seen.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -125,60 +127,28 @@ def _measure(
         return _Distances(*found)
 
     # A block that is given its inputs is not shaken: what it gave is what it would give again.
-    around = _with_known_blocks(quantized, adapter, seen)
-    forced = []
+    around = with_known_blocks(quantized, adapter, seen)
+    given_inputs = []
     for model, given in ((original, inputs), (around, shaken)):
-        with _forced(adapter.blocks(model), adapter.skips(model), seen) as own, _weights_let_go(adapter.blocks(model)):
+        with forced(adapter.blocks(model), adapter.skips(model), seen) as own, weights_let_go(adapter.blocks(model)):
             own[OUTPUT] = adapter.forward(model, given)
-        forced.append(own)
-    samples = slice(free_samples)
-    with _weights_let_go(adapter.blocks(original)):
-        of_original = adapter.forward(original, inputs[samples])
+        given_inputs.append(own)
+    with weights_let_go(adapter.blocks(original)):
+        of_original = adapter.forward(original, inputs)
     release_mapped_weights()
-    free = distances(arrays[OUTPUT][samples], of_original, adapter.forward(quantized, shaken[samples]))
+    of_shaken = adapter.forward(quantized, shaken)
+    free = [distances(arrays[OUTPUT][part], of_original[part], of_shaken[part]) for part in parts]
     return _Measured(
         ModelRecord(float(inputs.timestep.flatten()[0]), dict(inputs.as_numpy()), arrays),
-        {name: distances(array, forced[0][name], forced[1][name]) for name, array in arrays.items()},
-        free,
+        {name: distances(array, given_inputs[0][name], given_inputs[1][name]) for name, array in arrays.items()},
+        _Distances(min(one.quantization_db for one in free), min(one.sensitivity_db for one in free)),
     )
 
 
-@contextmanager
-def _weights_let_go(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Let go of mapped weights behind every block: the builder of an engine may be running beside this."""
-
-    def let_go(_module: nn.Module, _args: Any, _output: Any) -> None:
-        release_mapped_weights()
-
-    with ExitStack() as hooks:
-        for _, block in blocks:
-            hooks.callback(block.register_forward_hook(let_go).remove)
-        yield
-
-
-class _KnownBlock(nn.Module):
-    """Gives what a block gave; it has the block's parts, since a model may use some of them elsewhere."""
-
-    def __init__(self, block: nn.Module, output: Tensor) -> None:
-        super().__init__()
-        self._output = (output,)
-        for name, part in block.named_children():
-            self.add_module(name, part)
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
-        return self._output[0]
-
-
-def _with_known_blocks(model: nn.Module, adapter: Adapter, seen: dict[str, Tensor]) -> nn.Module:
-    """A copy of `model`, on the same memory, whose blocks give what was `seen` of them.
-
-    A block with hooks of its own, which name its arguments (`GenericAdapter`), stays and runs again.
-    """
-    copy = share_copy(model)
-    for name, block in adapter.blocks(model):
-        if not block._forward_pre_hooks:  # torch has no public list of them
-            copy.set_submodule(name, _KnownBlock(block, seen[f"{name}.output"]))
-    return copy
+def _parts(batch: int, free_samples: int | None) -> list[slice]:
+    """The whole batch, or where graphs run free on some of it, as many samples at a time: what is compared later may be
+    any of them, or all."""
+    return [slice(start, start + (free_samples or batch)) for start in range(0, batch, free_samples or batch)]
 
 
 def _rounding(
@@ -188,16 +158,18 @@ def _rounding(
     adapter: Adapter,
     inputs: TransformerInputs,
     seen: dict[str, Tensor],
+    parts: Sequence[slice],
 ) -> Rounding:
-    """What the compute type costs on one batch."""
+    """What the compute type costs on one batch, running free on the worst of its `parts`."""
     blocks = adapter.blocks(quantized)
     given = {name: rounded(tensor, compute) for name, tensor in seen.items()}
     with stored_in(compute, quantized, blocks, products):
-        with _forced(blocks, adapter.skips(quantized), given) as own:
+        with forced(blocks, adapter.skips(quantized), given) as own:
             own[OUTPUT] = adapter.forward(quantized, inputs)
         free = adapter.forward(quantized, inputs)
     boundaries = {name: bounded_db(snr_db(as_array(seen[name]), as_array(own[name]))) for name in seen}
-    return Rounding(compute, boundaries, bounded_db(snr_db(as_array(seen[OUTPUT]), as_array(free))))
+    expected, found = as_array(seen[OUTPUT]), as_array(free)
+    return Rounding(compute, boundaries, min(bounded_db(snr_db(expected[part], found[part])) for part in parts))
 
 
 def _worst(costs: Sequence[Rounding]) -> Rounding | None:
@@ -227,73 +199,3 @@ def _threshold(distances: Sequence[_Distances], rounded: bool) -> float:
     if rounded:
         limits += [one.quantization_db + HEADROOM_DB for one in distances]
     return min(limits)
-
-
-@contextmanager
-def _boundaries(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
-    """Collect the first block's tensor inputs and every block's output, under the names that the graph uses."""
-    seen: dict[str, Tensor] = {}
-    first_name, first = blocks[0]
-
-    def keep_inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[f"{first_name}.input"] = args[0]
-        seen.update(_shared(kwargs, ()))
-
-    with ExitStack() as hooks:
-        hooks.callback(first.register_forward_pre_hook(keep_inputs, with_kwargs=True).remove)
-        for name, block in blocks:
-
-            def keep_output(_module: nn.Module, _args: Any, output: Tensor, name: str = name) -> None:
-                seen[f"{name}.output"] = output
-
-            hooks.callback(block.register_forward_hook(keep_output).remove)
-        yield seen
-
-
-def _shared(kwargs: dict[str, Any], skips: Collection[str]) -> dict[str, Tensor]:
-    return {SHARED_PREFIX + name: value for name, value in shared_inputs(kwargs, skips).items()}
-
-
-@contextmanager
-def _forced(
-    blocks: Sequence[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]], given: dict[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Let every block, and what follows the last, see the `given` tensors; collect what the model itself computes.
-
-    What comes by a skip is an earlier block's output, so it is given already.
-    """
-    own: dict[str, Tensor] = {}
-
-    def enter(
-        name: str, kwargs: dict[str, Any], args: tuple[Any, ...], hidden: Tensor, taken: Collection[str]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if name not in own:
-            own[name] = args[0]
-        shared = _shared(kwargs, taken)
-        own.update({key: value for key, value in shared.items() if key not in own})
-        forced = {key: given.get(SHARED_PREFIX + key, value) for key, value in kwargs.items()}
-        return (hidden, *args[1:]), forced
-
-    with ExitStack() as hooks:
-        hidden_name = f"{blocks[0][0]}.input"
-        for name, block in blocks:
-            hidden, output_name = given[hidden_name], f"{name}.output"
-
-            def before(
-                _module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                hidden: Tensor = hidden,
-                hidden_name: str = hidden_name,
-                taken: Collection[str] = tuple(skips.get(name, ())),
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                return enter(hidden_name, kwargs, args, hidden, taken)
-
-            def after(_module: nn.Module, _args: Any, output: Tensor, name: str = output_name) -> Tensor:
-                own[name] = output
-                return given[name]
-
-            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(block.register_forward_hook(after).remove)
-            hidden_name = output_name
-        yield own

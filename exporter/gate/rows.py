@@ -87,7 +87,7 @@ class LinearInputs:
 
     @property
     def free_samples(self) -> int | None:
-        """On how many samples of a batch the models run free: on one where they are large, None for all.
+        """On how many samples of a batch graphs run free: on one where they are large, None for all.
 
         Every part of them is compared on all samples given its inputs; a second one running free would take a large
         model's gate a quarter longer.

@@ -43,7 +43,7 @@ Constants: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """Computed constants by name."""
 
 
-class Linear(Protocol):
+class LinearShape(Protocol):
     """A quantized layer of a graph or of a model."""
 
     @property
@@ -55,7 +55,7 @@ class Linear(Protocol):
         """N."""
 
 
-def is_large(layers: Iterable[Linear]) -> bool:
+def is_large(layers: Iterable[LinearShape]) -> bool:
     """Whether a graph with these quantized layers is run in segments."""
     return sum(layer.in_features * layer.out_features for layer in layers) > LARGEST_WHOLE
 

@@ -17,6 +17,7 @@ from exporter.gate.records import Reference
 from exporter.gate.segments import DividedGraph, SegmentedSession
 from exporter.gate.snr import snr_db
 from exporter.gate.table import GateResult
+from exporter.models.inputs import TransformerInputs
 from exporter.onnx_files import save_onnx
 from exporter.passes.layer_table import read_layer_table
 from exporter.ranges import measure_amax
@@ -58,6 +59,26 @@ def test_a_large_graph_runs_free_on_one_sample(export: Export, tmp_path: Path, m
         # Given its inputs every part is compared on all samples.
         assert len(model.boundaries["sample"]) == 2
     assert batches == {"whole": 2, "parts": 1}
+
+
+@torch.no_grad()
+def test_what_runs_free_is_held_to_the_worst_sample(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is compared on the whole batch, or on any sample of it, has the same limit."""
+    monkeypatch.setattr(segments, "LARGEST_WHOLE", 0)
+    export.validate(export.path("cpu"), tmp_path, "cpu")
+    reference = Reference.load(tmp_path)
+    errors = []
+    for model in reference.models:
+        inputs = TransformerInputs.from_dict({name: torch.from_numpy(array) for name, array in model.inputs.items()})
+        original, quantized = (
+            ADAPTER.forward(net, ADAPTER.with_conditions(net, inputs)) for net in (export.original, export.quantized)
+        )
+        errors += [snr_db(one.numpy(), other.numpy()) for one, other in zip(original, quantized, strict=True)]
+    assert max(errors) - min(errors) > 0.1
+    assert reference.quantization_db == pytest.approx(min(errors), abs=0.05)
+    assert reference.end_to_end_threshold == pytest.approx(min(errors) + 10, abs=0.05)
 
 
 @pytest.mark.parametrize("change", TAMPERINGS)
