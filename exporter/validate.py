@@ -21,7 +21,7 @@ from exporter.compute import Compute, product_type
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.comparison import compare_graph, compare_graphs
-from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
+from exporter.gate.records import OUTPUT, ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
 from exporter.gate.runs import quiet, save_feeds, save_reference
 from exporter.gate.table import GateResult, summary_table
@@ -86,11 +86,14 @@ def validate_graphs(
     release_mapped_weights()
     return_freed_memory()
     with quiet(), ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(_save_for_polygraphy, reference, folder)
+        saved = pool.submit(_save_for_polygraphy, reference, folder, boundaries=reference.free_samples is None)
         # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
         found = compare_graphs(exported, lowered, reference, folder, target, progress)
         saved.result()
-    result = replace(found, notes=_notes(lowered, target, reference))
+    notes = _notes(lowered, target, reference)
+    if reference.free_samples is not None:
+        notes += ("large: the commands for its linears and blocks, and their files, come from `fp4export validate`",)
+    result = replace(found, notes=notes)
     return conclude(result, folder, progress), reference
 
 
@@ -116,6 +119,9 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
     notes = _notes(path, target, reference)
     if not is_graph:
         notes = (_note_on_engine(file, path, built_sha256), *notes)
+    if reference.free_samples is not None:
+        # The export left out what of a large model the commands for its blocks read.
+        _save_for_polygraphy(reference, folder, boundaries=True)
     result = compare_graph(path, "lowered", reference, folder, target, progress)
     return conclude(GateResult(result.rows, result.commands, notes), folder, progress)
 
@@ -185,8 +191,11 @@ def _target_of(path: Path) -> Target:
     return get_target(names[TARGET_KEY])
 
 
-def _save_for_polygraphy(reference: Reference, folder: Path) -> None:
-    """Inputs and outputs of the cut between blocks, and of the whole model, which reads and gives some of them."""
+def _save_for_polygraphy(reference: Reference, folder: Path, *, boundaries: bool) -> None:
+    """Inputs and output of the whole model; with all `boundaries` they are those of the cut between blocks, too."""
     lowered = reference.for_stage("lowered")
-    save_feeds(model_feeds(lowered), folder / "model.inputs.json")
-    save_reference([dict(model.boundaries) for model in lowered.models], folder / "model.reference.json")
+    feeds = model_feeds(lowered) if boundaries else [dict(model.inputs) for model in lowered.models]
+    names = [*lowered.models[0].boundaries] if boundaries else [OUTPUT]
+    save_feeds(feeds, folder / "model.inputs.json")
+    given = [{name: model.boundaries[name] for name in names} for model in lowered.models]
+    save_reference(given, folder / "model.reference.json")

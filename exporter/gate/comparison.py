@@ -59,7 +59,8 @@ def compare_graph(
 def compare_graphs(
     exported: Path, lowered: Path, reference: Reference, folder: Path, target: Target, progress: Progress
 ) -> GateResult:
-    """What `compare_graph` finds of both, the exported one's rows first; the commands are the lowered one's.
+    """What `compare_graph` finds of both, the exported one's rows first; the commands are the lowered one's, of a large
+    one the end to end's alone: files for the others would take hundreds of megabytes, and a tenth of the time.
 
     Large graphs are compared side by side, on half of torch's threads each; a small one's sessions take all cores.
     Raises `FidelityError` as `compare_graph` does.
@@ -67,7 +68,7 @@ def compare_graphs(
     threads = max(1, torch.get_num_threads() // 2)
     both = [
         _Compared.open(exported, "exported", reference, folder, target, threads=threads),
-        _Compared.open(lowered, "lowered", reference, folder, target, threads=threads),
+        _Compared.open(lowered, "lowered", reference, folder, target, threads=threads, briefly=True),
     ]
     ended = Event()
     with progress.task("comparing the graphs", sum(graph.steps for graph in both)) as task, quiet():
@@ -101,6 +102,7 @@ class _Compared:
     folder: Path
     optimized: bool
     threads: int | None
+    briefly: bool
 
     @classmethod
     def open(
@@ -112,14 +114,16 @@ class _Compared:
         target: Target,
         *,
         threads: int | None = None,
+        briefly: bool = False,
     ) -> _Compared:
         """Read the graph, a large one without the weights that are in a file of their own; its operators get so many
-        `threads`."""
+        `threads`. `briefly` leaves out a large graph's commands but for the end to end's."""
         written = read_model(path, external_data=False)
         if not is_large(read_layer_table(written)):
             written = read_model(path)
         optimized = stage == "exported" or target.engine == "onnxruntime"
-        return cls(path, written, untiled(written), stage, reference.for_stage(stage), folder, optimized, threads)
+        plain, reference = untiled(written), reference.for_stage(stage)
+        return cls(path, written, plain, stage, reference, folder, optimized, threads, briefly)
 
     @property
     def steps(self) -> int:
@@ -131,7 +135,7 @@ class _Compared:
         try:
             linears, rest = self.in_segments(advance) if self.is_large else self.whole(advance)
             outputs = self.outputs()
-            commands = () if self.is_large and self.stage == "exported" else self.repeat_commands(linears)
+            commands = self.repeat_commands(linears)
         except CutError as error:
             raise FidelityError(f"{self.path}: {error}") from error
         return GateResult((*linears.rows, *outputs, *rest), commands)
@@ -210,6 +214,10 @@ class _Compared:
 
     def repeat_commands(self, linears: LinearsComparison) -> tuple[str, ...]:
         """The commands, whose files are written."""
+        if self.is_large and self.stage == "exported":
+            return ()
+        if self.is_large and self.briefly:
+            return (self.end_command(),)
         linears_path, blocks_path = self.cut_path("linears"), self.cut_path("blocks")
         inputs, outputs = (self.folder / f"linears.{self.stage}.{what}.json" for what in ("inputs", "reference"))
         feeds = linear_feeds(self.layers, self.records, self.stage)
@@ -218,12 +226,21 @@ class _Compared:
             self.save_cut(cut_between_blocks(self.plain, self.reference), blocks_path)
         save_feeds([feeds], inputs)
         save_reference([linears.expected], outputs)
-        model_files = self.folder / "model.inputs.json", self.folder / "model.reference.json"
         thresholds = block_thresholds(self.plain, self.reference)
         limits = {name: limit for name, limit in thresholds.items() if limit != EXACT_DB}
-        end, optimized = self.reference.end_to_end_threshold, self.optimized
+        optimized = self.optimized
         return (
             repeat_command(linears_path, inputs, outputs, linears.relaxed, default_db=LINEAR_DB, optimized=optimized),
-            repeat_command(blocks_path, *model_files, limits, default_db=EXACT_DB, optimized=optimized),
-            repeat_command(self.path, *model_files, {}, default_db=end, optimized=optimized),
+            repeat_command(blocks_path, *self.model_files, limits, default_db=EXACT_DB, optimized=optimized),
+            self.end_command(),
         )
+
+    def end_command(self) -> str:
+        """The command that runs the whole graph."""
+        end = self.reference.end_to_end_threshold
+        return repeat_command(self.path, *self.model_files, {}, default_db=end, optimized=self.optimized)
+
+    @property
+    def model_files(self) -> tuple[Path, Path]:
+        """Polygraphy's files of the whole model, and where they have the boundaries, too, of its blocks."""
+        return self.folder / "model.inputs.json", self.folder / "model.reference.json"

@@ -62,7 +62,8 @@ def test_both_get_the_rows_that_each_gets_alone(
     assert both.passed
     assert [row for row in both.rows if row.stage == "lowered"] == list(alone.rows)
     assert [row.stage for row in both.rows] == ["exported"] * len(alone.rows) + ["lowered"] * len(alone.rows)
-    assert both.commands == alone.commands
+    # An export writes the files of the last one, the end to end's, alone.
+    assert both.commands == alone.commands[-1:]
 
 
 def test_what_stops_the_exported_graph_is_named_first(
