@@ -21,11 +21,11 @@ from exporter.compute import Compute, product_type
 from exporter.errors import FidelityError, InputError
 from exporter.files import sha256_of, write_text_atomically
 from exporter.gate.comparison import compare_graph, compare_graphs
-from exporter.gate.records import OUTPUT, ROUNDING_MARGIN_DB, Reference
+from exporter.gate.records import ROUNDING_MARGIN_DB, Reference
 from exporter.gate.reference import EXACT_DB, HEADROOM_DB, INPUT_NOISE, record_reference
-from exporter.gate.runs import quiet, save_feeds, save_reference
+from exporter.gate.runs import quiet
 from exporter.gate.table import GateResult, summary_table
-from exporter.gate.whole import model_feeds
+from exporter.gate.whole import save_runs
 from exporter.memory import release_mapped_weights, return_freed_memory
 from exporter.models.adapter import Adapter
 from exporter.models.inputs import TransformerInputs
@@ -86,7 +86,9 @@ def validate_graphs(
     release_mapped_weights()
     return_freed_memory()
     with quiet(), ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(_save_for_polygraphy, reference, folder, boundaries=reference.free_samples is None)
+        saved = pool.submit(
+            save_runs, reference.for_stage("lowered"), folder, boundaries=reference.free_samples is None
+        )
         # The lowered graph's commands are the ones to repeat: it is what the engine is made of.
         found = compare_graphs(exported, lowered, reference, folder, target, progress)
         saved.result()
@@ -121,7 +123,7 @@ def validate_output(file: Path, folder: Path, lowered: Path, progress: Progress,
         notes = (_note_on_engine(file, path, built_sha256), *notes)
     if reference.free_samples is not None:
         # The export left out what of a large model the commands for its blocks read.
-        _save_for_polygraphy(reference, folder, boundaries=True)
+        save_runs(reference.for_stage("lowered"), folder, boundaries=True)
     result = compare_graph(path, "lowered", reference, folder, target, progress)
     return conclude(GateResult(result.rows, result.commands, notes), folder, progress)
 
@@ -189,13 +191,3 @@ def _target_of(path: Path) -> Target:
     if TARGET_KEY not in names:
         raise InputError(f"{path}: carries no fp4export metadata; validate takes an output that fp4export wrote")
     return get_target(names[TARGET_KEY])
-
-
-def _save_for_polygraphy(reference: Reference, folder: Path, *, boundaries: bool) -> None:
-    """Inputs and output of the whole model; with all `boundaries` they are those of the cut between blocks, too."""
-    lowered = reference.for_stage("lowered")
-    feeds = model_feeds(lowered) if boundaries else [dict(model.inputs) for model in lowered.models]
-    names = [*lowered.models[0].boundaries] if boundaries else [OUTPUT]
-    save_feeds(feeds, folder / "model.inputs.json")
-    given = [{name: model.boundaries[name] for name in names} for model in lowered.models]
-    save_reference(given, folder / "model.reference.json")

@@ -13,9 +13,9 @@ from exporter.bundle.readme import README, readme_text
 from exporter.bundle.write import check_place, copy_file, listed_files, new_folder, seal
 from exporter.device.acceptance import INPUTS, OUTPUTS, VERDICT
 from exporter.errors import InputError
-from exporter.gate.records import OUTPUT, Reference
-from exporter.gate.runs import save_feeds, save_reference
+from exporter.gate.records import Reference
 from exporter.gate.table import GateResult
+from exporter.gate.whole import save_runs
 from exporter.job import Job, fitted_target, open_work_dir
 from exporter.metrics import installed_versions
 from exporter.onnx_files import external_files, read_model
@@ -166,8 +166,7 @@ def _accepted(gate: Path, folder: Path) -> Acceptance:
         verdict=f"{gate.name}/{VERDICT}",
         snr_db=_rounded_down(reference.end_to_end_threshold),
     )
-    save_feeds([dict(model.inputs) for model in reference.models], folder / found.inputs)
-    save_reference([{OUTPUT: model.boundaries[OUTPUT]} for model in reference.models], folder / found.reference)
+    save_runs(reference, folder / gate.name, boundaries=False)
     # The commands name files of this machine.
     verdict = replace(GateResult.from_json((gate / VERDICT).read_text(encoding="utf-8")), commands=())
     (folder / found.verdict).write_text(verdict.to_json(), encoding="utf-8")

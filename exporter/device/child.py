@@ -128,14 +128,15 @@ def _started(stage: Stage, job: str, log: IO[str]) -> Iterator[subprocess.Popen[
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "exporter.device.worker", stage, job]
-    with subprocess.Popen(  # noqa: S603 - this interpreter, this package's own module
-        command, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace", env=environment
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
+    with (
+        subprocess.Popen(  # noqa: S603 - this interpreter, this package's own module
+            command, stdout=subprocess.PIPE, stderr=log, text=True, errors="replace", env=environment
+        ) as process,
+        ExitStack() as broken_off,
+    ):
+        broken_off.callback(process.kill)
+        yield process
+        broken_off.pop_all()
 
 
 def _reason(lines: list[str], error: str, status: int) -> str:

@@ -11,6 +11,7 @@ from threading import Event
 import onnx
 import torch
 
+from exporter.device.acceptance import INPUTS, OUTPUTS
 from exporter.errors import FidelityError
 from exporter.files import atomic_path
 from exporter.gate.large import compare_segments
@@ -243,4 +244,4 @@ class _Compared:
     @property
     def model_files(self) -> tuple[Path, Path]:
         """Polygraphy's files of the whole model, and where they have the boundaries, too, of its blocks."""
-        return self.folder / "model.inputs.json", self.folder / "model.reference.json"
+        return self.folder / INPUTS, self.folder / OUTPUTS

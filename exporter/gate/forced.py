@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from exporter.gate.records import SHARED_PREFIX
+from exporter.gate.records import OUTPUT, SHARED_PREFIX
 from exporter.memory import release_mapped_weights
 from exporter.models.adapter import Adapter
-from exporter.models.inputs import shared_inputs
+from exporter.models.inputs import TransformerInputs, shared_inputs
 from exporter.quantize import share_copy
 
 
@@ -40,8 +40,17 @@ def _shared(kwargs: dict[str, Any], skips: Collection[str]) -> dict[str, Tensor]
     return {SHARED_PREFIX + name: value for name, value in shared_inputs(kwargs, skips).items()}
 
 
+def run_forced(
+    model: nn.Module, adapter: Adapter, inputs: TransformerInputs, given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the model itself computes when every block, and what follows the last, sees the `given` tensors."""
+    with _forced(adapter.blocks(model), adapter.skips(model), given) as own:
+        own[OUTPUT] = adapter.forward(model, inputs)
+    return own
+
+
 @contextmanager
-def forced(
+def _forced(
     blocks: Sequence[tuple[str, nn.Module]], skips: Mapping[str, Mapping[str, str]], given: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Let every block, and what follows the last, see the `given` tensors; collect what the model itself computes.

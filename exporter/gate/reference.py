@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exporter.compute import Compute
 from exporter.errors import FidelityError
-from exporter.gate.forced import boundaries_of, forced, weights_let_go, with_known_blocks
+from exporter.gate.forced import boundaries_of, run_forced, weights_let_go, with_known_blocks
 from exporter.gate.outputs import LayerOutputs
 from exporter.gate.records import OUTPUT, ModelRecord, Reference, Rounding
 from exporter.gate.rounding import rounded, stored_in
@@ -71,16 +71,12 @@ def record_reference(
     names = tuple(name for name, _ in blocks)
     rounding = [record.layer for record in linears if record.activation_format != "none"]
     rounding += [record.layer for record in rounded_outputs]
-    thresholds = {}
-    for name in measured[0].record.boundaries:
-        part = next((block for block in names if name == f"{block}.output"), None)
-        thresholds[name] = _threshold([one.forced[name] for one in measured], _is_rounded(rounding, part, names))
     free = [one.free for one in measured]
     return Reference(
         linears=linears,
         models=tuple(one.record for one in measured),
         blocks=names,
-        thresholds=thresholds,
+        thresholds=_thresholds(measured, rounding, names),
         end_to_end_threshold=_threshold(free, bool(rounding)),
         quantization_db=min(one.quantization_db for one in free),
         sensitivity_db=min(one.sensitivity_db for one in free),
@@ -128,19 +124,16 @@ def _measure(
 
     # A block that is given its inputs is not shaken: what it gave is what it would give again.
     around = with_known_blocks(quantized, adapter, seen)
-    given_inputs = []
-    for model, given in ((original, inputs), (around, shaken)):
-        with forced(adapter.blocks(model), adapter.skips(model), seen) as own, weights_let_go(adapter.blocks(model)):
-            own[OUTPUT] = adapter.forward(model, given)
-        given_inputs.append(own)
+    forced_shaken = run_forced(around, adapter, shaken, seen)
     with weights_let_go(adapter.blocks(original)):
+        forced_original = run_forced(original, adapter, inputs, seen)
         of_original = adapter.forward(original, inputs)
     release_mapped_weights()
     of_shaken = adapter.forward(quantized, shaken)
     free = [distances(arrays[OUTPUT][part], of_original[part], of_shaken[part]) for part in parts]
     return _Measured(
         ModelRecord(float(inputs.timestep.flatten()[0]), dict(inputs.as_numpy()), arrays),
-        {name: distances(array, given_inputs[0][name], given_inputs[1][name]) for name, array in arrays.items()},
+        {name: distances(array, forced_original[name], forced_shaken[name]) for name, array in arrays.items()},
         _Distances(min(one.quantization_db for one in free), min(one.sensitivity_db for one in free)),
     )
 
@@ -161,11 +154,9 @@ def _rounding(
     parts: Sequence[slice],
 ) -> Rounding:
     """What the compute type costs on one batch, running free on the worst of its `parts`."""
-    blocks = adapter.blocks(quantized)
     given = {name: rounded(tensor, compute) for name, tensor in seen.items()}
-    with stored_in(compute, quantized, blocks, products):
-        with forced(blocks, adapter.skips(quantized), given) as own:
-            own[OUTPUT] = adapter.forward(quantized, inputs)
+    with stored_in(compute, quantized, adapter.blocks(quantized), products):
+        own = run_forced(quantized, adapter, inputs, given)
         free = adapter.forward(quantized, inputs)
     boundaries = {name: bounded_db(snr_db(as_array(seen[name]), as_array(own[name]))) for name in seen}
     expected, found = as_array(seen[OUTPUT]), as_array(free)
@@ -191,6 +182,15 @@ def _shaken(inputs: TransformerInputs) -> TransformerInputs:
 def _is_rounded(rounding: Sequence[str], block: str | None, blocks: Sequence[str]) -> bool:
     """Whether one of the layers that are `rounding` what they read or give is in `block`, or for None outside all."""
     return any(next((b for b in blocks if layer.startswith(f"{b}.")), None) == block for layer in rounding)
+
+
+def _thresholds(measured: Sequence[_Measured], rounding: Sequence[str], blocks: Sequence[str]) -> dict[str, float]:
+    """Least SNR of every boundary when the reference's inputs are given; `rounding` are the layers that round."""
+    thresholds = {}
+    for name in measured[0].record.boundaries:
+        part = next((block for block in blocks if name == f"{block}.output"), None)
+        thresholds[name] = _threshold([one.forced[name] for one in measured], _is_rounded(rounding, part, blocks))
+    return thresholds
 
 
 def _threshold(distances: Sequence[_Distances], rounded: bool) -> float:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from exporter.device.acceptance import INPUTS, OUTPUTS
 from exporter.gate.entering import entering, input_rows, judged_by_inputs
 from exporter.gate.records import OUTPUT, Reference
-from exporter.gate.runs import Arrays, compare_snr, run_graph
+from exporter.gate.runs import Arrays, compare_snr, run_graph, save_feeds, save_reference
 from exporter.gate.subgraphs import GivenTensor, cut, given_name, tensor_names
 from exporter.gate.table import SNR_CEILING_DB, GateRow, Kind, Stage, bounded_db
 from exporter.onnx_files import save_onnx
@@ -108,6 +109,15 @@ def model_feeds(reference: Reference) -> list[Arrays]:
         }
         for model in reference.models
     ]
+
+
+def save_runs(reference: Reference, folder: Path, *, boundaries: bool) -> None:
+    """Write, for polygraphy, the inputs and the output of the whole model; with all `boundaries` they are those of the
+    graph that is cut between its blocks, too."""
+    feeds = model_feeds(reference) if boundaries else [dict(model.inputs) for model in reference.models]
+    save_feeds(feeds, folder / INPUTS)
+    names = list(reference.models[0].boundaries) if boundaries else [OUTPUT]
+    save_reference([{name: model.boundaries[name] for name in names} for model in reference.models], folder / OUTPUTS)
 
 
 def block_thresholds(model: onnx.ModelProto, reference: Reference) -> Mapping[str, float]:
