@@ -24,11 +24,11 @@ from exporter.onnx_files import total_bytes
 from exporter.targets import get_target
 from tools.full_size_models import MODELS, TRANSFORMER, FullSize
 from tools.marked_section import replace_section
+from tools.this_machine import GB, machine
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 _SECONDS_BETWEEN_SAMPLES = 0.1
-GB = 1e9
 _MOST_OF_FP32 = 0.17
 _BUILDER = (
     "TensorRT-RTX's own builder, in a process of its own, takes one core and at most {:.1f} GB of what is resident. "
@@ -152,14 +152,12 @@ def _resident(processes: Callable[[], Iterable[psutil.Process]]) -> int:
 
 def markdown(model: FullSize, weights: int, exports: Sequence[ExportUse]) -> str:
     """The section about one model: a line per stage, two columns per target, and what was aimed at."""
-    cores = psutil.cpu_count()
-    memory = psutil.virtual_memory().total / GB
     lines = [
         f"### {model.title}",
         "",
         f"Random weights in FP32 ({weights / GB:.2f} GB), {model.recipe_in_words}; W4A6 rounded to nearest on absmax "
         "scales, one step of one trajectory captured, on which the whole gate runs. Machine: "
-        f"{cores} cores, {memory:.0f} GB of memory. Seconds, and the most resident memory over the FP32 weights' size, "
+        f"{machine()}. Seconds, and the most resident memory over the FP32 weights' size, "
         "files that are mapped into memory included.",
         "",
         "| stage | " + " | ".join(f"{use.target}, s | peak" for use in exports) + " |",

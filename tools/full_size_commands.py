@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import psutil
 
 from exporter.files import write_text_atomically
-from tools.full_size import GB, PAGE, ROOT, made_folder, measured_export, watch, weight_bytes
+from tools.full_size import PAGE, ROOT, made_folder, measured_export, watch, weight_bytes
 from tools.full_size_models import MODELS
 from tools.full_size_pipeline import TEXT_ENCODER_LAYERS, layers_of_text_encoder, text_encoder_bytes
 from tools.marked_section import replace_section
+from tools.this_machine import GB, machine
 
 _MODEL = "pixart"
 _LOGS = "commands"
@@ -201,7 +201,6 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 def markdown(model: str, layers: int, uses: Sequence[CommandUse]) -> str:
     """The section: what was there, and a line per command."""
-    memory = psutil.virtual_memory().total / GB
     return "\n".join(
         [
             f"### The other commands: {model}",
@@ -209,7 +208,7 @@ def markdown(model: str, layers: int, uses: Sequence[CommandUse]) -> str:
             "Written by `python -m tools.full_size_commands`, in the folder that `tools.full_size` leaves: the model "
             "and its export for the cpu. Weights are random, also those of the autoencoder and of the text encoder, "
             f"which has T5-XXL's width and {layers} of its {TEXT_ENCODER_LAYERS} layers, in BF16. Captions: "
-            f"{len(_TEXTS)}. Machine: {psutil.cpu_count()} cores, {memory:.0f} GB of memory. Seconds of the whole "
+            f"{len(_TEXTS)}. Machine: {machine()}. Seconds of the whole "
             "process; the most resident memory of it and all that it starts, files that are mapped into memory "
             "included. `ranges` finds the calibration of the export, as it does where one has just been made.",
             "",

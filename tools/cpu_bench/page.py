@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tools.cpu_bench.digits import Row
 from tools.cpu_bench.graphs import DYNAMIC, FP32, FP32_FUSED, VARIANTS, W4
 from tools.cpu_bench.measure import ATTENTION, THREADS, Memory, middle
 from tools.cpu_bench.model import BLOCKS
+from tools.this_machine import processor
 
 PICTURE = "benchmarks.svg"
 _OURS, _OTHERS = "#4c78a8", "#b8b8b8"
@@ -101,15 +101,6 @@ def _at_most(aim: str, value: float, limit: float) -> _Goal:
     return _Goal(aim, f"{value:.3f}", value <= limit)
 
 
-def machine() -> str:
-    """Processor, the instructions that matter, and how many cores are used."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set(facts.get("flags", "").split())
-    vnni = "AVX-512 VNNI" if "avx512_vnni" in flags else "AVX VNNI" if "avx_vnni" in flags else "no VNNI"
-    return f"{facts.get('model name', platform.processor())} ({platform.machine()}, {vnni}), {THREADS} cores"
-
-
 def markdown(page: Page) -> str:
     """The page's text."""
     environment = jinja2.Environment(  # noqa: S701 - Markdown, no HTML
@@ -124,7 +115,7 @@ def markdown(page: Page) -> str:
         base=base,
         rows=[_line(result, base) for result in page.results],
         command="python -m tools.bench" + (f" --blocks {page.blocks}" if page.blocks != BLOCKS else ""),
-        machine=machine(),
+        machine=f"{processor()}, {THREADS} cores",
         versions=", ".join(f"{name} {versions[name]}" for name in ("onnxruntime", "onnx", "torch", "numpy")),
         picture=PICTURE,
         threads=THREADS,
