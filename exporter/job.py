@@ -98,9 +98,11 @@ def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:
 
 
 def fitted_target(recipe: Recipe, choice: TargetChoice) -> TargetChoice:
-    """The chosen machine with the recipe's kernels. Raises `InputError` for a compute type or kernels that it lacks."""
+    """The chosen machine with the recipe's kernels and storage. Raises `InputError` for a compute type, kernels or a
+    storage that it lacks."""
     check_compute(recipe.name, recipe.compute, choice.target)
-    return replace(choice, target=choice.target.with_kernels(recipe.kernels))
+    target = choice.target.with_kernels(recipe.kernels)
+    return replace(choice, target=target if recipe.storage == "auto" else target.with_storage(recipe.storage))
 
 
 def open_work(

@@ -27,7 +27,7 @@ from exporter.targets import AUTO, TARGETS, Kernels
 from exporter.yaml_text import dump_yaml
 
 Preset = Literal["w4a6", "w4a8", "w4a8_int", "w8a8", "w4a16", "nvfp4", "mxfp8"]
-Storage = Literal["packed", "int8"]
+StorageChoice = Literal["auto", "packed", "container"]
 Scheduler = Literal[
     "DPMSolverMultistepScheduler",
     "DDIMScheduler",
@@ -109,8 +109,10 @@ class Recipe(Section):
         description="what runs quantized linears in a TensorRT engine: its own kernels, or plugins with packed weights",
     )
     preset: Preset | None = None
-    storage: Storage = Field(
-        default="packed", description="how a .onnx keeps weights: 4 bits each, or int8 (twice the file, loads at once)"
+    storage: StorageChoice = Field(
+        default="auto",
+        description="how the output holds weights of 4 bits: packed, or as their container, in twice the space; "
+        "auto: packed in a .onnx and with plugins, else the container",
     )
     container: ContainerChoice = Field(
         default="auto",

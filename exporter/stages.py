@@ -198,7 +198,7 @@ def lowered_graph(job: Job, source: Source, exported: Path) -> Path:
     note = source.plan.vnni_note(job.target)
     if note:
         job.progress.note(f"warning: {note}")
-    passes = lowering_passes(job.target, job.recipe.compute, job.recipe.storage)
+    passes = lowering_passes(job.target, job.recipe.compute)
     return _rewritten(job, exported, passes, f"lowered.{job.target.name}")
 
 

@@ -13,6 +13,7 @@ from exporter.gpu import Gpu, local_gpu
 
 Engine = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 Kernels = Literal["native", "plugin"]
+Storage = Literal["packed", "container"]
 
 AUTO = "auto"
 DEFAULT_RTX = "rtx-sm89"
@@ -31,6 +32,8 @@ class Target:
 
     `kernels` says whose kernels multiply: TensorRT's own, or this project's as plugins, which multiply in
     `plugin_containers` (none where the engine takes no plugins); `containers` are those of the kernels chosen.
+    `storage` says how the output holds weights of 4 bits for kernels that are not plugins: packed, or as their
+    container multiplies them.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Target:
     fp32_products: bool = True
     plugin_containers: tuple[str, ...] = ()
     kernels: Kernels = "native"
+    storage: Storage = "container"
 
     def with_kernels(self, kernels: Kernels) -> Target:
         """The same machine with these kernels. Raises `InputError` where its engine takes no plugins."""
@@ -57,6 +61,20 @@ class Target:
             )
             raise InputError(f"target {self.name} takes `kernels: native` only, since {reason}; plugins run on: {able}")
         return replace(self, kernels=kernels, containers=self.plugin_containers)
+
+    def with_storage(self, storage: Storage) -> Target:
+        """The same machine with weights held like this. Raises `InputError` where it cannot hold them so."""
+        if storage == "container" and self.kernels == "plugin":
+            raise InputError(
+                f"target {self.name} with `kernels: plugin` takes `storage: packed` only, since plugins read packed "
+                "weights"
+            )
+        if storage == "packed" and not self.fp32_products:
+            raise InputError(
+                f"target {self.name} takes `storage: container` only, since its products in FP16 are bounded by "
+                "weights that are constants; drop `storage`"
+            )
+        return replace(self, storage=storage)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -86,7 +104,7 @@ _RTX = ("11",)
 _TENSORRT = ("10.3", "11")
 
 _TABLE = (
-    Target("cpu", "onnxruntime", None, ("int8",)),
+    Target("cpu", "onnxruntime", None, ("int8",), storage="packed"),
     # TensorRT-RTX 1.7: "FP32 GEMM is not supported" for Turing, and an INT8 product with an FP32 result is one to it.
     Target("rtx-sm75", "tensorrt-rtx", (7, 5), ("int8",), _RTX, fp32_products=False),
     Target("rtx-sm80", "tensorrt-rtx", (8, 0), _INT, _RTX),

@@ -2,7 +2,7 @@
 
 The file is written anew whenever a stage ends, so that a run that is broken off leaves what it had done.
 
-`python -m tools.measured_export RECIPE OUTPUT TARGET SPANS`
+`python -m tools.measured_export RECIPE OUTPUT TARGET SPANS [KEY=VALUE …]`
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class _Spans(logging.Handler):
 
 def main() -> int:
     """Export and write the spans."""
-    recipe, output, target, spans = sys.argv[1:]
+    recipe, output, target, spans, *overrides = sys.argv[1:]
     logger = logging.getLogger("exporter.job")
     logger.setLevel(logging.DEBUG)
     logger.addHandler(_Spans(Path(spans)))
     work = Path(f"{output}.work")
     export(
-        load_recipe(recipe, target=target),
+        load_recipe(recipe, overrides, target),
         output,
         work_dir=work,
         fresh=True,

@@ -19,7 +19,7 @@ from exporter.passes.gelu import spell_out_gelu
 from exporter.passes.half import store_exactly_in_half
 from exporter.passes.half_products import multiply_in_fp16
 from exporter.passes.history import PassResult
-from exporter.passes.lower_cpu import lower_to_cpu, lower_to_cpu_in_bytes
+from exporter.passes.lower_cpu import lower_to_cpu
 from exporter.passes.lower_plugins import lower_to_plugins
 from exporter.passes.lower_tensorrt import lower_to_tensorrt
 from exporter.passes.modulation import fold_modulation_offsets
@@ -36,13 +36,11 @@ from exporter.passes.slices import forward_slices_of_concats
 from exporter.passes.squeezes import drop_noop_squeezes
 from exporter.passes.tiling import tile_feed_forward
 from exporter.passes.transposes import merge_transposes
-from exporter.recipe import Storage
 from exporter.targets import Target
 
 __all__ = [
     "COMPUTE_PASSES",
     "CPU_PASSES",
-    "CPU_PASSES_IN_BYTES",
     "HALF_PRODUCT_PASSES",
     "PLUGIN_COMPUTE_PASSES",
     "PLUGIN_PASSES",
@@ -74,7 +72,6 @@ WAIST_PASSES: tuple[Pass, ...] = (
     store_exactly_in_half,
 )
 CPU_PASSES: tuple[Pass, ...] = (lower_to_cpu, fuse_attention, tile_feed_forward, refuse_unsupported)
-CPU_PASSES_IN_BYTES: tuple[Pass, ...] = (lower_to_cpu_in_bytes, *CPU_PASSES[1:])
 TENSORRT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, spell_out_gelu, refuse_unsupported)
 # Where the builder has no products with FP32 results.
 HALF_PRODUCT_PASSES: tuple[Pass, ...] = (lower_to_tensorrt, multiply_in_fp16, spell_out_gelu, refuse_unsupported)
@@ -98,15 +95,11 @@ PLUGIN_COMPUTE_PASSES: Mapping[Compute, tuple[Pass, ...]] = MappingProxyType(
 )
 
 
-def lowering_passes(target: Target, compute: Compute = "fp32", storage: Storage = "packed") -> tuple[Pass, ...]:
-    """The passes that turn the waist into the target's own operators, other than linears in the compute type.
-
-    `storage` says how ONNX Runtime's file keeps weights of 4 bits; engines hold them in their container, unless the
-    target's kernels are plugins.
-    """
+def lowering_passes(target: Target, compute: Compute = "fp32") -> tuple[Pass, ...]:
+    """The passes that turn the waist into the target's own operators, other than linears in the compute type."""
     if target.kernels == "plugin":
         return (*PLUGIN_PASSES, *COMPUTE_PASSES[compute], *PLUGIN_COMPUTE_PASSES[compute], *TENSORRT_PASSES)
     if target.engine != "onnxruntime":
         passes = TENSORRT_PASSES if target.fp32_products else HALF_PRODUCT_PASSES
         return (*COMPUTE_PASSES[compute], *passes)
-    return CPU_PASSES if storage == "packed" else CPU_PASSES_IN_BYTES
+    return CPU_PASSES

@@ -28,15 +28,12 @@ def lower_to_cpu(graph: gs.Graph, target: Target) -> int:
     fp32: x → grid values → MatMul with float weights → ·token scale + bias; a weight-only layer multiplies x itself,
     and block scaling multiplies the values with their scales first. Where FP32 sums are exact, weights stay unscaled
     until after the sum.
-    Weights of 4 bits stay 4 bits in the file and are expanded when the runtime loads it. "<layer>.values" becomes the
+    Weights of 4 bits stay 4 bits in the file and are expanded when the runtime loads it, unless the target's storage is
+    the container: then those for int8 are the constants that their expansion would give. "<layer>.values" becomes the
     uint8 tensor, whose zero point is how many numerators the format has below 0.
     """
-    return lower(graph, _quantize, partial(_multiply, in_bytes=False), FakeQuantizer.nodes)
-
-
-def lower_to_cpu_in_bytes(graph: gs.Graph, target: Target) -> int:
-    """`lower_to_cpu`, with weights stored as the INT8 constants that their expansion would give."""
-    return lower(graph, _quantize, partial(_multiply, in_bytes=True), FakeQuantizer.nodes)
+    in_bytes = target.storage == "container"
+    return lower(graph, _quantize, partial(_multiply, in_bytes=in_bytes), FakeQuantizer.nodes)
 
 
 def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Activation]:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
-from onnx import TensorProto
 
-from exporter.byte_tables import look_up
-from exporter.errors import InputError
 from exporter.passes.encodings import unit_of
-from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, append_block_weight, quantize_blocks
+from exporter.passes.lower_blocks import BLOCKS_OPSET, EXTENSIONS, quantize_blocks
 from exporter.passes.lowering import Activation, FakeQuantizer, Layer, Quantizer, append_epilogue, lower
-from exporter.passes.surgery import Splicer, low_bit_constant
+from exporter.passes.surgery import Splicer
+from exporter.passes.tensorrt_weights import append_weight, zero_point
 from exporter.targets import Target
 from plugins.body import Body
-from plugins.containers import CONTAINERS, FP8, rounds_alike
+from plugins.containers import CONTAINERS, rounds_alike
 from plugins.float_quantize.reference import TINY
 from plugins.formats import FloatFormat, Format
 
 _CONVERTED_TO = ("int8", "fp8")
 """Containers that QuantizeLinear makes with scale 1."""
-
-_NOT_EXACT = "the weights are not exact in {}"
 
 
 def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
@@ -33,12 +27,13 @@ def lower_to_tensorrt(graph: gs.Graph, target: Target) -> int:
     FloatFakeQuantize → the same Q/DQ, times the scales, where the target has a container for the format.
 
     Activations: x / token scale, rounded by ordinary operators where the container's own rounding is not the
-    format's, then QuantizeLinear and DequantizeLinear with scale 1, which lose nothing. Weights: INT8, FP8 or INT4
-    constants [K, N] and one DequantizeLinear, per channel or (INT4) per block. The product is multiplied by the
-    token's scale. "<layer>.values" becomes the INT8 or FP8 tensor. For fp4 and mxfp8 see `lower_blocks`; a graph with
-    them becomes one of operator version 23, the first that has FP4.
+    format's, then QuantizeLinear and DequantizeLinear with scale 1, which lose nothing. Weights: see
+    `tensorrt_weights`. The product is multiplied by the token's scale. "<layer>.values" becomes the INT8 or FP8 tensor.
+    For fp4 and mxfp8 see `lower_blocks`; a graph with them becomes one of operator version 23, the first that has FP4.
     """
-    lowered = lower(graph, _quantize, _multiply, partial(_fake_quantize, target))
+    lowered = lower(
+        graph, _quantize, partial(_multiply, packed=target.storage == "packed"), partial(_fake_quantize, target)
+    )
     if any(node.op in EXTENSIONS for node in graph.nodes):
         graph.opset, graph.import_domains = BLOCKS_OPSET, None
     return lowered
@@ -57,7 +52,7 @@ def _quantize(quantizer: Quantizer, splicer: Splicer) -> tuple[list[gs.Node], Ac
         "x": quantizer.x,
         "scales": quantizer.scales,
         "values": quantizer.values,
-        "zero": splicer.shared(_zero(container)),
+        "zero": splicer.shared(zero_point(container)),
         numbers: gs.Variable(numbers),
     }
     return splicer.nodes(body, tensors), Activation(tensors[numbers], quantizer.scales)
@@ -75,7 +70,7 @@ def _fake_quantize(target: Target, quantizer: FakeQuantizer, splicer: Splicer) -
             return _append_conversions(body, t, f"{body.prefix}values"), scales
         return _append_rounding(body, t, fmt, 1.0), scales
 
-    return quantizer.nodes(splicer, online, **({"zero": splicer.shared(_zero(container))} if container else {}))
+    return quantizer.nodes(splicer, online, **({"zero": splicer.shared(zero_point(container))} if container else {}))
 
 
 def _append_quotient(body: Body, x: str, scales: str, fmt: Format, container: str) -> str:
@@ -115,17 +110,10 @@ def _append_rounding(body: Body, t: str, fmt: Format, unit: float) -> str:
     return body.op("Mul", body.op("Round", body.op("Div", t, chosen)), chosen)
 
 
-def _zero(container: str) -> gs.Constant:
-    """A zero point, which says what QuantizeLinear makes."""
-    if container == "int8":
-        return gs.Constant("zero.int8", np.zeros((), np.int8))
-    return low_bit_constant("zero.fp8", np.zeros((), np.uint8), TensorProto.FLOAT8E4M3FN)
-
-
-def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer) -> list[gs.Node]:
+def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer, *, packed: bool) -> list[gs.Node]:
     body = Body(f"{layer.name}.")
     tensors = {"x": layer.x if activation is None else activation.numbers, "y": layer.y}
-    decoded, constants = _decoded_weight(body, layer)
+    decoded, constants = append_weight(body, layer, splicer, packed=packed)
     tensors |= constants
     product = body.op("MatMul", "x", decoded)
     factors = []
@@ -136,59 +124,3 @@ def _multiply(layer: Layer, activation: Activation | None, splicer: Splicer) -> 
         tensors["bias"] = layer.bias
     append_epilogue(body, product, factors, has_bias=layer.bias is not None)
     return splicer.nodes(body, tensors)
-
-
-def _decoded_weight(body: Body, layer: Layer) -> tuple[str, dict[str, gs.Constant]]:
-    """The name of the weight [K, N] as the product takes it, and the constants behind it."""
-    if not (layer.weight_scales > 0).all():
-        raise InputError(f"{layer.name}: some of its weight scales are not positive, which TensorRT does not take")
-    if layer.gemm.scaling is not None:
-        return append_block_weight(body, layer, layer.gemm.scaling)
-    weight, scales = _weight(layer)
-    constants = {"stored": weight, "row_scales": gs.Constant(f"{layer.name}.row_scales", scales)}
-    if layer.container == "int4":
-        size = layer.gemm.group_size
-        return body.op("DequantizeLinear", "stored", "row_scales", axis=0, block_size=size), constants
-    return body.op("DequantizeLinear", "stored", "row_scales", axis=1), constants
-
-
-def _weight(layer: Layer) -> tuple[gs.Constant, npt.NDArray[np.float32]]:
-    """The constant [K, N] and its scales: [N], or [K/G, N] for INT4's blocks."""
-    name = f"{layer.name}.{layer.container}"
-    scales = layer.weight_scales * np.float32(layer.format.step)
-    numbers = layer.numerators().T
-    if layer.container == "int4":
-        return low_bit_constant(name, _exactly(numbers, np.dtype(np.int8)), TensorProto.INT4), _contiguous(scales.T)
-    if layer.container == "int8":
-        return gs.Constant(name, _exactly(numbers, np.dtype(np.int8))), _contiguous(scales[:, 0])
-    product = layer.product
-    into = (product.weight_factor if product else None) or 1.0
-    bits = _fp8_bits(numbers, into * layer.format.step)
-    scales = layer.weight_scales[:, 0] / np.float32(into)
-    return low_bit_constant(name, bits, TensorProto.FLOAT8E4M3FN), _contiguous(scales)
-
-
-def _contiguous(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.ascontiguousarray(scales, np.float32)
-
-
-def _fp8_bits(numbers: npt.NDArray[np.signedinteger[Any]], unit: float) -> npt.NDArray[np.uint8]:
-    """The bytes of numbers·unit in FP8, those of one byte by a table. Raises ValueError if one of them changes."""
-    if numbers.itemsize > 1:
-        return _exactly(numbers * unit, FP8.dtype).view(np.uint8)
-    # From 0 to 127 and from −128 to −1, as a byte counts.
-    values = np.arange(256, dtype=np.uint8).view(np.int8) * unit
-    table = values.astype(FP8.dtype)
-    exact = table.astype(values.dtype) == values
-    numbers = np.ascontiguousarray(numbers)
-    if not exact.all() and not look_up(exact, numbers).all():
-        raise ValueError(_NOT_EXACT.format(FP8.dtype))
-    return look_up(table.view(np.uint8), numbers)
-
-
-def _exactly(numbers: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The numbers in a smaller type. Raises ValueError if one of them changes."""
-    stored = np.ascontiguousarray(numbers.astype(dtype, copy=False))
-    if numbers.dtype != dtype and not np.array_equal(stored.astype(numbers.dtype), numbers):
-        raise ValueError(_NOT_EXACT.format(dtype))
-    return stored

@@ -15,7 +15,6 @@ NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "compute_in_fp16": ("fuse_linear",),
         "compute_in_bf16": ("fuse_linear",),
         "lower_to_cpu": ("choose_containers", "pack_weights"),
-        "lower_to_cpu_in_bytes": ("choose_containers", "pack_weights"),
         "fuse_attention": ("merge_transposes",),
         "multiply_in_fp16": ("lower_to_tensorrt",),
         "lower_to_tensorrt": ("choose_containers", "pack_weights"),

@@ -38,7 +38,7 @@ from exporter.presets import PRESETS, LayerScheme
 from exporter.progress import NullProgress
 from exporter.quantize import QuantizedWeight, planned_linear, quantize_model, round_to_nearest
 from exporter.recipe import Recipe
-from exporter.targets import TARGETS
+from exporter.targets import TARGETS, Storage
 from exporter.to_onnx import to_onnx
 from exporter.tracing import batch_axis, trace
 from plugins.formats import get_format
@@ -99,13 +99,13 @@ class Matrix:
         shapes = model_shapes(self.model, self.adapter)
         return plan_layers(Recipe.model_validate(recipe), shapes, self.adapter.high_precision, TARGETS[target])
 
-    def lowered(self, name: str, target: str) -> onnx.ModelProto:
+    def lowered(self, name: str, target: str, storage: Storage | None = None) -> onnx.ModelProto:
         """The graph that the target's engine is made of."""
         layers = self.plan(name, target).layers
         if name != WHOLE:
             layers = tuple(layer for layer in layers if ".ff." in layer.name)
         traced = self.traced(layers)
-        chosen = TARGETS[target]
+        chosen = TARGETS[target] if storage is None else TARGETS[target].with_storage(storage)
         # What the target computes its products in is the least that the recipe must ask for.
         waist, _ = run_passes(traced, WAIST_PASSES, chosen)
         return run_passes(waist, lowering_passes(chosen, product_type(chosen)), chosen)[0]
@@ -190,8 +190,8 @@ def test_everything_else_is_lowered_to_what_the_parsers_take(matrix: Matrix, nam
     assert not lowered.functions
 
 
-def build(matrix: Matrix, name: str, target: str, folder: Path) -> bytes:
-    onnx.save(matrix.lowered(name, target), folder / "lowered.onnx")
+def build(matrix: Matrix, name: str, target: str, folder: Path, storage: Storage | None = None) -> bytes:
+    onnx.save(matrix.lowered(name, target, storage), folder / "lowered.onnx")
     build_engine(folder / "lowered.onnx", folder / "out.plan", TARGETS[target], NullProgress())
     check_rtx_engine(folder / "out.plan")
     return (folder / "out.plan").read_bytes()
@@ -210,6 +210,14 @@ def test_one_engine_of_every_container_is_built(matrix: Matrix, name: str, targe
         "mxfp8": b"type=fp8_e8m0",
     }
     assert kernels[container_on(name, target) or ""] in engine
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["w4a6", "w4a8"])
+def test_the_builder_keeps_packed_weights_packed(matrix: Matrix, name: str, tmp_path: Path) -> None:
+    """They are decoded into the container's bytes by a kernel of the engine."""
+    assert b"type=int4" in build(matrix, name, "rtx-sm89", tmp_path, "packed")
+    assert b"type=int4" not in build(matrix, name, "rtx-sm89", tmp_path)
 
 
 @needs_rtx

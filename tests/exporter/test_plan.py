@@ -8,7 +8,7 @@ import pytest
 from exporter.errors import InputError
 from exporter.plan import LayerPlan, LinearShape, ModelShapes, Plan, plan_layers
 from exporter.recipe import Recipe
-from exporter.targets import TARGETS
+from exporter.targets import TARGETS, Storage
 
 HIGH_PRECISION = ("embed.*", "proj_out")
 LINEARS = {
@@ -22,10 +22,11 @@ LINEARS = {
 SHAPES = ModelShapes(LINEARS, {"patch.proj": 100, "table": 512})
 
 
-def planned(shapes: ModelShapes = SHAPES, target: str = "cpu", **fields: Any) -> Plan:
-    """The plan of a recipe with these fields."""
+def planned(shapes: ModelShapes = SHAPES, target: str = "cpu", storage: Storage | None = None, **fields: Any) -> Plan:
+    """The plan of a recipe with these fields, for a target with its own storage or another."""
     data = {"model": {"weights": "w"}, "calibration": {"prompts": "p"}, **fields}
-    return plan_layers(Recipe.model_validate(data), shapes, HIGH_PRECISION, TARGETS[target])
+    machine = TARGETS[target] if storage is None else TARGETS[target].with_storage(storage)
+    return plan_layers(Recipe.model_validate(data), shapes, HIGH_PRECISION, machine)
 
 
 def test_the_preset_covers_every_linear_layer_that_the_family_quantizes() -> None:
@@ -219,7 +220,13 @@ def test_the_expected_size_counts_codes_scales_multipliers_and_the_rest() -> Non
     assert planned(one, preset="w4a6", layers=channel).expected_bytes == 256 * 192 + 256 * 4 + rest
     group = [{"match": "*", "scales": "group"}]
     assert planned(one, preset="w4a6", layers=group).expected_bytes == 256 * 128 + 256 * 2 * 4 + rest
-    assert planned(one, preset="w4a6", target="rtx-sm89").expected_bytes == 256 * 256 + 256 * 4 + rest
+    packed, container = 256 * 128 + 256 * 2 + 256 * 4 + rest, 256 * 256 + 256 * 4 + rest
+    assert planned(one, preset="w4a6", target="rtx-sm89").expected_bytes == container
+    assert planned(one, preset="w4a6", target="rtx-sm89", storage="packed").expected_bytes == packed
+    assert planned(one, preset="w8a8", target="rtx-sm89", storage="packed").expected_bytes == container
+    assert planned(one, preset="w4a6", storage="container").expected_bytes == container
+    # Weights alone are decoded to FP32 when the file is loaded, so that their 4 bits stay.
+    assert planned(one, preset="w4a16", storage="container").expected_bytes == packed
 
 
 def test_multipliers_fit_the_container() -> None:

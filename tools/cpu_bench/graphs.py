@@ -23,8 +23,8 @@ from exporter.passes.fused_attention import fuse_attention
 from exporter.plan import LinearShape, ModelShapes, Plan, plan_layers
 from exporter.progress import Progress
 from exporter.quantize import QuantizedWeight, quantize_model, round_to_nearest
-from exporter.recipe import Recipe, Storage
-from exporter.targets import TARGETS
+from exporter.recipe import Recipe
+from exporter.targets import TARGETS, Storage
 from exporter.to_onnx import to_onnx
 from exporter.tracing import OPSET
 from exporter.workdir import program_identity
@@ -48,7 +48,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "W4A6 (E2M1 × E2M3)": Variant("e2m3"),
         "W4A8 (E2M1 × INT8)": Variant("int8"),
-        "W4A8 (E2M1 × INT8), stored as INT8": Variant("int8", "int8"),
+        "W4A8 (E2M1 × INT8), stored as INT8": Variant("int8", "container"),
     }
 )
 
@@ -133,8 +133,8 @@ def _export_quantized(model: nn.Module, variant: Variant, path: Path, progress: 
     quantized = quantize_model(model, plan, _nearest(model, plan, path.parent / "weights.safetensors", progress))
     traced = path.with_suffix(".traced.onnx")
     to_onnx(quantized, adapter, adapter.example_inputs(quantized, batch=2, tokens=CAPTION_TOKENS), traced)
-    passes = (*WAIST_PASSES, *lowering_passes(CPU, storage=variant.storage))
-    lowered, _ = run_passes(onnx.load(traced), passes, CPU)
+    passes = (*WAIST_PASSES, *lowering_passes(CPU))
+    lowered, _ = run_passes(onnx.load(traced), passes, CPU.with_storage(variant.storage))
     with atomic_path(path) as temporary:
         onnx.save(lowered, temporary)
     traced.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +19,7 @@ from exporter.passes.encodings import unit_of
 from exporter.passes.fold import fold_rows
 from exporter.passes.layer_table import LayerEntry, read_layer_table
 from exporter.presets import LayerScheme
-from exporter.recipe import Storage
-from exporter.targets import TARGETS, Target
+from exporter.targets import TARGETS, Storage, Target
 from plugins.container_product import ContainerProduct
 from plugins.containers import CONTAINERS, FP8, INT8, factor, fits, multipliers
 from plugins.float_quantize.reference import quantize_online
@@ -36,10 +36,10 @@ IN_FP8 = [name for name in WEIGHT_FORMATS if fits(get_format(name), FP8)]
 FP8_ACTIVATIONS = [name for name in ACTIVATION_FORMATS if fits(get_format(name), FP8)]
 
 
-def lower(model: onnx.ModelProto, target: Target, storage: Storage = "packed") -> tuple[onnx.ModelProto, LayerEntry]:
+def lower(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, LayerEntry]:
     """Lowered in the container that the layer asks for, or else in the one that the target chooses."""
     waist, _ = run_passes(model, WAIST_PASSES, target)
-    lowered, _ = run_passes(waist, lowering_passes(target, storage=storage), target)
+    lowered, _ = run_passes(waist, lowering_passes(target), target)
     (entry,) = read_layer_table(lowered)
     return lowered, entry
 
@@ -227,10 +227,10 @@ def test_every_pair_of_codes_of_w4a8(weight_format: str) -> None:
 
 
 @pytest.mark.parametrize("count", [4608, 8192])
-@pytest.mark.parametrize("storage", ["packed", "int8"])
+@pytest.mark.parametrize("storage", get_args(Storage))
 def test_sums_of_nothing_but_extremes_are_exact(count: int, storage: Storage) -> None:
     weight, x = extreme_weight("e2m1", count, 128, 10), extreme_tokens("e2m3", count)
-    lowered, entry = lower(one_linear(weight, "e2m3"), CPU, storage=storage)
+    lowered, entry = lower(one_linear(weight, "e2m3"), CPU.with_storage(storage))
     assert entry.container == "int8"
     sums = run(lowered, x, output_of(lowered, "MatMulInteger"))[1]
     expected = integer_sums(x, weight, channel_scales(weight, CPU), "e2m3")
@@ -244,7 +244,7 @@ def test_the_longest_sum_that_int32_holds_and_one_more() -> None:
     fmt = get_format("e2m3")
     longest = (2**31 - 1) // fmt.max_numerator**2
     weight, x = extreme_weight("e2m3", longest, 0, 1), extreme_tokens("e2m3", longest)
-    lowered, entry = lower(one_linear(weight, "e2m3"), CPU, storage="int8")
+    lowered, entry = lower(one_linear(weight, "e2m3"), CPU.with_storage("container"))
     assert entry.container == "int8"
     sums = run(lowered, x, output_of(lowered, "MatMulInteger"))[1]
     assert np.array_equal(sums[0, :2], np.int64([[1, -1], [-1, 1]]) * fmt.max_numerator**2 * longest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -16,8 +17,7 @@ from exporter.container_choice import needs_vnni
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.fold import fold_rows
 from exporter.passes.layer_table import LayerEntry, read_layer_table
-from exporter.recipe import Storage
-from exporter.targets import TARGETS
+from exporter.targets import TARGETS, Storage
 from exporter.this_cpu import product_of
 from plugins.containers import INT8, multipliers
 from plugins.float_quantize.reference import quantize_online
@@ -41,7 +41,7 @@ IN_INT8 = [name for name in ACTIVATION_FORMATS if get_format(name).max_numerator
 
 def _lower(model: onnx.ModelProto, storage: Storage = "packed") -> tuple[onnx.ModelProto, tuple[LayerEntry, ...]]:
     waist, _ = run_passes(model, WAIST_PASSES, CPU)
-    lowered, _ = run_passes(waist, lowering_passes(CPU, storage=storage), CPU)
+    lowered, _ = run_passes(waist, lowering_passes(CPU), CPU.with_storage(storage))
     onnx.checker.check_model(lowered, full_check=True)
     return lowered, read_layer_table(lowered)
 
@@ -140,7 +140,7 @@ def test_one_tensor_read_in_two_containers() -> None:
 @pytest.mark.parametrize("in_bytes", [False, True])
 def test_runtime_folds_the_weight_to_bytes_and_fuses_the_product(tmp_path: Path, kind: str, in_bytes: bool) -> None:
     weight = make_weight("fc", group_size=0 if kind == "channel" else 16, kind=kind)
-    lowered, _ = _lower(one_linear(weight), "int8" if in_bytes else "packed")
+    lowered, _ = _lower(one_linear(weight), "container" if in_bytes else "packed")
     stored = {t.name: t.data_type for t in lowered.graph.initializer if np.prod(t.dims) >= 64}
     if in_bytes:
         assert stored == {"fc.int8": TensorProto.INT8}
@@ -167,7 +167,7 @@ def _as_the_runtime_has_it(model: onnx.ModelProto, folder: Path) -> tuple[list[o
 @pytest.mark.parametrize(("weight_format", "kind"), [(n, "channel") for n in WEIGHT_FORMATS] + [("e2m3", "foldable")])
 def test_both_ways_of_storing_a_weight_compute_the_same_bits(weight_format: str, kind: str) -> None:
     weight = make_weight("fc", weight_format, 0 if kind == "channel" else 16, kind)
-    packed, in_bytes = (_lower(one_linear(weight), storage)[0] for storage in ("packed", "int8"))
+    packed, in_bytes = (_lower(one_linear(weight), storage)[0] for storage in get_args(Storage))
     assert np.array_equal(run(packed, tokens())[0], run(in_bytes, tokens())[0])
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -14,7 +12,6 @@ from onnx import TensorProto
 from exporter.errors import InputError
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.passes.layer_table import LayerEntry, read_layer_table
-from exporter.passes.lower_tensorrt import _fp8_bits
 from exporter.targets import TARGETS
 from plugins.float_quantize.reference import quantize_online
 from plugins.formats import get_format
@@ -137,13 +134,3 @@ def test_scale_that_is_not_positive_is_refused() -> None:
     weight.scales[5] = 0
     with pytest.raises(InputError, match=r"blocks\.0\.fc.*not positive"):
         _lower(one_linear(weight), "rtx-sm86")
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.int16])
-def test_numbers_that_fp8_lacks_are_refused(dtype: type[np.signedinteger[Any]]) -> None:
-    """17 needs five significand bits; bytes are looked up, longer numbers converted."""
-    with pytest.raises(ValueError, match="not exact in float8_e4m3fn"):
-        _fp8_bits(np.array([[-3, 17]], dtype), 1.0)
-    exact = np.array([[-3, 15, -128, 0], [-1, 30, 120, 26]], dtype).T
-    expected = (exact * 0.5).astype(ml_dtypes.float8_e4m3fn)
-    np.testing.assert_array_equal(_fp8_bits(exact, 0.5), expected.view(np.uint8))

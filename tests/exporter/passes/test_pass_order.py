@@ -8,7 +8,6 @@ from exporter.compute import Compute
 from exporter.passes import (
     COMPUTE_PASSES,
     CPU_PASSES,
-    CPU_PASSES_IN_BYTES,
     HALF_PRODUCT_PASSES,
     PLUGIN_COMPUTE_PASSES,
     PLUGIN_PASSES,
@@ -51,7 +50,6 @@ def test_every_pass_in_the_table_exists() -> None:
     passes = (
         *WAIST_PASSES,
         *CPU_PASSES,
-        *CPU_PASSES_IN_BYTES,
         *TENSORRT_PASSES,
         *HALF_PRODUCT_PASSES,
         *PLUGIN_PASSES,
