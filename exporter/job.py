@@ -79,20 +79,22 @@ def open_job(
 ) -> Job:
     """Check the output, choose the target and open the work folder.
 
-    Raises `InputError` for an output that cannot be written, and a compute type or kernels that the target lacks,
-    before any work is done.
+    Raises `InputError` for an output that cannot be written, and a compute type, kernels or a storage that the target
+    lacks, before any work is done.
     """
     target = chosen_target(recipe, output).target
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
     choice = replace(choice, target=target)
-    progress.note(f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels")
+    progress.note(
+        f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels, storage: {target.storage}"
+    )
     return Job(recipe, Path(output), choice, work, keep_graphs, progress, shard=shard or Shard())
 
 
 def chosen_target(recipe: Recipe, output: str | Path) -> TargetChoice:
-    """The machine that a recipe and an output mean, with the recipe's kernels, and why.
+    """The machine that a recipe and an output mean, with the recipe's kernels and storage, and why.
 
-    Raises `InputError` for an output, a compute type or kernels that the machine does not have.
+    Raises `InputError` for an output, a compute type, kernels or a storage that the machine does not have.
     """
     return fitted_target(recipe, resolve_target(recipe.target, output))
 

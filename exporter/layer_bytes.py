@@ -29,7 +29,8 @@ def stored_bytes(layer: LayerPlan, target: Target) -> int:
         layout = Layout(fmt, layer.in_features, layer.group_size, twos_complement=False)
         weights = layer.out_features * layout.words * _WORD_BYTES
     elif _is_packed(fmt, layer.container, target):
-        weights = layer.out_features * words_per_row(layer.in_features, fmt.bits) * _WORD_BYTES
+        bits = fmt.bits if target.engine == "onnxruntime" else _NIBBLE_BITS
+        weights = layer.out_features * words_per_row(layer.in_features, bits) * _WORD_BYTES
     else:
         weights = layer.out_features * layer.in_features // (2 if layer.container in ("int4", "fp4") else 1)
         folded = 0

@@ -112,7 +112,7 @@ class Recipe(Section):
     storage: StorageChoice = Field(
         default="auto",
         description="how the output holds weights of 4 bits: packed, or as their container, in twice the space; "
-        "auto: packed in a .onnx and with plugins, else the container",
+        "auto: packed in a .onnx, else the container; plugins have packed ones always",
     )
     container: ContainerChoice = Field(
         default="auto",

@@ -32,8 +32,8 @@ class Target:
 
     `kernels` says whose kernels multiply: TensorRT's own, or this project's as plugins, which multiply in
     `plugin_containers` (none where the engine takes no plugins); `containers` are those of the kernels chosen.
-    `storage` says how the output holds weights of 4 bits for kernels that are not plugins: packed, or as their
-    container multiplies them.
+    `storage` says how the output holds weights of 4 bits for kernels that are not plugins, which read packed ones:
+    packed, too, or as their container multiplies them.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Target:
         if kernels == self.kernels:
             return self
         if kernels == "native":
-            return get_target(self.name)
+            return replace(get_target(self.name), storage=self.storage)
         if not self.plugin_containers:
             able = ", ".join(target.name for target in _TABLE if target.plugin_containers)
             reason = (
@@ -64,11 +64,6 @@ class Target:
 
     def with_storage(self, storage: Storage) -> Target:
         """The same machine with weights held like this. Raises `InputError` where it cannot hold them so."""
-        if storage == "container" and self.kernels == "plugin":
-            raise InputError(
-                f"target {self.name} with `kernels: plugin` takes `storage: packed` only, since plugins read packed "
-                "weights"
-            )
         if storage == "packed" and not self.fp32_products:
             raise InputError(
                 f"target {self.name} takes `storage: container` only, since its products in FP16 are bounded by "

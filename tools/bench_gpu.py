@@ -112,7 +112,9 @@ def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) ->
             for k in _QUANTIZED
         ]
     arguments = "" if blocks == 28 else f" --blocks {blocks}"
-    results = Results(f"python -m tools.bench_gpu{arguments}", machine(), rounds, clock.least(), linears, quantizers)
+    results = Results(
+        f"python -m tools.bench_gpu{arguments}", machine(), rounds, clock.least(), linears, quantizers, blocks=blocks
+    )
     yield results
     steps: list[StepRow] = []
     for step in measure_transformer(blocks, clock, progress):

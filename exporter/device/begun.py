@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -13,23 +14,27 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 from exporter.device.child import run_worker
 from exporter.device.jobs import EngineJob
 from exporter.memory import usable_memory
-from exporter.onnx_files import total_bytes
 
 if TYPE_CHECKING:
     from exporter.progress import Progress
 
 # The other work comes first where cores are few.
 _NICENESS = 5
-# TensorRT-RTX takes about five times a graph's weights, and what runs beside it as much again.
-_ROOM = 10
+# TensorRT-RTX takes up to 1.3 times a graph's weights in FP32, whatever holds them, and what runs beside it as much.
+_ROOM = 2.6
+_FP32_BYTES = 4
 
 
-def is_room_beside(lowered: Path) -> bool:
-    """Whether there is memory for a builder of this graph beside what else goes on."""
-    return usable_memory() > _ROOM * total_bytes(lowered)
+def is_room_beside(lowered: onnx.ModelProto) -> bool:
+    """Whether there is memory for a builder of this graph, which may lack its weights' values, beside what else goes
+    on."""
+    weights: int = sum(math.prod(tensor.dims) for tensor in lowered.graph.initializer)
+    return usable_memory() > _ROOM * _FP32_BYTES * weights
 
 
 class BegunEngine:

@@ -123,7 +123,7 @@ def engine_begun(
             with suppress(EnvironmentLacksError, InputError, OSError):
                 graph, options = read_lowered(lowered), options or BuildOptions()
                 _checked_environment(graph, lowered, target, options)
-                if is_room_beside(lowered):
+                if is_room_beside(graph.model):
                     engine = stack.enter_context(scratch_folder(folder)) / "engine.plan"
                     begun = stack.enter_context(BegunEngine(_engine_job(graph, engine, target, options)))
         yield begun

@@ -1,7 +1,7 @@
 """Weights for TensorRT's own kernels: constants of the container, or of 4 bits and operators that decode them.
 
-Builders fold what has constant inputs, but not a DequantizeLinear of INT4, so that what follows one is in the engine as
-it is here.
+TensorRT-RTX 1.7 folds what has constant inputs, but not a DequantizeLinear of INT4, so that what follows one is in the
+engine. Other builders have not been seen with it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ def _append_expanded(body: Body, layer: Layer, splicer: Splicer) -> tuple[str, d
     INT4 is the rank of a number among the format's, with its sign; f gives the numbers of the ranks. They are linear
     between two ranks, so that with n(r) the number of rank r, s(r) = n(r) − n(r − 1) and R the largest rank,
     f(r) = s(R)·r + Σ (s(i) − s(i + 1))·clip(r, −i, i) over 0 < i < R. For E2M1: 4r − clip(r, ±4) − 2·clip(r, ±6).
-    All numbers are exact in float32: QuantizeLinear loses nothing.
+    All numbers are exact in float32: QuantizeLinear loses nothing. Raises ValueError where the container does not hold
+    them all.
     """
+    if layer.product is not None and not layer.product.holds_operands:
+        raise ValueError(f"{layer.name}: {layer.product.reason}")
     unit = _unit(layer)
     ranks, slopes = _ranks(layer.format)
     scales = layer.weight_scales[:, 0] * np.float32(layer.format.step / unit)

@@ -216,8 +216,12 @@ def test_one_engine_of_every_container_is_built(matrix: Matrix, name: str, targe
 @pytest.mark.parametrize("name", ["w4a6", "w4a8"])
 def test_the_builder_keeps_packed_weights_packed(matrix: Matrix, name: str, tmp_path: Path) -> None:
     """They are decoded into the container's bytes by a kernel of the engine."""
-    assert b"type=int4" in build(matrix, name, "rtx-sm89", tmp_path, "packed")
+    kernels = {"w4a6": b"__myln_int8* __restrict__ __v1", "w4a8": b"__myln_fp8_e4m3* __restrict__ __v1"}
+    packed = build(matrix, name, "rtx-sm89", tmp_path, "packed")
     assert b"type=int4" not in build(matrix, name, "rtx-sm89", tmp_path)
+    layers = read_layer_table(matrix.lowered(name, "rtx-sm89", "packed"))
+    assert packed.count(b"type=int4") >= len(layers)
+    assert kernels[name] in packed
 
 
 @needs_rtx

@@ -224,6 +224,9 @@ def test_the_expected_size_counts_codes_scales_multipliers_and_the_rest() -> Non
     assert planned(one, preset="w4a6", target="rtx-sm89").expected_bytes == container
     assert planned(one, preset="w4a6", target="rtx-sm89", storage="packed").expected_bytes == packed
     assert planned(one, preset="w8a8", target="rtx-sm89", storage="packed").expected_bytes == container
+    # INT4 has three bits, too.
+    three = [{"match": "*", "weight": "e2m0"}]
+    assert planned(one, preset="w4a6", layers=three, target="rtx-sm89", storage="packed").expected_bytes == packed
     assert planned(one, preset="w4a6", storage="container").expected_bytes == container
     # Weights alone are decoded to FP32 when the file is loaded, so that their 4 bits stay.
     assert planned(one, preset="w4a16", storage="container").expected_bytes == packed

@@ -46,6 +46,8 @@ def test_paths_start_from_the_recipe(smallest: Path, monkeypatch: pytest.MonkeyP
     [
         "digits",
         "pixart_alpha_w4a6",
+        "pixart_alpha_256_w4a6",
+        "pixart_alpha_1024_w4a6",
         "pixart_sigma_w4a6",
         "hunyuan_dit_v1_1_w4a6",
         "hunyuan_dit_v1_2_w4a6",

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tools.cpu_bench.model import BLOCKS
 from tools.marked_section import markdown_table
 
 _MANY_TOKENS = 2048
@@ -61,7 +62,7 @@ class StepRow:
 @dataclass(frozen=True)
 class Results:
     """Everything that was measured. `machine` is GPU, driver and versions in a line; `least_ms` is what a graph of one
-    kernel takes that sets a number to zero. An empty part was not run."""
+    kernel takes that sets a number to zero. `blocks` are the transformer's. An empty part was not run."""
 
     command: str
     machine: str
@@ -70,6 +71,7 @@ class Results:
     linears: Sequence[LinearRow] = ()
     quantizers: Sequence[QuantizerRow] = ()
     steps: Sequence[StepRow] = ()
+    blocks: int = BLOCKS
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def section(results: Results) -> str:
     if results.quantizers:
         parts += ["### Quantizers", _quantizers(results.quantizers)]
     if results.steps:
-        parts += ["### PixArt-α's transformer in torch, a step of 2 × 1024 tokens", _steps(results.steps)]
+        blocks = f"{results.blocks} of {BLOCKS} blocks"
+        parts += [f"### PixArt-α's transformer in torch, {blocks}, a step of 2 × 1024 tokens", _steps(results.steps)]
     return "\n\n".join(parts)
 
 

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import psutil
 import pytest
+from onnx import numpy_helper
 
 from exporter.device import begun, build, requirements
 from exporter.device.build import BuildOptions, build_engine, engine_begun
@@ -140,11 +142,16 @@ def test_other_builders_are_not_begun(tmp_path: Path, target: str) -> None:
         assert building is None
 
 
+@needs_rtx
 def test_nothing_is_begun_where_memory_is_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lowered = write_lowered(tmp_path, "rtx-sm89")
-    monkeypatch.setattr(begun, "usable_memory", lambda: 10 * lowered.stat().st_size)
+    weights = sum(numpy_helper.to_array(tensor).size for tensor in onnx.load(lowered).graph.initializer)
+    monkeypatch.setattr(begun, "usable_memory", lambda: 10 * weights)
     with engine_begun(lowered, TARGET, tmp_path) as building:
         assert building is None
+    monkeypatch.setattr(begun, "usable_memory", lambda: 11 * weights)
+    with engine_begun(lowered, TARGET, tmp_path) as building:
+        assert building is not None
 
 
 def test_what_refuses_it_is_said_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
