@@ -30,6 +30,7 @@ _PROMPTS = 2
 _RECIPE = """\
 model: {{family: {family}, weights: model, resolution: {resolution}}}
 preset: w4a6
+layers: {layers}
 calibration: {{prompts: prompts.safetensors, steps: 1, samples: 1}}
 method: {{name: rtn, scale_search: absmax}}
 evaluation: {{trajectories: 1, grid: 1}}
@@ -38,8 +39,8 @@ evaluation: {{trajectories: 1, grid: 1}}
 
 @dataclass(frozen=True)
 class FullSize:
-    """A published model's shape: diffusers' class and config, the config of its noise schedule, and what its prompt
-    file holds ([P, S, D] each)."""
+    """A published model's shape: diffusers' class and config, the config of its noise schedule, what its prompt file
+    holds ([P, S, D] each), and the rules of its shipped recipe, as YAML."""
 
     title: str
     family: str
@@ -51,6 +52,7 @@ class FullSize:
     recipe_in_words: str
     most_seconds: int
     most_bytes: float
+    layers: str = "[]"
 
     @property
     def blocks(self) -> int:
@@ -112,9 +114,11 @@ MODELS: Mapping[str, FullSize] = MappingProxyType(
             ),
             resolution=32,
             prompts=MappingProxyType({"": (77, 1024), "_2": (256, 2048)}),
-            recipe_in_words="256 tokens × 2 (guidance), 77 CLIP and 256 T5 tokens",
+            recipe_in_words="256 tokens × 2 (guidance), 77 CLIP and 256 T5 tokens, `text_embedder` in INT8 as in the "
+            "shipped recipe",
             most_seconds=400,
             most_bytes=16 * 2.0**30,
+            layers='[{match: "text_embedder.*", weight: int8, group: 0, activation: none}]',
         ),
     }
 )
@@ -132,7 +136,9 @@ def make_model(model: FullSize, blocks: int, folder: Path) -> None:
             transformer.save_pretrained(directory, max_shard_size=_SHARD)
         diffusers.DDPMScheduler(**model.noise).save_pretrained(folder / _SCHEDULER)
         save_file(random_prompts(model), folder / "prompts.safetensors")
-        write_text_atomically(recipe, _RECIPE.format(family=model.family, resolution=model.resolution))
+        write_text_atomically(
+            recipe, _RECIPE.format(family=model.family, layers=model.layers, resolution=model.resolution)
+        )
 
 
 def random_transformer(model: FullSize, blocks: int, seed: int = 0) -> nn.Module:
