@@ -19,13 +19,17 @@ _EFFORTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "best": {"name": "fp4dit", "start": "gptq", "iterations": 1000, "learning_rate": 0.01},
     }
 )
+# With none of these a recipe leaves to us how weights are rounded.
+_HOW_TO_ROUND = ("effort", "name", "start", "iterations", "learning_rate")
 
 
 class MethodSection(Section):
     """How weights are rounded; `iterations` and what follows are FP4DiT's (arXiv 2503.15465)."""
 
     effort: Effort | None = Field(
-        default=None, description="sets name, start, iterations and learning_rate where they are not given"
+        default=None,
+        description="sets name, start, iterations and learning_rate where they are not given; unset and none of them "
+        "given: default",
     )
     name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
     start: Literal["nearest", "gptq"] = Field(
@@ -49,7 +53,7 @@ class MethodSection(Section):
     balance: Literal[False, True, "exact"] = Field(
         default=False,
         description="balance the channels of inputs where the layers in front can do it for free; exact: by powers of "
-        "two, so that weights in front keep their bits",
+        "two, so that weights in front keep their bits; true where effort is default because nothing else is given",
     )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 
@@ -66,3 +70,16 @@ class MethodSection(Section):
         if self.beta_end > self.beta_start:
             raise ValueError(f"beta_end {self.beta_end} is above beta_start {self.beta_start}; beta only falls")
         return self
+
+
+def best_where_open(given: Any, *, balances: bool) -> Any:
+    """What a recipe gives as its method; if that does not say how to round, with what does best at no inference cost.
+
+    The fields' own defaults are for a method that says a part: kept measurements are named by what differs from them.
+    `balances` says whether models of the family can be balanced.
+    """
+    if isinstance(given, MethodSection):
+        given = given.model_dump(exclude_unset=True)
+    if not isinstance(given, Mapping) or any(given.get(key) is not None for key in _HOW_TO_ROUND):
+        return given
+    return {"balance": balances, **given, "effort": "default"}

@@ -12,6 +12,8 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 # The families that draw class labels instead of prompts.
 LABELLED_FAMILIES = ("dit",)
+# The families of which it is not known what is in front of the layers.
+UNBALANCED_FAMILIES = ("generic",)
 
 
 class Section(BaseModel):

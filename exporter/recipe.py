@@ -13,15 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from exporter.compute import Compute
 from exporter.errors import InputError
 from exporter.evaluation_section import EvaluationSection
 from exporter.explain import explain
 from exporter.layer_section import ContainerChoice, LayerRule, known
-from exporter.method_section import MethodSection
-from exporter.model_section import LABELLED_FAMILIES, Count, ModelSection, Section, Seed, Text
+from exporter.method_section import MethodSection, best_where_open
+from exporter.model_section import LABELLED_FAMILIES, UNBALANCED_FAMILIES, Count, ModelSection, Section, Seed, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS, Kernels
 from exporter.yaml_text import dump_yaml
@@ -119,7 +127,8 @@ class Recipe(Section):
         description="number type that quantized layers are multiplied in; auto: the target's best",
     )
     calibration: CalibrationSection = CalibrationSection()
-    method: MethodSection = MethodSection()
+    # Validated, so that no section means what an empty one does.
+    method: MethodSection = Field(default=MethodSection(), validate_default=True)
     layers: Annotated[tuple[LayerRule, ...], Field(strict=False)] = ()
     evaluation: EvaluationSection = EvaluationSection()
 
@@ -140,6 +149,13 @@ class Recipe(Section):
         """A path of the recipe (relative to its folder, or absolute, or with ~) as an absolute one."""
         return Path(os.path.normpath(self._source_dir / Path(path).expanduser()))
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _rounds_as_well_as_it_can(cls, given: Any, info: ValidationInfo) -> Any:
+        # Nothing where the model is itself wrong, which is then the error.
+        model: ModelSection | None = info.data.get("model")
+        return best_where_open(given, balances=model is not None and model.family not in UNBALANCED_FAMILIES)
+
     @model_validator(mode="after")
     def _says_what_to_draw(self) -> Recipe:
         family, given = self.model.family, self.calibration
@@ -159,9 +175,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _balances_what_is_known(self) -> Recipe:
-        if self.method.balance and self.model.family == "generic":
+        if self.method.balance and self.model.family in UNBALANCED_FAMILIES:
             raise ValueError(
-                "method.balance: of family generic it is not known what is in front of the layers; leave it out"
+                f"method.balance: of family {self.model.family} it is not known what is in front of the layers; leave "
+                "it out"
             )
         return self
 

@@ -27,7 +27,7 @@ def test_defaults_are_filled_in(smallest: Path) -> None:
     recipe = load_recipe(smallest)
     assert recipe.target == "auto"
     assert recipe.calibration.scheduler == "DPMSolverMultistepScheduler"
-    assert recipe.method.name == "fp4dit"
+    assert (recipe.method.name, recipe.method.start, recipe.method.balance) == ("fp4dit", "gptq", True)
     assert recipe.layers == ()
 
 
@@ -154,6 +154,9 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
         ("layers=[{match: a, activation: ue2m2, hadamard: 16}]", "gives inputs of both signs, and ue2m2 has none"),
         ("layers=[{match: a, output_group: 64}]", "`output_group: 64` is for outputs that are quantized"),
         ("method.balance=2", r"method\.balance: unknown balance 2; valid: false, true, exact"),
+        ("method.efort=fast", r"method\.efort: unknown key; did you mean 'effort'\?"),
+        ("method.iterations=null", r"method\.iterations: expected a whole number, got nothing"),
+        ("method=gptq", "method: expected a mapping of keys to values, got 'gptq'"),
         ("layers=[{match: a, low_rank: -1}]", r"layers\[0\]\.low_rank: must be at least 0, got -1"),
         ("layers=e2m1", "layers: expected a list, got 'e2m1'"),
         ("target=rtx-sm88", "unknown target 'rtx-sm88'; did you mean 'rtx-sm89'"),
