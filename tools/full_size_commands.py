@@ -1,9 +1,9 @@
 """Run every command on a model of full size as a user would; write what it takes and gives into docs/benchmarks.md.
 
 `python -m tools.full_size_commands` runs them in build/full_size/pixart-28, where `tools.full_size --model pixart` left
-the model with random weights and its export for the cpu; what is missing is made first, with an autoencoder and a text
-encoder of T5-XXL's width. Each command is a process of its own, whose output is kept in commands/; one that fails is
-a row like any other. `--blocks 4` is quick, and is printed instead of written.
+the model with random weights and its export for the cpu, `--model hunyuan` in hunyuan-40; what is missing is made
+first, with an autoencoder and text encoders of the published width. Each command is a process of its own, whose output
+is kept in commands/; one that fails is a row like any other. `--blocks 4` is quick, and is printed instead of written.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ import click
 from exporter.files import write_text_atomically
 from tools.full_size import PAGE, ROOT, made_folder, measured_export, watch, weight_bytes
 from tools.full_size_models import MODELS
-from tools.full_size_pipeline import TEXT_ENCODER_LAYERS, layers_of_text_encoder, text_encoder_bytes
+from tools.full_size_pipeline import PIPELINES, TEXT_ENCODER_LAYERS
 from tools.marked_section import replace_section
 from tools.this_machine import GB, machine
 
-_MODEL = "pixart"
 _LOGS = "commands"
 _CAPTIONS = "captions.txt"
 _TEXTS = ("a photo of a cat", "a small red house by the sea, oil painting")
@@ -126,6 +125,14 @@ COMMANDS = (
 
 
 @click.command(help=__doc__)
+@click.option(
+    "--model",
+    "name",
+    type=click.Choice(list(PIPELINES)),
+    default="pixart",
+    show_default=True,
+    help="The published model's shape.",
+)
 @click.option("--blocks", type=click.IntRange(1), help="Transformer blocks, instead of the published number.")
 @click.option(
     "--text-encoder-layers",
@@ -133,40 +140,40 @@ COMMANDS = (
     type=click.IntRange(1, TEXT_ENCODER_LAYERS),
     default=2,
     show_default=True,
-    help=f"T5-XXL has {TEXT_ENCODER_LAYERS}, which take {text_encoder_bytes(TEXT_ENCODER_LAYERS) / GB:.1f} GB.",
+    help=f"Of each text encoder; the published ones have {TEXT_ENCODER_LAYERS}.",
 )
-def main(blocks: int | None, layers: int) -> None:
+def main(name: str, blocks: int | None, layers: int) -> None:
     """Make what is missing, run the commands, and write or print the section."""
-    model, count = MODELS[_MODEL], blocks or MODELS[_MODEL].blocks
-    folder = made_folder(_MODEL, count)
-    layers = prepare(folder, layers)
+    count = blocks or MODELS[name].blocks
+    folder = made_folder(name, count)
+    layers = prepare(name, folder, layers)
     uses = [measured(command, folder, number) for number, command in enumerate(COMMANDS)]
-    section = markdown(f"{model.title.partition(' (')[0]}, {count} of {model.blocks} blocks", layers, uses)
+    section = markdown(name, count, layers, uses)
     if blocks is None:
-        replace_section(PAGE, f"full size commands: {_MODEL}", section)
+        replace_section(PAGE, f"full size commands: {name}", section)
     else:
         click.echo(section)
 
 
-def prepare(folder: Path, layers: int) -> int:
+def prepare(name: str, folder: Path, layers: int) -> int:
     """Make what the commands read in `folder`, unless it is there, and remove what earlier ones left.
 
-    Returns the layers of the text encoder: where the disk has no room for another, of the one that is there, or 0.
+    Returns the layers of the text encoders: where the disk has no room for others, of those that are there, or 0.
     """
     click.echo(f"making what is missing in {folder}", err=True)
     remove(folder, (_LOGS, *(name for command in COMMANDS for name in command.leaves)))
     (folder / _LOGS).mkdir()
-    model = folder / "model"
+    model, shape = folder / "model", PIPELINES[name]
     needed = _ROOM * weight_bytes(folder)
-    if layers_of_text_encoder(model) != layers:
-        needed += text_encoder_bytes(layers)
+    if shape.text_encoder_layers(model) != layers:
+        needed += shape.text_encoder_bytes(layers)
     free = shutil.disk_usage(folder).free
     if free < needed:
         click.echo(
             f"{folder}: {free / GB:.1f} of {needed / GB:.1f} GB are free: no other text encoder is made", err=True
         )
-        layers = layers_of_text_encoder(model)
-    subprocess.run([sys.executable, "-m", "tools.full_size_pipeline", str(model), str(layers)], check=True)
+        layers = shape.text_encoder_layers(model)
+    subprocess.run([sys.executable, "-m", "tools.full_size_pipeline", name, str(model), str(layers)], check=True)
     if not (folder / "cpu.onnx").is_file():
         measured_export(folder, "cpu")
     write_text_atomically(folder / _CAPTIONS, "\n".join(_TEXTS) + "\n")
@@ -199,16 +206,16 @@ def remove(folder: Path, names: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def markdown(model: str, layers: int, uses: Sequence[CommandUse]) -> str:
+def markdown(name: str, blocks: int, layers: int, uses: Sequence[CommandUse]) -> str:
     """The section: what was there, and a line per command."""
+    model, texts = MODELS[name], PIPELINES[name].text_in_words.format(layers=layers)
     return "\n".join(
         [
-            f"### The other commands: {model}",
+            f"### The other commands: {model.title.partition(' (')[0]}, {blocks} of {model.blocks} blocks",
             "",
-            "Written by `python -m tools.full_size_commands`, in the folder that `tools.full_size` leaves: the model "
-            "and its export for the cpu. Weights are random, also those of the autoencoder and of the text encoder, "
-            f"which has T5-XXL's width and {layers} of its {TEXT_ENCODER_LAYERS} layers, in BF16. Captions: "
-            f"{len(_TEXTS)}. Machine: {machine()}. Seconds of the whole "
+            f"Written by `python -m tools.full_size_commands --model {name}`, in the folder that `tools.full_size` "
+            "leaves: the model and its export for the cpu. Weights are random, also those of the autoencoder and of "
+            f"the {texts}, in BF16. Captions: {len(_TEXTS)}. Machine: {machine()}. Seconds of the whole "
             "process; the most resident memory of it and all that it starts, files that are mapped into memory "
             "included. `ranges` finds the calibration of the export, as it does where one has just been made.",
             "",

@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from diffusers import HunyuanDiTPipeline
+from safetensors.torch import load_file
 
+from exporter.embed import embed
 from tools import measured_export
 from tools.full_size import ExportUse, StageUse, fastest_of, markdown, watch, weight_bytes
 from tools.full_size_commands import COMMANDS, Command, CommandUse, measured, remove
 from tools.full_size_commands import markdown as commands_markdown
 from tools.full_size_models import MODELS, FullSize, make_model
-from tools.full_size_pipeline import text_encoder_bytes
+from tools.full_size_pipeline import PIPELINES, make_parts
 
-PIXART = MODELS["pixart"]
+PIXART, HUNYUAN = MODELS["pixart"], MODELS["hunyuan"]
 SMALL = replace(
     PIXART,
     config={
@@ -30,6 +33,26 @@ SMALL = replace(
     },
     resolution=8,
     prompts={"": (6, 32)},
+)
+SMALL_HUNYUAN = replace(
+    HUNYUAN,
+    config={
+        **HUNYUAN.config,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "hidden_size": 16,
+        "sample_size": 8,
+        "cross_attention_dim": 12,
+        "cross_attention_dim_t5": 16,
+        "pooled_projection_dim": 8,
+    },
+    resolution=8,
+    prompts={"": (77, 12), "_2": (256, 16)},
+)
+# What each text encoder of Hunyuan's has instead of its published widths.
+NARROW = (
+    {"vocab_size": 96, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20},
+    {"vocab_size": 96, "d_model": 16, "d_kv": 4, "d_ff": 20, "num_heads": 4},
 )
 STAGES = (StageUse("load", 3.0, 2_000_000_000), StageUse("validate", 60.0, 0), StageUse("build", 2.0, 1_000_000_000))
 USE = ExportUse("cpu", 100.0, 70.0, 2_000_000_000, 300_000_000, 0, (*STAGES, StageUse("evaluate", 30.0, 1)))
@@ -136,9 +159,19 @@ def test_a_command_that_fails_is_a_row_and_its_output_is_kept(tmp_path: Path) ->
     assert not (tmp_path / "folder").exists()
 
 
-def test_the_section_of_commands_has_every_command_and_its_figures() -> None:
+@pytest.mark.parametrize(
+    ("name", "title", "said"),
+    [
+        ("pixart", "PixArt-α, 1 of 28 blocks", "which has T5-XXL's width and 2 of its 24 layers, in BF16."),
+        ("hunyuan", "Hunyuan-DiT 1.2, 1 of 40 blocks", "of mT5-XL and 2 of the 24 layers of each, in BF16."),
+    ],
+)
+def test_the_section_of_commands_has_every_command_and_its_figures(name: str, title: str, said: str) -> None:
     uses = [CommandUse(command.words, 61.4, 1_240_000_000, "fine") for command in COMMANDS]
-    found = rows(commands_markdown("PixArt-α, 1 of 28 blocks", 2, uses), "`fp4export …`")
+    section = commands_markdown(name, 1, 2, uses)
+    assert section.startswith(f"### The other commands: {title}\n")
+    assert said in section
+    found = rows(section, "`fp4export …`")
     assert list(found) == [f"`{command.words}`" for command in COMMANDS]
     assert all(row == ["61", "1.2", "fine"] for row in found.values())
 
@@ -151,5 +184,34 @@ def test_removing_leaves_other_files_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["b.work"]
 
 
-def test_a_text_encoder_of_all_layers_has_t5_xxl_s_size() -> None:
-    assert text_encoder_bytes(24) == pytest.approx(2 * 4.76e9, rel=0.01)
+def test_text_encoders_of_all_layers_have_the_published_sizes() -> None:
+    assert PIPELINES["pixart"].text_encoder_bytes(24) == pytest.approx(2 * 4.76e9, rel=0.01)
+    assert PIPELINES["hunyuan"].text_encoder_bytes(24) == pytest.approx(2 * (0.352e9 + 1.67e9), rel=0.01)
+
+
+def test_hunyuan_s_pipeline_is_diffusers_own_and_encodes_captions_with_both_text_encoders(tmp_path: Path) -> None:
+    make_model(SMALL_HUNYUAN, 2, tmp_path)
+    published = PIPELINES["hunyuan"]
+    encoders = zip(published.text_encoders, NARROW, strict=True)
+    shape = replace(
+        published,
+        autoencoder={**published.autoencoder, "block_out_channels": (8,) * 4, "norm_num_groups": 2},
+        text_encoders=tuple(replace(encoder, config={**encoder.config, **narrow}) for encoder, narrow in encoders),
+    )
+    model, prompts = tmp_path / "model", tmp_path / "captions.txt"
+    assert shape.text_encoder_layers(model) == 0
+    make_parts(shape, model, 1)
+    make_parts(shape, model, 2)
+    make_parts(shape, model, 0)
+    assert shape.text_encoder_layers(model) == 2
+    pipeline = HunyuanDiTPipeline.from_pretrained(model, local_files_only=True)
+    encoders_read = (pipeline.text_encoder, pipeline.text_encoder_2)
+    assert [type(part).__name__ for part in encoders_read] == ["BertModel", "T5EncoderModel"]
+    prompts.write_text("a cat, asleep\na tree\n")
+    found = load_file(embed(str(tmp_path / "recipe.yaml"), prompts, tmp_path / "embedded.safetensors"))
+    for suffix, (tokens, width) in SMALL_HUNYUAN.prompts.items():
+        assert found[f"prompt_embeds{suffix}"].shape == (2, tokens, width)
+    # Every character is a token: none is unknown, and [CLS] and [SEP], or </s>, stand around them.
+    assert found["prompt_attention_mask"].sum(dim=1).tolist() == [11 + 2, 5 + 2]
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        assert tokenizer.unk_token_id not in tokenizer("a cat, asleep").input_ids
