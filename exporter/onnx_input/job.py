@@ -16,6 +16,7 @@ from exporter.onnx_input.compare import Graphs, compare_graphs
 from exporter.onnx_input.foreign import ForeignModel
 from exporter.onnx_input.model import GraphState, read_source, state_of
 from exporter.onnx_input.random_inputs import random_inputs
+from exporter.onnx_input.room import refuse_without_room
 from exporter.onnx_input.selection import FormatOptions, Selection
 from exporter.onnx_input.waist import WaistModel
 from exporter.origin import Origin
@@ -90,6 +91,7 @@ def quantize_onnx(
     if validate:
         products = {layer.name: layer.product for layer in loaded.selection.layers}
         refuse_saturating_cpu(products, choice.target, str(source))
+        refuse_without_room(source, loaded.selection.layers)
     source_bytes = total_bytes(source)
     _note_kept(loaded.selection, progress)
     with work.locked():

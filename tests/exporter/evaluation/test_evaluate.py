@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -86,15 +85,15 @@ def test_results_hold_numbers_or_reasons(evaluated: Path) -> None:
     assert "| **tiny.onnx** |" in (evaluated / "results.md").read_text()
 
 
-def test_two_processes_draw_the_same_bytes(export: Path, embeddings: Path, evaluated: Path, tmp_path: Path) -> None:
+def test_two_processes_of_torchrun_draw_the_same_bytes(
+    export: Path, embeddings: Path, evaluated: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "two"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "exporter", *_words(export, embeddings, folder)]
-    ranks = [subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    subprocess.run([*launcher, "-m", "exporter", *_words(export, embeddings, folder)], check=True, timeout=300)
     assert _images(folder) == _images(evaluated)
     assert (folder / "results.json").read_bytes() == (evaluated / "results.json").read_bytes()
 
