@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from exporter.models.pixart import PixArtAdapter
 from exporter.passes import WAIST_PASSES, lowering_passes, run_passes
 from exporter.progress import NullProgress
+from exporter.runtime import OnnxSession
 from exporter.targets import TARGETS
+from tests.exporter.models.small_families import pixart
 from tests.exporter.passes.waist_graphs import WaistGraph, make_weight
 from tools.cpu_bench.digits import Row
-from tools.cpu_bench.graphs import DYNAMIC, FP32, FP32_FUSED, VARIANTS
+from tools.cpu_bench.graphs import DYNAMIC, FP32, FP32_FUSED, VARIANTS, export_float
 from tools.cpu_bench.measure import (
     ATTENTION,
     Memory,
@@ -48,6 +52,16 @@ def test_graphs_run_side_by_side_on_the_same_inputs(small: Path) -> None:
     seconds, outputs = side_by_side({"one": small, "other": small}, 3, NullProgress())
     assert {name: len(values) for name, values in seconds.items()} == {"one": 3, "other": 3}
     assert np.array_equal(outputs["one"], outputs["other"])
+
+
+def test_the_float_graph_computes_what_torch_does(tmp_path: Path) -> None:
+    model, adapter, path = pixart(), PixArtAdapter(), tmp_path / "float.onnx"
+    export_float(model, path, tokens=4)
+    inputs = adapter.example_inputs(model, batch=3, tokens=4)
+    with torch.no_grad():
+        expected = adapter.forward(model, inputs)
+    found = OnnxSession(path).run(inputs.as_numpy())["sample"]
+    assert snr_db(expected.numpy(), found) > 80
 
 
 def test_memory_is_that_of_a_process_of_its_own(small: Path) -> None:

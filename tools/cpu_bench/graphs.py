@@ -93,7 +93,8 @@ def export_float(model: nn.Module, path: Path, *, tokens: int) -> None:
     """The transformer as torch exports it, with `tokens` caption tokens, but for a Squeeze that no runtime takes."""
     adapter = PixArtAdapter()
     example = adapter.example_inputs(model, batch=2, tokens=tokens)
-    arguments = tuple(example.as_dict().values())
+    inputs, names = example.as_dict(), adapter.input_names(model)
+    arguments = tuple(inputs[name] for name in names)
     batch = torch.export.Dim("batch", min=1, max=64)
     module = adapter.forward_module(model, example)
     program = torch.export.export(module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments), strict=False)
@@ -101,7 +102,7 @@ def export_float(model: nn.Module, path: Path, *, tokens: int) -> None:
         program,
         dynamo=True,
         opset_version=OPSET,
-        input_names=list(example.as_dict()),
+        input_names=list(names),
         output_names=["sample"],
         verbose=False,
     )
