@@ -87,7 +87,7 @@ def print_description(description: Description, console: Console) -> None:
     console.print(f"target  {target.name} ({description.choice.reason})", markup=False, highlight=False)
     console.print(f"compute {plan.compute} outside the quantized linears", markup=False, highlight=False)
     console.print(f"kernels {target.kernels}", markup=False, highlight=False)
-    console.print(f"storage {target.storage}", markup=False, highlight=False)
+    console.print(f"storage {target.storage_text}", markup=False, highlight=False)
     console.print(layer_plan_table(plan.layers, target))
     if transforms_text(plan.layers):
         console.print(f"transforms {transforms_text(plan.layers)}", markup=False, highlight=False)

@@ -86,7 +86,7 @@ def open_job(
     choice, work = open_work(recipe.target, Path(output), work_dir, fresh=fresh, progress=progress)
     choice = replace(choice, target=target)
     progress.note(
-        f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels, storage: {target.storage}"
+        f"computing in {recipe.compute}, quantized linears by {target.kernels} kernels, storage: {target.storage_text}"
     )
     return Job(recipe, Path(output), choice, work, keep_graphs, progress, shard=shard or Shard())
 

@@ -19,8 +19,7 @@ _EFFORTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "best": {"name": "fp4dit", "start": "gptq", "iterations": 1000, "learning_rate": 0.01},
     }
 )
-# With none of these a recipe leaves to us how weights are rounded.
-_HOW_TO_ROUND = ("effort", "name", "start", "iterations", "learning_rate")
+_SPELLED_OUT = ("name", "start", "iterations", "learning_rate")
 
 
 class MethodSection(Section):
@@ -53,7 +52,7 @@ class MethodSection(Section):
     balance: Literal[False, True, "exact"] = Field(
         default=False,
         description="balance the channels of inputs where the layers in front can do it for free; exact: by powers of "
-        "two, so that weights in front keep their bits; true where effort is default because nothing else is given",
+        "two, so that weights in front keep their bits; unset: true with an effort, but for family generic",
     )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
 
@@ -72,14 +71,18 @@ class MethodSection(Section):
         return self
 
 
-def best_where_open(given: Any, *, balances: bool) -> Any:
-    """What a recipe gives as its method; if that does not say how to round, with what does best at no inference cost.
+def default_where_open(given: Any, *, balances: bool) -> Any:
+    """What a recipe gives as its method; where that does not spell out how to round, with effort `default`, unless
+    another is given, and balanced channels, which do best at no cost at inference.
 
-    The fields' own defaults are for a method that says a part: kept measurements are named by what differs from them.
-    `balances` says whether models of the family can be balanced.
+    The fields' own defaults are for a method that is spelled out: kept measurements are named by what differs from
+    them. `balances` says whether models of the family can be balanced.
     """
     if isinstance(given, MethodSection):
         given = given.model_dump(exclude_unset=True)
-    if not isinstance(given, Mapping) or any(given.get(key) is not None for key in _HOW_TO_ROUND):
+    if not isinstance(given, Mapping):
         return given
-    return {"balance": balances, **given, "effort": "default"}
+    has_effort = given.get("effort") is not None
+    if not has_effort and any(given.get(key) is not None for key in _SPELLED_OUT):
+        return given
+    return {"balance": balances, **given, "effort": given["effort"] if has_effort else "default"}

@@ -28,7 +28,7 @@ from exporter.errors import InputError
 from exporter.evaluation_section import EvaluationSection
 from exporter.explain import explain
 from exporter.layer_section import ContainerChoice, LayerRule, known
-from exporter.method_section import MethodSection, best_where_open
+from exporter.method_section import MethodSection, default_where_open
 from exporter.model_section import LABELLED_FAMILIES, UNBALANCED_FAMILIES, Count, ModelSection, Section, Seed, Text
 from exporter.recipe_file import Override, apply_overrides, find_recipe, parse_override, read_mapping
 from exporter.targets import AUTO, TARGETS, Kernels
@@ -154,7 +154,7 @@ class Recipe(Section):
     def _rounds_as_well_as_it_can(cls, given: Any, info: ValidationInfo) -> Any:
         # Nothing where the model is itself wrong, which is then the error.
         model: ModelSection | None = info.data.get("model")
-        return best_where_open(given, balances=model is not None and model.family not in UNBALANCED_FAMILIES)
+        return default_where_open(given, balances=model is not None and model.family not in UNBALANCED_FAMILIES)
 
     @model_validator(mode="after")
     def _says_what_to_draw(self) -> Recipe:

@@ -72,6 +72,11 @@ class Target:
         return replace(self, storage=storage)
 
     @property
+    def storage_text(self) -> str:
+        """How weights of 4 bits are stored."""
+        return f"packed in plugins, else {self.storage}" if self.kernels == "plugin" else self.storage
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """Suffixes of an output file for this target."""
         return SUFFIXES[self.engine]

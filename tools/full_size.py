@@ -203,7 +203,7 @@ def _notes(use: ExportUse) -> Iterator[str]:
         times = ", ".join(f"{seconds:.0f}" for seconds in use.runs)
         yield f"{use.target}: the fastest of {len(use.runs)} exports ({times} s), with the most memory of any."
     if get_target(use.target.removesuffix(_PACKED)).engine == "tensorrt-rtx":
-        yield _BUILDER.format(use.builder_bytes / GB)
+        yield f"{use.target}: " + _BUILDER.format(use.builder_bytes / GB)
 
 
 def _verdict(found: float, most: float, digits: str, unit: str, why_not: str) -> str:

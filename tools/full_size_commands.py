@@ -213,11 +213,12 @@ def markdown(name: str, blocks: int, layers: int, uses: Sequence[CommandUse]) ->
         [
             f"### The other commands: {model.title.partition(' (')[0]}, {blocks} of {model.blocks} blocks",
             "",
-            f"Written by `python -m tools.full_size_commands --model {name}`, in the folder that `tools.full_size` "
-            "leaves: the model and its export for the cpu. Weights are random, also those of the autoencoder and of "
-            f"the {texts}, in BF16. Captions: {len(_TEXTS)}. Machine: {machine()}. Seconds of the whole "
-            "process; the most resident memory of it and all that it starts, files that are mapped into memory "
-            "included. `ranges` finds the calibration of the export, as it does where one has just been made.",
+            f"Written by `python -m tools.full_size_commands --model {name} --text-encoder-layers {layers}`, in the "
+            "folder that `tools.full_size` leaves: the model and its export for the cpu. Weights are random, also "
+            f"those of the autoencoder and of the {texts}, in BF16. Captions: {len(_TEXTS)}. Machine: {machine()}. "
+            "Seconds of the whole process; the most resident memory of it and all that it starts, files that are "
+            "mapped into memory included. `ranges` finds the calibration of the export, as it does where one has just "
+            "been made.",
             "",
             "| `fp4export …` | seconds | peak, GB | what it gave |",
             "|---|---|---|---|",

@@ -11,6 +11,7 @@ from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
 from exporter.gate.table import GateResult
 from exporter.job import open_work
+from exporter.memory import usable_memory
 from exporter.onnx_files import data_path, external_files, read_model, save_onnx, total_bytes
 from exporter.onnx_input.compare import Graphs, compare_graphs
 from exporter.onnx_input.foreign import ForeignModel
@@ -86,12 +87,13 @@ def quantize_onnx(
     """
     source, output, progress = Path(source), Path(output), progress or NullProgress()
     _check_output(source, output)
+    free = usable_memory()
     loaded = load_source(source, options, resolve_target(target, output).target)
     choice, work = open_work(target, output, work_dir, fresh=False, progress=progress)
     if validate:
         products = {layer.name: layer.product for layer in loaded.selection.layers}
         refuse_saturating_cpu(products, choice.target, str(source))
-        refuse_without_room(source, loaded.selection.layers)
+        refuse_without_room(source, loaded.selection.layers, free)
     source_bytes = total_bytes(source)
     _note_kept(loaded.selection, progress)
     with work.locked():

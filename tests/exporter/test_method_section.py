@@ -13,7 +13,7 @@ from exporter.recipe import Recipe, load_recipe, recipe_to_yaml
 from exporter.recipe_file import shipped_recipes
 
 SMALLEST = "model: {weights: weights}\npreset: w4a6\ncalibration: {prompts: p.safetensors}\n"
-BEST = MethodSection(effort="default", balance=True)
+DEFAULT = MethodSection(effort="default", balance=True)
 FROM_NEAREST = ("fp4dit", "nearest", 2500, 0.03, False)
 
 
@@ -44,15 +44,15 @@ def test_an_unknown_effort_is_named(value: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [None, {}, {"effort": None}, MethodSection()])
 def test_a_recipe_that_says_nothing_gets_the_best_at_no_cost(method: Any) -> None:
-    assert recipe_with(method).method == BEST
+    assert recipe_with(method).method == DEFAULT
 
 
 def test_what_does_not_say_how_to_round_is_kept() -> None:
     found = recipe_with({"batch_size": 8, "scale_search": "absmax"}).method
-    assert found == BEST.model_copy(update={"batch_size": 8, "scale_search": "absmax"})
-    assert recipe_with(MethodSection(batch_size=8)).method == BEST.model_copy(update={"batch_size": 8})
+    assert found == DEFAULT.model_copy(update={"batch_size": 8, "scale_search": "absmax"})
+    assert recipe_with(MethodSection(batch_size=8)).method == DEFAULT.model_copy(update={"batch_size": 8})
     for balance in (False, True, "exact"):
-        assert recipe_with({"balance": balance}).method == BEST.model_copy(update={"balance": balance})
+        assert recipe_with({"balance": balance}).method == DEFAULT.model_copy(update={"balance": balance})
 
 
 def test_generic_models_are_not_balanced_unasked() -> None:
@@ -72,8 +72,6 @@ def test_generic_models_are_not_balanced_unasked() -> None:
         ({"start": "nearest"}, FROM_NEAREST),
         ({"iterations": 7}, ("fp4dit", "nearest", 7, 0.03, False)),
         ({"learning_rate": 0.02}, ("fp4dit", "nearest", 2500, 0.02, False)),
-        ({"effort": "default"}, ("fp4dit", "gptq", 250, 0.01, False)),
-        ({"effort": "fast"}, ("gptq", *FROM_NEAREST[1:])),
     ],
     ids=str,
 )
@@ -83,6 +81,22 @@ def test_a_method_that_says_a_part_gets_the_fields_defaults(
     recipe = recipe_with(method)
     assert how(recipe.method) == expected
     assert recipe.method == MethodSection.model_validate(method) == recipe_with(MethodSection(**method)).method
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"effort": "default"}, ("fp4dit", "gptq", 250, 0.01, True)),
+        ({"effort": "fast"}, ("gptq", *FROM_NEAREST[1:-1], True)),
+        ({"effort": "best", "iterations": 7}, ("fp4dit", "gptq", 7, 0.01, True)),
+        ({"effort": "fast", "balance": False}, ("gptq", *FROM_NEAREST[1:])),
+    ],
+    ids=str,
+)
+def test_an_effort_balances_unless_told_otherwise(method: dict[str, Any], expected: tuple[object, ...]) -> None:
+    recipe = recipe_with(method)
+    assert how(recipe.method) == expected
+    assert recipe.method == recipe_with(MethodSection(**method)).method
 
 
 @pytest.mark.parametrize(
@@ -117,5 +131,5 @@ def test_shipped_recipes_say_how_they_round() -> None:
             assert (method.name, method.start, method.iterations) == ("fp4dit", "nearest", 2500), name
             assert (method.balance, method.step_weights, method.quantize_activations) == (False, "uniform", False), name
         else:
-            assert method == BEST.model_copy(update={"batch_size": method.batch_size}), name
+            assert method == DEFAULT.model_copy(update={"batch_size": method.batch_size}), name
         assert {"balance", "batch_size", "scale_search"} <= method.model_fields_set, name

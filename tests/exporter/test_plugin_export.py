@@ -86,7 +86,9 @@ def test_weights_alone_need_a_compute_type(tiny_job: Path, capsys: pytest.Captur
     assert main(command) == 2
     assert "use `compute: fp16` (or bf16), or `kernels: native`" in capsys.readouterr().err
     assert main([*command, "--set", "compute=fp16"]) == 0
-    assert "kernels plugin" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kernels plugin" in said
+    assert "storage packed in plugins, else container" in said
 
 
 def test_packed_weights_are_expected_to_be_small(tiny_job: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from diffusers import HunyuanDiTPipeline
 from safetensors.torch import load_file
 
 from exporter.embed import embed
+from exporter.layer_section import LayerRule
+from exporter.recipe import load_recipe
 from tools import measured_export
 from tools.full_size import ExportUse, StageUse, fastest_of, markdown, watch, weight_bytes
 from tools.full_size_commands import COMMANDS, Command, CommandUse, measured, remove
@@ -215,3 +218,8 @@ def test_hunyuan_s_pipeline_is_diffusers_own_and_encodes_captions_with_both_text
     assert found["prompt_attention_mask"].sum(dim=1).tolist() == [11 + 2, 5 + 2]
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
         assert tokenizer.unk_token_id not in tokenizer("a cat, asleep").input_ids
+
+
+def test_hunyuan_s_rules_are_those_of_its_shipped_recipe() -> None:
+    (rule,) = load_recipe("hunyuan_dit_v1_2_w4a6").layers
+    assert [rule] == [LayerRule.model_validate(entry) for entry in yaml.safe_load(MODELS["hunyuan"].layers)]
