@@ -4,12 +4,13 @@ from __future__ import annotations
 
 ABOUT = """Turn a diffusion transformer into a low-bit engine, with one command.
 
-RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_sigma_w4a6,
-hunyuan_dit_v1_1_w4a6, hunyuan_dit_v1_2_w4a6, dit_xl_2_256_w4a6, dit_xl_2_512_w4a6; with FP4DiT's published settings
-pixart_alpha_w4a6_fp4dit, pixart_sigma_w4a6_fp4dit, hunyuan_dit_v1_2_w4a6_fp4dit). MODEL.onnx is a plain ONNX model,
-whose linear layers are rounded to nearest, or a graph that fp4export exported. The suffix of OUT
-decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are TensorRT engines for the GPU that is here,
-or for the one that --target names; .bundle is a folder with everything that devices need to build and check engines.
+RECIPE is a YAML file or the name of a shipped recipe (digits, pixart_alpha_w4a6, pixart_alpha_256_w4a6,
+pixart_alpha_1024_w4a6, pixart_sigma_w4a6, hunyuan_dit_v1_1_w4a6, hunyuan_dit_v1_2_w4a6, dit_xl_2_256_w4a6,
+dit_xl_2_512_w4a6; with FP4DiT's published settings pixart_alpha_w4a6_fp4dit, pixart_sigma_w4a6_fp4dit,
+hunyuan_dit_v1_2_w4a6_fp4dit). MODEL.onnx is a plain ONNX model, whose linear layers are rounded to nearest, or a graph
+that fp4export exported. The suffix of OUT decides what is made: .onnx runs in stock ONNX Runtime; .plan and .engine are
+TensorRT engines for the GPU that is here, or for the one that --target names; .bundle is a folder with everything that
+devices need to build and check engines.
 
 \b
 Examples:

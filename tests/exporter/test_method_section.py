@@ -133,3 +133,12 @@ def test_shipped_recipes_say_how_they_round() -> None:
         else:
             assert method == DEFAULT.model_copy(update={"batch_size": method.batch_size}), name
         assert {"balance", "batch_size", "scale_search"} <= method.model_fields_set, name
+
+
+def test_the_alpha_recipes_differ_in_their_size_alone() -> None:
+    whole = {"model": {"weights"}, "calibration": {"samples"}}
+    dumps = [
+        load_recipe(name).model_dump(exclude=whole)
+        for name in ("pixart_alpha_w4a6", "pixart_alpha_256_w4a6", "pixart_alpha_1024_w4a6")
+    ]
+    assert dumps[0] == dumps[1] == dumps[2]
