@@ -24,6 +24,7 @@ from exporter.cuda.launcher import Launcher, launcher_of
 from exporter.errors import EnvironmentLacksError, FidelityError, Fp4ExportError
 from exporter.progress import Progress, RichProgress
 from plugins.kernels.hardware import HARDWARE
+from tools.cpu_bench.model import BLOCKS
 from tools.gpu_bench.cases import FEW, MANY, SCHEMES, SHAPES, Case, WrongResultError
 from tools.gpu_bench.linears import check_tactics, measure_linear
 from tools.gpu_bench.machine import machine
@@ -43,7 +44,9 @@ _QUANTIZED = (1152, 1408, 4608)
 
 @click.command(help=__doc__)
 @click.option("--rounds", type=click.IntRange(3), default=50, show_default=True, help="Rounds of timing.")
-@click.option("--blocks", type=click.IntRange(1, 28), default=28, show_default=True, help="Blocks of the transformer.")
+@click.option(
+    "--blocks", type=click.IntRange(1, BLOCKS), default=BLOCKS, show_default=True, help="Blocks of the transformer."
+)
 @click.option("--check", is_flag=True, help="Check every tactic at small odd shapes; time and write nothing.")
 @click.option("--sanitize", is_flag=True, help="Print and run --check under each of compute-sanitizer's tools.")
 def main(rounds: int, blocks: int, check: bool, sanitize: bool) -> None:
@@ -111,7 +114,7 @@ def measure(launcher: Launcher, rounds: int, blocks: int, progress: Progress) ->
             for rows in MANY
             for k in _QUANTIZED
         ]
-    arguments = "" if blocks == 28 else f" --blocks {blocks}"
+    arguments = "" if blocks == BLOCKS else f" --blocks {blocks}"
     results = Results(
         f"python -m tools.bench_gpu{arguments}", machine(), rounds, clock.least(), linears, quantizers, blocks=blocks
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tools.calibration_speed import Run, table, verdict
 
 SHORT, LONG = (
-    Run("published, 250 iterations", 100.0, (2e-4, 1e-4)),
-    Run("published, 2500 iterations", 1e3, (1e-4, 1e-5)),
+    Run("published", 100.0, (2e-4, 1e-4), 250),
+    Run("published", 1e3, (1e-4, 1e-5), 2500),
 )
 
 
