@@ -53,6 +53,22 @@ class Quantized:
 
         return predict
 
+    def compiled(self) -> Denoiser:
+        """The same, compiled by torch.compile: on a CPU a third faster."""
+        model, is_compiled = with_decoded_weights(self.model), False
+
+        @torch.no_grad()
+        def predict(inputs: TransformerInputs) -> Tensor:
+            nonlocal is_compiled
+            noise = self.adapter.predict_noise(model, inputs)
+            if not is_compiled:
+                # After one call: the formats' tables are made on first use, of numpy arrays, which Dynamo cannot trace.
+                model.compile(dynamic=False)
+                is_compiled = True
+            return noise
+
+        return predict
+
 
 def quantized(job: Job, row: Row, weights: Path) -> Quantized:
     """The row's model by the job's recipe; calibrated weights are kept in the folder `weights`."""
