@@ -55,6 +55,9 @@ class MethodSection(Section):
         "two, so that weights in front keep their bits; unset: true with an effort, but for family generic",
     )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
+    compute: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type of the matrix products from which blocks learn; their errors are FP32's"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -45,6 +45,7 @@ _OURS = (
     ("ours, GPTQ then AdaRound, same formats and scales", (*_SAME, "method.effort=default")),
     ("ours, `method.effort: fast`", ("method.effort=fast",)),
     ("ours, `method.effort: default`", ("method.effort=default",)),
+    ("ours, `method.effort: default`, `method.compute: bf16`", ("method.effort=default", "method.compute=bf16")),
     ("ours, `method.effort: best`", ("method.effort=best",)),
 )
 

@@ -54,6 +54,11 @@ def calibrate(
     """
     finished = finished or NothingKept()
     check_batches(method, len(run.calibration_set), run.shard)
+    if method.name == "fp4dit" and method.compute == "bf16" and not run.placement.multiplies_bf16:
+        progress.note(
+            f"method.compute: {run.placement.device} multiplies BF16 by emulation only, which is slow; fp32 is faster "
+            "here"
+        )
     first = _first_roundings(model, plan, run, method, progress, finished)
     if method.name != "fp4dit":
         return first
@@ -121,7 +126,7 @@ class _Walk:
     ) -> None:
         self._model, self._plan, self._run = model, plan, run
         self._method, self._seed, self._progress, self._finished = method, seed, progress, finished
-        self._execution = Execution(run.limit, shard=run.shard)
+        self._execution = Execution(run.limit, shard=run.shard, bf16=method.compute == "bf16")
         self._quantized = share_copy(model)
         self.layers: dict[str, RoundingLinear] = {}
         for layer in plan.layers:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.activations import BatchLimit
 from exporter.cores import on_every_core
+from exporter.device.machine import emulates_bf16
 from exporter.errors import EnvironmentLacksError, InputError
 from exporter.shards import Shard
 
@@ -66,6 +67,11 @@ class Placement:
     def room_for_grams(self) -> int:
         """How many bytes of Gram matrices stay on the GPU while they are added up."""
         return int(self.memory * _GRAMS)
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether the device multiplies BF16 itself, as far as is known."""
+        return torch.cuda.is_bf16_supported(including_emulation=False) if self.on_gpu else not emulates_bf16()
 
     @contextmanager
     def computing(self) -> Iterator[None]:

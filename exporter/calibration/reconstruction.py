@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -79,7 +80,8 @@ class RoundingLinear(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """x [..., K] as the layer rounds its inputs while it is being learned."""
-        return x if self._input is None else self._input.fake_quantize(x)
+        # Rounding looks at the bits of a float32, and what learns in BF16 gives BF16.
+        return x if self._input is None else self._input.fake_quantize(x.float())
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer makes of inputs x [..., K] with another weight [N, K]."""
@@ -88,11 +90,13 @@ class RoundingLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Execution:
-    """How units are run: on how many samples at once, alone and with what gradients need, and by which processes."""
+    """How units are run: on how many samples at once, alone and with what gradients need, and by which processes;
+    with `bf16` the matrix products for gradients are in BF16."""
 
     forward: BatchLimit = field(default_factory=BatchLimit)
     backward: BatchLimit = field(default_factory=BatchLimit.unlimited)
     shard: Shard = field(default_factory=Shard)
+    bf16: bool = False
 
     def mean(self, total: float, count: int) -> float:
         """The quotient of sums over all processes, of which these are this one's."""
@@ -201,7 +205,7 @@ def _optimize(
             channels = _channels_with_error(unit, inputs, targets, own, execution)
         if channels is None or penalty is not None or bool(channels.any()):
             own_penalty = penalty if shard.is_first else None
-            _backward(unit, inputs, targets, own, factor, own_penalty, execution.backward, channels)
+            _backward(unit, inputs, targets, own, factor, own_penalty, execution, channels)
             for parameter in parameters:
                 if parameter.grad is not None:
                     shard.add_up(parameter.grad)
@@ -230,15 +234,19 @@ def _backward(
     indices: Tensor,
     factor: float,
     penalty: Penalty | None,
-    limit: BatchLimit,
+    execution: Execution,
     channels: Tensor | None,
 ) -> None:
     """Set the gradients of `factor` · squared error + penalty, of as many samples at once as memory takes."""
+    limit = execution.backward
 
     def add(part: Tensor, *, with_penalty: bool) -> None:
         for layer in unit.layers.values():
             layer.penalty = penalty if with_penalty else None
-        loss = inputs.mean_squared_error(unit.module, targets, part, channels) * (factor * len(part) / len(indices))
+        # Products and what reads them directly, as a GELU; norms, residual streams, roundings and the loss stay FP32.
+        with torch.autocast(inputs.device.type, torch.bfloat16) if execution.bf16 else nullcontext():
+            error = inputs.mean_squared_error(unit.module, targets, part, channels)
+        loss = error * (factor * len(part) / len(indices))
         with repeatable_gradients():
             loss.backward()  # type: ignore[no-untyped-call]
 

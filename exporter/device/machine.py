@@ -28,6 +28,8 @@ _PACKAGES = (
 # As Linux names them: 8-bit dot products of x86 (VNNI, AMX) and of ARM (dot product, i8mm).
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _INT8_DOT_PRODUCTS = frozenset(_CPU_FLAGS) - {"avx2"}
+# Of x86, the second by tiles, and of ARM.
+_BF16_PRODUCTS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _TEGRA_RELEASE = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 _DRIVER = re.compile(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)")
 # JetPack's first number by that of Jetson Linux.
@@ -85,6 +87,12 @@ def saturates_int8_products(root: Path = Path("/")) -> bool:
     return is_x86 and _INT8_DOT_PRODUCTS.isdisjoint(_flags(lines))
 
 
+def emulates_bf16(root: Path = Path("/")) -> bool:
+    """Whether the CPU is known to have no BF16 products."""
+    present = _all_flags(_text(root / "proc/cpuinfo").splitlines())
+    return bool(present) and _BF16_PRODUCTS.isdisjoint(present)
+
+
 def package_version(name: str) -> str:
     """The version of the distribution that brings the module `name`, "" where there is none."""
     found = _distributions().get(name, [])
@@ -111,10 +119,14 @@ def _jetson(release: str) -> tuple[str | None, str | None]:
 
 
 def _flags(lines: Iterable[str]) -> tuple[str, ...]:
+    present = _all_flags(lines)
+    return tuple(flag for flag in _CPU_FLAGS if flag in present)
+
+
+def _all_flags(lines: Iterable[str]) -> set[str]:
     heads = ("flags", "Features")
     line = next((line for line in lines if line.split(":")[0].strip() in heads), "")
-    present = set(line.partition(":")[2].split())
-    return tuple(flag for flag in _CPU_FLAGS if flag in present)
+    return set(line.partition(":")[2].split())
 
 
 def _text(path: Path) -> str:

@@ -48,6 +48,7 @@ _ROTATED = ((_BEHIND_GELU, "hadamard: 64"),)
 # What attention reads, on the activations' grid; heads of both models are 64 wide.
 _ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
 _WEIGHTED = "method.step_weights=trajectory"
+_BF16 = "method.compute=bf16"
 _JOINT = "method.quantize_activations=true"
 _ABSMAX = "method.scale_search=absmax"
 _LOOP = (*_NEAREST, _ABSMAX)
@@ -128,6 +129,7 @@ _VARIANTS = (
     Row("fp_best", "floats, `best`: 1000 iterations", "floats", _BEST, balance=True),
     Row("fp_joint", "floats, `default`, activations quantized while learning", "floats", (*_FROM_GPTQ, _JOINT), True),
     Row("fp_exact", "floats, `default`, balanced by powers of two", "floats", _FROM_GPTQ, balance="exact"),
+    Row("fp_bf16", "floats, `default`, learned in BF16", "floats", (*_FROM_GPTQ, _BF16), balance=True),
     Row("fp_weighted", "floats, `default`, steps weighted", "floats", (*_FROM_GPTQ, _WEIGHTED), balance=True),
     Row("fp_auto", "floats, `default`, formats chosen", "auto", _FROM_GPTQ, balance=True),
     Row("fp_qkv", "floats, `fast`, Q, K and V quantized per token and head", "floats", _GPTQ, True, _ATTENTION),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exporter.calibration import placement
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.inputs import CalibrationRun
@@ -24,6 +25,7 @@ from exporter.quantize import CalibrationResult, quantize_model
 from exporter.transforms.apply import with_transforms
 from plugins.block_scales import BLOCK_SCALINGS, factor_scales
 from plugins.formats import get_format
+from tests.exporter.progresses import Notes
 
 # On scales that suit rounding to nearest, so few iterations of a random model cannot beat it.
 RTN = MethodSection(name="rtn", scale_search="mse")
@@ -90,6 +92,43 @@ def test_learned_rounding_beats_rounding_to_nearest_block_by_block_and_at_the_ou
         for result in (nearest, learned)
     ]
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_learning_in_bf16_ends_as_close_as_in_fp32(
+    run: Calibrator, plan_for: Planner, quantize_activations: bool
+) -> None:
+    plan = plan_for(activation="e2m3" if quantize_activations else "none")
+    update = {"quantize_activations": quantize_activations, "start": "gptq", "learning_rate": 0.01}
+    in_fp32, in_bf16, again = (
+        run(plan, LEARNED.model_copy(update={**update, "compute": compute})) for compute in ("fp32", "bf16", "bf16")
+    )
+    assert _same(in_bf16, again)
+    assert not _same(in_bf16, in_fp32)
+    for one, other in zip(in_bf16.blocks, in_fp32.blocks, strict=True):
+        assert one.error_calibrated == pytest.approx(other.error_calibrated, rel=0.1)
+        assert one.error_calibrated < 0.98 * one.error_start
+    for name, weight in in_bf16.weights.items():
+        assert torch.equal(weight.scales, in_fp32.weights[name].scales)
+
+
+@pytest.mark.parametrize(("emulates", "compute", "lines"), [(True, "bf16", 1), (True, "fp32", 0), (False, "bf16", 0)])
+def test_bf16_that_is_emulated_is_said_to_be_slow(
+    emulates: bool,
+    compute: str,
+    lines: int,
+    model: nn.Module,
+    adapter: PixArtAdapter,
+    captured: CalibrationSet,
+    prompts: Prompts,
+    plan_for: Planner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "emulates_bf16", lambda: emulates)
+    method, notes = LEARNED.model_copy(update={"iterations": 1, "compute": compute}), Notes()
+    calibrate(model, plan_for(), CalibrationRun(adapter, captured, prompts), method, 0, notes)
+    said = "method.compute: cpu multiplies BF16 by emulation only, which is slow; fp32 is faster here"
+    assert notes.lines == [said] * lines
 
 
 def test_learned_codes_are_neighbours_of_the_weight_on_the_scales_of_rounding_to_nearest(

@@ -33,6 +33,7 @@ pytestmark = [
 
 METHOD = MethodSection(effort="default", iterations=20, batch_size=8)
 JOINT = METHOD.model_copy(update={"quantize_activations": True, "scale_search": "absmax"})
+BF16 = METHOD.model_copy(update={"compute": "bf16"})
 
 
 WHOLE, BY_BLOCK = 1 << 40, 1
@@ -61,7 +62,7 @@ def tensors(result: CalibrationResult) -> list[Tensor]:
     return [tensor for weight in result.weights.values() for tensor in (weight.codes, weight.scales)]
 
 
-@pytest.mark.parametrize("method", [METHOD, JOINT], ids=["default", "joint"])
+@pytest.mark.parametrize("method", [METHOD, JOINT, BF16], ids=["default", "joint", "bf16"])
 @pytest.mark.parametrize("memory", [WHOLE, BY_BLOCK], ids=["whole", "by block"])
 def test_a_calibration_on_the_gpu_is_that_on_the_cpu(
     method: MethodSection,
@@ -83,8 +84,10 @@ def test_a_calibration_on_the_gpu_is_that_on_the_cpu(
         assert theirs.error_calibrated == pytest.approx(ours.error_calibrated, rel=0.05)
 
 
+@pytest.mark.parametrize("method", [JOINT, BF16], ids=["joint", "bf16"])
 @pytest.mark.parametrize("side", [8, 64], ids=["16 tokens", "1024 tokens"])
 def test_the_same_calibration_gives_the_same_bits_again(
+    method: MethodSection,
     side: int,
     model: nn.Module,
     adapter: PixArtAdapter,
@@ -95,7 +98,7 @@ def test_the_same_calibration_gives_the_same_bits_again(
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(len(captured), 2, side, side, generator=generator)
     plan, run = plan_for(), CalibrationRun(adapter, replace(captured, hidden_states=latents), prompts)
-    first, second = (tensors(calibrated(run, model, plan, JOINT, WHOLE)) for _ in range(2))
+    first, second = (tensors(calibrated(run, model, plan, method, WHOLE)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 

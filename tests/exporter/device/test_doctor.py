@@ -10,7 +10,7 @@ import pytest
 from exporter.device import machine as machine_module
 from exporter.device import requirements
 from exporter.device.doctor import examine, report_text
-from exporter.device.machine import Machine, look_around, package_version, saturates_int8_products
+from exporter.device.machine import Machine, emulates_bf16, look_around, package_version, saturates_int8_products
 from exporter.gpu import Gpu
 from exporter.targets import TARGETS
 
@@ -80,6 +80,23 @@ def test_which_cpus_saturate_int8_products(tmp_path: Path, line: str, saturates:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert saturates_int8_products(tmp_path) == saturates
+
+
+@pytest.mark.parametrize(
+    ("line", "emulates"),
+    [
+        ("flags\t\t: fpu avx512f", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", False),
+        ("flags\t\t: fpu amx_bf16", False),
+        ("Features\t: fp asimd bf16", False),
+        ("Features\t: fp asimd", True),
+        ("", False),
+    ],
+)
+def test_which_cpus_emulate_bf16(tmp_path: Path, line: str, emulates: bool) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert emulates_bf16(tmp_path) == emulates
 
 
 def test_the_report_has_every_fact_in_text_and_json() -> None:
