@@ -3,33 +3,104 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PROCESSES = 2
+CHANGES = ("method.scale_search=absmax", "layers.0.weight=auto", "method.step_weights=trajectory")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the processes wrote next to `output`, and what each said: by rank and stream."""
+
+    output: Path
+    code: int
+    said: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An export by torchrun that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("processes")
+    output, logs = folder / "x.onnx", folder / "logs"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
+    command += ["--master-port", str(_free_port()), "--log-dir", str(logs), "--redirects", "3", "-m"]
+    command += _exporter(tiny_job, output)
+    run = subprocess.run(command, cwd=ROOT, env=_environment(), check=False, capture_output=True)
+    said = {f"{path.parent.name}/{path.stem}": path.read_text() for path in logs.rglob("std*.log")}
+    return Finished(output, run.returncode, said)
 
 
 @pytest.mark.slow
-def test_the_first_process_writes_and_speaks_for_all(tiny_job: Path, tmp_path: Path) -> None:
+def test_the_first_process_writes_and_speaks_for_all(finished: Finished) -> None:
+    assert finished.code == 0, finished.said
+    assert finished.said["1/stdout"] == finished.said["1/stderr"] == ""
+    assert "calibrated 20 layers (fp4dit)" in finished.said["0/stderr"]
+    assert "chose formats of 2 layers" in finished.said["0/stderr"]
+    assert finished.output.is_file()
+    assert finished.output.with_suffix(".report.html").is_file()
+    assert not any(finished.output.with_suffix(".work").glob("unfinished.*"))
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_end_with_the_same_bytes(tiny_job: Path, finished: Finished, tmp_path: Path) -> None:
+    """Of each of three runs both processes are killed, a little after something more is finished than before."""
+    output, seals = tmp_path / finished.output.name, []
+    work = output.with_suffix(".work")
+    for _ in range(3):
+        seals.append(len(_made(work, ".seal")))
+        processes = _started(tiny_job, output, tmp_path)
+        while len(_made(work, ".seal")) <= seals[-1] and all(process.poll() is None for process in processes):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.2))
+        for process in processes:
+            process.kill()
+        assert -signal.SIGKILL in [process.wait() for process in processes], (tmp_path / "said").read_text()
+    for process in _started(tiny_job, output, tmp_path):
+        assert process.wait() == 0, (tmp_path / "said").read_text()
+    assert output.read_bytes() == finished.output.read_bytes(), seals
+    made, expected = (_made(folder, ".safetensors") for folder in (work, finished.output.with_suffix(".work")))
+    assert made == expected, seals
+    assert seals == sorted(set(seals))
+
+
+def _started(job: Path, output: Path, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """The processes as torchrun starts them, but under nobody's care; what they say is added to folder/said."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(PROCESSES)}
+    processes = []
+    with (folder / "said").open("a") as said:
+        for rank in range(PROCESSES):
+            environment = {**_environment(), **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", *_exporter(job, output)]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said))
+    return processes
+
+
+def _made(work: Path, suffix: str) -> dict[Path, bytes]:
+    return {path.relative_to(work): path.read_bytes() for path in work.rglob(f"*{suffix}")}
+
+
+def _exporter(job: Path, output: Path) -> list[str]:
+    changes = [word for change in CHANGES for word in ("--set", change)]
+    return ["exporter", str(job / "tiny.yaml"), "-o", str(output), "--no-validate", *changes]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["--log-dir", str(tmp_path / "logs"), "--redirects", "3", "-m", "exporter", str(tiny_job / "tiny.yaml")]
-    command += ["-o", str(tmp_path / "x.onnx"), "--no-validate", "--set", "method.scale_search=absmax"]
-    command += ["--set", "layers.0.weight=auto", "--set", "method.step_weights=trajectory"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True)
-    logs = (tmp_path / "logs").rglob("std*.log")
-    said = {f"{path.parent.name}/{path.stem}": path.read_text() for path in logs}
-    assert run.returncode == 0, said
-    assert said["1/stdout"] == said["1/stderr"] == ""
-    assert "calibrated 20 layers (fp4dit)" in said["0/stderr"]
-    assert "chose formats of 2 layers" in said["0/stderr"]
-    assert (tmp_path / "x.onnx").is_file()
-    assert (tmp_path / "x.report.html").is_file()
-    assert not any((tmp_path / "x.work").glob("unfinished.*"))
+        port: int = free.getsockname()[1]
+        return port
