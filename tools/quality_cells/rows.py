@@ -41,6 +41,7 @@ ITERATIONS = 250
 
 _LEARNED = ("method.name=fp4dit", f"method.iterations={ITERATIONS}")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
+_FIRM = (*_FROM_NEAREST, "method.regularization=3000")
 _FROM_GPTQ = (*_LEARNED, "method.start=gptq", "method.learning_rate=0.01")
 _BEST = ("method.effort=best",)
 _BEHIND_GELU = "*.ff.net.2"
@@ -123,8 +124,12 @@ _FLOATS = (
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
     Row("mixed", "float weights, integer activations, `default`", "mixed", _FROM_GPTQ, balance=True),
 )
+_FIRMLY = "penalty 100 times as large"
 _VARIANTS = (
     Row("fp4dit_published", "floats, FP4DiT's own loop, 2500 iterations", "published", _LOOP, published_loop=2500),
+    Row("fp4dit_firm", f"floats, FP4DiT's formats and scales, AdaRound, {_FIRMLY}", "published", (*_FIRM, _ABSMAX)),
+    Row("fp_firm", f"floats, AdaRound, {_FIRMLY}", "floats", _FIRM),
+    Row("int_firm", f"integers, AdaRound, {_FIRMLY}", "integers", _FIRM),
     Row("fp_from_gptq", "floats, GPTQ, then AdaRound", "floats", _FROM_GPTQ),
     Row("fp_best", "floats, `best`: 1000 iterations", "floats", _BEST, balance=True),
     Row("fp_joint", "floats, `default`, activations quantized while learning", "floats", (*_FROM_GPTQ, _JOINT), True),
@@ -156,4 +161,5 @@ def row_of(key: str) -> Row:
 
 
 OURS = row_of("ours")
-INTEGERS = tuple(row for row in ROWS if row.formats == "integers")
+INTEGERS = (*_INTEGERS, *map(with_zero_point, _INTEGERS))
+"""What floats are held against: those that are measured at all widths."""
