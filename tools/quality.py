@@ -68,7 +68,7 @@ def main(
         (row, width)
         for width in BITS
         for row in ROWS
-        if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)) and row.is_for(width)
+        if width.name in (bits or (width.name,)) and row.key in (rows or (row.key,)) and width in row.at
     ]
     for seed in () if page_only else map(int, seeds or SEEDS):
         for row, width in chosen:

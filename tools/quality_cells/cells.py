@@ -133,7 +133,7 @@ class Laboratory:
         """A hash of the model's and prompts' files and of all that the recipe sets, evaluation aside."""
         recipe = load_recipe(self.recipe, (*row.changes(bits), f"calibration.seed={seed}"), "cpu")
         settings = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluation"})
-        text = json.dumps([settings, self._files], sort_keys=True)
+        text = json.dumps([settings, self._files, *row.loop_settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property

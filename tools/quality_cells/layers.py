@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,17 @@ def with_decoded_weights(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def with_quantized_inputs(model: nn.Module, activation: str) -> nn.Module:
-    """A model of the published loop, its learned layers' inputs quantized online to the format `activation`."""
+def rounded_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that the published loop has rounded, by layer."""
+    return {name: layer.quantized() for name, layer in model.named_modules() if isinstance(layer, PublishedLinear)}
+
+
+@torch.no_grad()
+def with_quantized_inputs(model: nn.Module, weights: Mapping[str, Tensor], activation: str) -> nn.Module:
+    """A model whose layers have these weights, and inputs that are quantized online to the format `activation`."""
     changed = share_copy(model)
-    for name, layer in model.named_modules():
-        if isinstance(layer, PublishedLinear):
-            quantize = InputQuantizer(get_format(activation)).fake_quantize
-            changed.set_submodule(name, QuantizedInput(quantize, frozen_linear(layer.quantized(), layer.bias)))
+    quantize = InputQuantizer(get_format(activation)).fake_quantize
+    for name, weight in weights.items():
+        bias = model.get_submodule(name).bias
+        changed.set_submodule(name, QuantizedInput(quantize, frozen_linear(weight, cast("Tensor | None", bias))))
     return changed.eval()

@@ -1,8 +1,9 @@
 """FP4DiT's calibration written down as published, in straightforward PyTorch: what `tools.calibration_speed` races.
 
-Formulas and settings are the paper's (arXiv 2503.15465) and its released code's: weights in groups of 128 consecutive
-numbers, scales by absmax, an absolute learning rate, everything but the steps computed anew in every iteration, and the
-whole network run again for every block's inputs. Only the inputs are ours: those of real sampler trajectories.
+Formulas and settings are the paper's (arXiv 2503.15465) and its released code's, but for the batch, which is given:
+weights in groups of 128 consecutive numbers, scales by absmax, an absolute learning rate, everything but the steps
+computed anew in every iteration, and the whole network run again for every block's inputs. Only the inputs are ours:
+those of real sampler trajectories.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from exporter.calibration.inputs import CalibrationRun
 from exporter.quantize import share_copy
 
 GROUP = 128
-BATCH = 32
 LEARNING_RATE = 1e-3
 PENALTY = 0.01
 WARMUP = 0.2
@@ -27,6 +27,9 @@ BETA_START, BETA_END = 20.0, 2.0
 ZETA, GAMMA = 1.1, -0.1
 _SMALLEST_MAXVAL = 1e-4
 _FIRST_FEED_FORWARD = "ff.net.0.proj"
+
+SETTINGS = (GROUP, LEARNING_RATE, PENALTY, WARMUP, BETA_START, BETA_END, ZETA, GAMMA)
+"""All that decides what the loop learns, beside iterations, batches and the seed."""
 
 
 class PublishedLinear(nn.Module):
@@ -63,9 +66,12 @@ class PublishedLinear(nn.Module):
 
 
 def calibrate_as_published(
-    model: nn.Module, run: CalibrationRun, iterations: int, seed: int, done: Callable[[], None]
+    model: nn.Module, run: CalibrationRun, iterations: int, batch: int, seed: int, done: Callable[[], None]
 ) -> nn.Module:
-    """Learn all linear layers of the blocks, block by block; returns the model with rounded weights."""
+    """Learn all linear layers of the blocks, block by block; returns the model with rounded weights.
+
+    The paper's batches are 16 samples for PixArt, 4 for Hunyuan-DiT.
+    """
     generator = torch.Generator().manual_seed(seed)
     quantized = share_copy(model)
     for name, block in run.adapter.blocks(model):
@@ -77,7 +83,7 @@ def calibrate_as_published(
             linear = unit.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             unit.set_submodule(path, PublishedLinear(linear, 0 if path == _FIRST_FEED_FORWARD else 1))
-        _learn(unit, inputs, targets, iterations, generator, done)
+        _learn(unit, inputs, targets, iterations, batch, generator, done)
     return quantized
 
 
@@ -86,6 +92,7 @@ def _learn(
     inputs: BlockInputs,
     targets: Tensor,
     iterations: int,
+    batch: int,
     generator: torch.Generator,
     done: Callable[[], None],
 ) -> None:
@@ -94,7 +101,7 @@ def _learn(
         layer.soft = True
     optimizer = torch.optim.Adam([layer.alpha for layer in layers], lr=LEARNING_RATE)
     for iteration in range(iterations):
-        chosen = torch.randint(len(inputs), (BATCH,), generator=generator)
+        chosen = torch.randint(len(inputs), (batch,), generator=generator)
         output = inputs.run(unit, chosen)
         loss = (output - targets[chosen]).square().sum(dim=1).mean()
         begin = WARMUP * iterations

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporter.calibration.calibrate import calibrate
@@ -23,10 +24,11 @@ from exporter.quantize import load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser
 from exporter.source import Source, load_source
 from exporter.stages import captured_inputs
+from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import name_for
-from tools.quality_cells.layers import with_decoded_weights, with_quantized_inputs, with_zero_points
+from tools.quality_cells.layers import rounded_weights, with_decoded_weights, with_quantized_inputs, with_zero_points
 from tools.quality_cells.published_loop import calibrate_as_published
-from tools.quality_cells.rows import Row
+from tools.quality_cells.rows import BATCH, Row
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,17 @@ def _by_recipe(job: Job, source: Source, captured: CalibrationSet, row: Row, wei
 
 
 def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
-    begin = time.process_time()
-    run = source.calibration_run(captured)
-    rounded = calibrate_as_published(source.model, run, row.published_loop, job.recipe.calibration.seed, lambda: None)
-    seconds = time.process_time() - begin
-    model = with_quantized_inputs(rounded, source.plan.layers[0].activation_format)
-    return Quantized(model, source.adapter, round(seconds, 1))
+    seed = job.recipe.calibration.seed
+    file = weights / name_for(f"loop.{seed}", ".safetensors", [source.identity, row.loop_settings])
+    seconds = file.with_suffix(".seconds")
+    if not seconds.is_file():
+        begin = time.process_time()
+        run = source.calibration_run(captured)
+        made = calibrate_as_published(source.model, run, row.published_loop, BATCH, seed, lambda: None)
+        elapsed = time.process_time() - begin
+        weights.mkdir(exist_ok=True)
+        with atomic_tensor_path(file) as unfinished:
+            save_file(rounded_weights(made), unfinished)
+        write_text_atomically(seconds, f"{elapsed:.1f}\n")
+    model = with_quantized_inputs(source.model, load_file(file), source.plan.layers[0].activation_format)
+    return Quantized(model, source.adapter, float(seconds.read_text(encoding="utf-8")))

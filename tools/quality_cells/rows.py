@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tools.quality_cells.published_loop import SETTINGS as LOOP_SETTINGS
+
 SEEDS = (0, 1000, 2000)
 """Calibration seeds: far enough apart that no trajectory is captured twice."""
 
@@ -27,6 +29,9 @@ W4A6 = Bits("W4A6", ("int4", "int6"), ("e2m1", "e2m3"), "ue2m4")
 W4A4 = Bits("W4A4", ("int4", "int4"), ("e2m1", "e2m1"), "ue2m2")
 W3A6 = Bits("W3A6", ("int3", "int6"), ("e2m0", "e2m3"), "ue2m4")
 BITS = (W4A8, W4A6, W4A4, W3A6)
+_FOUR_BITS = (W4A8, W4A6, W4A4)
+_EIGHT_AND_SIX = (W4A8, W4A6)
+_SIX_AND_FOUR = (W4A6, W4A4)
 
 # FP4DiT publishes E3M4 at 8 bits, and E3M0 for the layer in front of the GELU.
 _PUBLISHED_A8 = "e3m4"
@@ -37,7 +42,9 @@ _ALL = "transformer_blocks.*"
 _NEAREST = ("method.name=rtn",)
 _GPTQ = ("method.name=gptq",)
 ITERATIONS = 250
-"""Of 32 samples for every row that learns, but for that of `effort: best`."""
+"""For every row that learns, but for that of `effort: best`."""
+BATCH = 32
+"""Samples of an iteration, for every row that learns."""
 
 _LEARNED = ("method.name=fp4dit", f"method.iterations={ITERATIONS}")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
@@ -63,7 +70,8 @@ class Row:
     ("mixed"), or floats chosen layer by layer ("auto"); `transforms` are what rules say of layers beside that, by
     pattern, where {activation} stands for the activations' format. `zero_points`: integer activations have
     a zero point per token. `unsigned`: what a GELU makes is shifted and quantized without a sign. `published_loop`: so
-    many iterations of `calibrate_as_published`, if any, instead of the recipe's method."""
+    many iterations of `calibrate_as_published`, if any, instead of the recipe's method. `at`: the widths that it is
+    measured at; of the published loop those with 4-bit floats, and at 8 bits all activations have a sign."""
 
     key: str
     title: str
@@ -74,10 +82,7 @@ class Row:
     zero_points: bool = False
     unsigned: bool = False
     published_loop: int = 0
-
-    def is_for(self, bits: Bits) -> bool:
-        """Whether there is such a cell: the published loop knows 4-bit floats only, and at 8 bits all have a sign."""
-        return not (self.published_loop and bits == W3A6) and (not self.unsigned or bool(bits.unsigned))
+    at: tuple[Bits, ...] = BITS
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
@@ -103,11 +108,20 @@ class Row:
         return (f"layers=[{', '.join(rules)}]", f"method.balance={str(self.balance).lower()}", *self.method)
 
     @property
+    def loop_settings(self) -> tuple[float, ...]:
+        """What decides the published loop's cells and no recipe says; nothing of other rows."""
+        return (self.published_loop, BATCH, *LOOP_SETTINGS) if self.published_loop else ()
+
+    @property
     def _grouping(self) -> str:
         # Foldable scales are what ships; the others are a little freer.
         return f"group: 128, scales: {'group' if self.formats in ('integers', 'published') else 'foldable'}"
 
 
+_PUBLISHED = "floats, FP4DiT's formats and scales"
+_FIRMLY = "penalty 100 times as large"
+_UNSIGNED = "unsigned behind the GELU"
+_JOINTLY = "activations quantized while learning"
 _INTEGERS = (
     Row("int_nearest", "integers, round to nearest", "integers", _NEAREST),
     Row("int_adaround", "integers, AdaRound, block reconstruction", "integers", _FROM_NEAREST),
@@ -116,31 +130,33 @@ _INTEGERS = (
 )
 _FLOATS = (
     Row("fp_nearest", "floats, round to nearest", "floats", _NEAREST),
-    Row("fp4dit", "floats, FP4DiT's formats and scales, AdaRound", "published", (*_FROM_NEAREST, _ABSMAX)),
-    Row("fp4dit_loop", "floats, FP4DiT's own loop", "published", _LOOP, published_loop=ITERATIONS),
+    Row("fp4dit", f"{_PUBLISHED}, AdaRound", "published", (*_FROM_NEAREST, _ABSMAX)),
+    Row("fp4dit_loop", "floats, FP4DiT's own loop", "published", _LOOP, published_loop=ITERATIONS, at=_FOUR_BITS),
     Row("fp_adaround", "floats, AdaRound, block reconstruction", "floats", _FROM_NEAREST),
     Row("fp_gptq", "floats, GPTQ", "floats", _GPTQ),
     Row("fp_fast", "floats, balanced, GPTQ (ours, `fast`)", "floats", _GPTQ, balance=True),
     Row("ours", "**floats, balanced, GPTQ, then AdaRound (ours, `default`)**", "floats", _FROM_GPTQ, balance=True),
     Row("mixed", "float weights, integer activations, `default`", "mixed", _FROM_GPTQ, balance=True),
 )
-_FIRMLY = "penalty 100 times as large"
 _VARIANTS = (
+    Row("int_absmax", "integers, AdaRound, absmax scales", "integers", (*_FROM_NEAREST, _ABSMAX)),
+    Row("int_firm", f"integers, AdaRound, {_FIRMLY}", "integers", _FIRM, at=_EIGHT_AND_SIX),
+    Row("fp4dit_firm", f"{_PUBLISHED}, AdaRound, {_FIRMLY}", "published", (*_FIRM, _ABSMAX), at=_EIGHT_AND_SIX),
+    Row("fp_firm", f"floats, AdaRound, {_FIRMLY}", "floats", _FIRM, at=_EIGHT_AND_SIX),
+    Row("fp_bf16", "floats, `default`, learned in BF16", "floats", (*_FROM_GPTQ, _BF16), True),
+    Row("fp_joint", f"floats, `default`, {_JOINTLY}", "floats", (*_FROM_GPTQ, _JOINT), True, at=_SIX_AND_FOUR),
+    Row("fp_unsigned", f"floats, `default`, {_UNSIGNED}", "floats", _FROM_GPTQ, True, unsigned=True, at=_SIX_AND_FOUR),
+)
+_AT_SIX = (
     Row("fp4dit_published", "floats, FP4DiT's own loop, 2500 iterations", "published", _LOOP, published_loop=2500),
-    Row("fp4dit_firm", f"floats, FP4DiT's formats and scales, AdaRound, {_FIRMLY}", "published", (*_FIRM, _ABSMAX)),
-    Row("fp_firm", f"floats, AdaRound, {_FIRMLY}", "floats", _FIRM),
-    Row("int_firm", f"integers, AdaRound, {_FIRMLY}", "integers", _FIRM),
     Row("fp_from_gptq", "floats, GPTQ, then AdaRound", "floats", _FROM_GPTQ),
     Row("fp_best", "floats, `best`: 1000 iterations", "floats", _BEST, balance=True),
-    Row("fp_joint", "floats, `default`, activations quantized while learning", "floats", (*_FROM_GPTQ, _JOINT), True),
     Row("fp_exact", "floats, `default`, balanced by powers of two", "floats", _FROM_GPTQ, balance="exact"),
-    Row("fp_bf16", "floats, `default`, learned in BF16", "floats", (*_FROM_GPTQ, _BF16), balance=True),
     Row("fp_weighted", "floats, `default`, steps weighted", "floats", (*_FROM_GPTQ, _WEIGHTED), balance=True),
     Row("fp_auto", "floats, `default`, formats chosen", "auto", _FROM_GPTQ, balance=True),
     Row("fp_qkv", "floats, `fast`, Q, K and V quantized per token and head", "floats", _GPTQ, True, _ATTENTION),
     Row("fp_hadamard", "floats, `fast`, `hadamard: 64` in `*.ff.net.2`", "floats", _GPTQ, True, _ROTATED),
-    Row("fp_unsigned", "floats, `default`, unsigned behind the GELU", "floats", _FROM_GPTQ, True, unsigned=True),
-    Row("fp_unsigned_fast", "floats, `fast`, unsigned behind the GELU", "floats", _GPTQ, True, unsigned=True),
+    Row("fp_unsigned_fast", f"floats, `fast`, {_UNSIGNED}", "floats", _GPTQ, True, unsigned=True),
     Row("fp_low_rank_4", "floats, `fast`, `low_rank: 4`", "floats", _GPTQ, True, ((_ALL, "low_rank: 4"),)),
     Row("fp_low_rank_16", "floats, `fast`, `low_rank: 16`", "floats", _GPTQ, True, ((_ALL, "low_rank: 16"),)),
 )
@@ -152,7 +168,10 @@ def with_zero_point(row: Row) -> Row:
     return replace(row, key=f"{row.key}_zero", title=title, zero_points=True)
 
 
-ROWS = (*_INTEGERS, *map(with_zero_point, _INTEGERS), *_FLOATS, *_VARIANTS)
+INTEGERS = (*_INTEGERS, *map(with_zero_point, _INTEGERS))
+"""What floats are held against, at all widths."""
+
+ROWS = (*INTEGERS, *_FLOATS, *_VARIANTS, *(replace(row, at=(W4A6,)) for row in _AT_SIX))
 
 
 def row_of(key: str) -> Row:
@@ -161,5 +180,3 @@ def row_of(key: str) -> Row:
 
 
 OURS = row_of("ours")
-INTEGERS = (*_INTEGERS, *map(with_zero_point, _INTEGERS))
-"""What floats are held against: those that are measured at all widths."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tools.quality_cells.figures import Interval
-from tools.quality_cells.rows import BITS, INTEGERS, OURS, SEEDS, Bits, Row, row_of
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, Bits, Row, row_of
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -58,23 +58,20 @@ def against_best(laboratory: Laboratory) -> str:
 
 
 def samples_against_integers(laboratory: Laboratory) -> str:
-    """Ours less every row of integers in Fréchet distance, of the first seed whose samples have been compared."""
-    columns = []
-    for bits in BITS:
-        kept = (laboratory.compared(OURS, INTEGERS, bits, seed, 0) for seed in SEEDS)
-        columns.append(next((found for found in kept if found), {}))
-    if not any(columns):
+    """Ours less every row of integers in Fréchet distance, of each seed whose samples have been compared."""
+    columns = [[laboratory.compared(OURS, INTEGERS, bits, seed, 0) for seed in SEEDS] for bits in BITS]
+    if not any(found for column in columns for found in column):
         return ""
     lines = []
     for row in INTEGERS:
-        cells = [_signed(column[row.key]) if row.key in column else "–" for column in columns]
-        lines.append(f"| ours − {row.title} | {' | '.join(cells)} |")
+        cells = [", ".join(_signed(found[row.key]) for found in column if row.key in found) for column in columns]
+        lines.append(f"| ours − {row.title} | {' | '.join(cell or '–' for cell in cells)} |")
     return _table("Fréchet distance", lines)
 
 
 def differences(laboratory: Laboratory, key: str, bits: Bits, *, zero_points: bool) -> tuple[list[float], list[float]]:
     """The row `key` less the best row of integers, seed by seed: mean SNR, worst step. Nothing where one is missing."""
-    integers = [row for row in INTEGERS if row.zero_points == zero_points]
+    integers = [row for row in ROWS if row.formats == "integers" and row.zero_points == zero_points]
     best = _best(laboratory, integers, bits)
     both = [] if best is None else _both(laboratory, row_of(key), best, bits)
     means = [one.snr_mean_db - other.snr_mean_db for one, other in both]
