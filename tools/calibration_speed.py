@@ -144,6 +144,8 @@ def table(published: Sequence[Run], others: Sequence[Run]) -> str:
         lines.append(f"| {run.name} | {run.seconds:.0f} | {errors} | {speeds} |")
     return "\n".join(
         [
+            "# Speed",
+            "",
             *lines,
             "",
             *(f"- {verdict(one, others)}" for one in published),
