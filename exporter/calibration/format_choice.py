@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.first_rounding import first_rounding, largest_gram
+from exporter.calibration.input_parts import InputParts
 from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import input_scale
@@ -76,22 +77,24 @@ def choose_formats(
 
     A candidate's weight is rounded as the method begins: to nearest or with error feedback, on scales searched over the
     whole calibration set. Then its block runs on some of the captured inputs. A layer that never runs keeps its first
-    candidate. All Gram matrices are made at once.
+    candidate.
     """
-    inputs = run.input_statistics(model, [layer.name for layer in plan.layers], largest_gram(plan, method))
+    inputs = InputParts(model, plan.layers, run, largest_gram(plan, method))
+    executed = run.order(model, [layer.name for layer in plan.layers])
     opened = {layer.name: layer for layer in plan.open}
     found = {name: _not_run(layer) for name, layer in opened.items()}
     with progress.task("formats", len(opened)) as task:
-        for unit, module, given, targets in _units(model, list(inputs), opened, _some(run, model)):
-            trial = _Trial(unit, module, plan, inputs)
+        for unit, module, given, targets in _units(model, executed, opened, _some(run, model)):
+            layers = [layer for layer in plan.layers if layer.name == unit or layer.name.startswith(f"{unit}.")]
+            input_scales, candidates = _beginnings(model, layers, opened, inputs, method, run.placement)
+            trial = _Trial(unit, module, layers, input_scales)
             power = given.square_sum(targets, run.limit) or 1.0
-            here = [layer for name, layer in opened.items() if name in trial.layers]
-            for layer, weights in zip(here, _rounded(model, here, inputs, method, run.placement), strict=True):
+            for name, weights in candidates.items():
                 errors = {}
                 for fmt, weight in weights.items():
-                    with trial.with_weight(layer.name, weight), run.placement.holds(trial.module):
+                    with trial.with_weight(name, weight), run.placement.holds(trial.module):
                         errors[fmt] = given.squared_error(trial.module, targets, run.limit) / power
-                found[layer.name] = LayerFormats(layer.name, unit, errors, layer.refused)
+                found[name] = LayerFormats(name, unit, errors, opened[name].refused)
                 task.advance()
     return tuple(found.values())
 
@@ -115,22 +118,21 @@ class _TrialLinear(nn.Module):
 class _Trial:
     """A copy of a block, or of a layer outside the blocks, on which its planned `layers` can be tried."""
 
-    def __init__(self, unit: str, module: nn.Module, plan: Plan, inputs: Mapping[str, InputStatistics]) -> None:
+    def __init__(
+        self, unit: str, module: nn.Module, layers: Sequence[LayerPlan], input_scales: Mapping[str, Tensor | None]
+    ) -> None:
         self.module = share_copy(module)
         self.layers: dict[str, _TrialLinear] = {}
-        for layer in plan.layers:
-            if layer.name != unit and not layer.name.startswith(f"{unit}."):
-                continue
+        for layer in layers:
             inside = layer.name.removeprefix(unit).removeprefix(".")
             linear = module.get_submodule(inside)
             assert isinstance(linear, nn.Linear)
-            static = None if layer.scaling is None else input_scale(layer.scaling, inputs.get(layer.name))
-            self.layers[layer.name] = _TrialLinear(linear, input_quantizer(layer, static))
+            self.layers[layer.name] = _TrialLinear(linear, input_quantizer(layer, input_scales.get(layer.name)))
             if inside:
                 self.module.set_submodule(inside, self.layers[layer.name])
             else:
                 self.module = self.layers[layer.name]
-        quantize_outputs(self.module, (layer for layer in plan.layers if layer.name.startswith(f"{unit}.")), unit)
+        quantize_outputs(self.module, (layer for layer in layers if layer.name != unit), unit)
 
     @contextmanager
     def with_weight(self, name: str, weight: Tensor) -> Iterator[None]:
@@ -192,6 +194,28 @@ def _blocks(model: nn.Module, run: CalibrationRun) -> Iterator[tuple[str, nn.Mod
 def _outputs(inputs: BlockInputs, module: nn.Module, run: CalibrationRun) -> Tensor:
     with run.placement.holds(module):
         return inputs.outputs(module, run.store, run.limit)
+
+
+def _beginnings(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    opened: Mapping[str, OpenLayer],
+    inputs: InputParts,
+    method: MethodSection,
+    placement: Placement,
+) -> tuple[dict[str, Tensor | None], dict[str, dict[str, Tensor]]]:
+    """Of a unit's layers, what is made of their inputs: the static scales of those that have one, by layer, and the
+    weights that the open ones may begin with, by layer and format."""
+    input_scales: dict[str, Tensor | None] = {}
+    candidates: dict[str, dict[str, Tensor]] = {}
+    for part, seen in inputs.of(layers):
+        for layer in part:
+            if layer.scaling is not None:
+                input_scales[layer.name] = input_scale(layer.scaling, seen.get(layer.name))
+        here = [opened[layer.name] for layer in part if layer.name in opened]
+        rounded = _rounded(model, here, seen, method, placement)
+        candidates.update((layer.name, weights) for layer, weights in zip(here, rounded, strict=True))
+    return input_scales, candidates
 
 
 def _rounded(

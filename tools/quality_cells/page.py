@@ -96,7 +96,7 @@ def _provenance(laboratories: Sequence[Laboratory]) -> str:
         for figures in laboratory.all_kept(row, bits)
     )
     return ", ".join(
-        f"{count} cells by program `{program}` with PyTorch {torch}"
+        f"{count} {'cell' if count == 1 else 'cells'} by program `{program}` with PyTorch {torch}"
         for (program, torch), count in sorted(counts.items())
     )
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tools.marked_section import markdown_table
 from tools.quality_cells.figures import Interval
 from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, Bits, Row, row_of
 
@@ -35,26 +36,26 @@ def spread(values: Sequence[float], *, signed: bool = False) -> str:
 
 def by_method(laboratory: Laboratory) -> str:
     """Floats minus integers in noise-prediction SNR, by method and bits."""
-    lines = []
+    lines, widths = [], _widths(laboratory)
     for zero, words in (("", "around zero"), ("_zero", "with zero points")):
         for title, ours, theirs in _PAIRS:
-            cells = [_cell(laboratory, row_of(ours), row_of(theirs + zero), bits) for bits in BITS]
-            lines.append(f"| {title}; integers {words} | {' | '.join(cells)} |")
-    return _table("floats − integers, dB", lines)
+            cells = [_cell(laboratory, row_of(ours), row_of(theirs + zero), bits) for bits in widths]
+            lines.append([f"{title}; integers {words}", *cells])
+    return _table("floats − integers, dB", widths, lines)
 
 
 def against_best(laboratory: Laboratory) -> str:
     """Some rows of floats against whichever row of integers is best at these bits, and what all seeds agree on."""
-    lines = []
+    lines, widths = [], _widths(laboratory)
     for title, key in _JUDGED:
         for zero_points, words in ((False, "around zero"), (True, "with zero points")):
             cells = []
-            for bits in BITS:
+            for bits in widths:
                 found = differences(laboratory, key, bits, zero_points=zero_points)
                 found_words = [f"{spread(each, signed=True)} ({verdict(each)})" for each in found if each]
                 cells.append(", ".join(found_words) or "–")
-            lines.append(f"| {title} − best integers {words} | {' | '.join(cells)} |")
-    return _table("dB of the mean, of the worst step", lines)
+            lines.append([f"{title} − best integers {words}", *cells])
+    return _table("dB of the mean, of the worst step", widths, lines)
 
 
 def samples_against_integers(laboratory: Laboratory) -> str:
@@ -65,8 +66,8 @@ def samples_against_integers(laboratory: Laboratory) -> str:
     lines = []
     for row in INTEGERS:
         cells = [", ".join(_signed(found[row.key]) for found in column if row.key in found) for column in columns]
-        lines.append(f"| ours − {row.title} | {' | '.join(cell or '–' for cell in cells)} |")
-    return _table("Fréchet distance", lines)
+        lines.append([f"ours − {row.title}", *(cell or "–" for cell in cells)])
+    return _table("Fréchet distance", BITS, lines)
 
 
 def differences(laboratory: Laboratory, key: str, bits: Bits, *, zero_points: bool) -> tuple[list[float], list[float]]:
@@ -91,8 +92,13 @@ def _signed(interval: Interval) -> str:
     return f"{interval.value:+.1f} ({interval.low:+.1f} … {interval.high:+.1f})"
 
 
-def _table(head: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"| {head} | {' | '.join(bits.name for bits in BITS)} |", f"|---|{'---|' * len(BITS)}", *lines])
+def _widths(laboratory: Laboratory) -> list[Bits]:
+    """Those that something has been measured at."""
+    return [bits for bits in BITS if any(laboratory.all_kept(row, bits) for row in ROWS)]
+
+
+def _table(head: str, widths: Sequence[Bits], lines: Sequence[Sequence[str]]) -> str:
+    return markdown_table([head, *(bits.name for bits in widths)], lines) if widths else "Not measured yet."
 
 
 def _best(laboratory: Laboratory, rows: Sequence[Row], bits: Bits) -> Row | None:

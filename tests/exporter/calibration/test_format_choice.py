@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.format_choice import LayerFormats, choose_formats, load_formats, save_formats
+from exporter.calibration.input_parts import InputParts
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
 from exporter.method_section import MethodSection
@@ -96,6 +97,18 @@ def test_errors_are_the_blocks_with_one_weight_changed(
     assert list(found.errors) == list(FORMATS)
     save_formats(tmp_path / "formats.json", (found,))
     assert load_formats(tmp_path / "formats.json") == (found,)
+
+
+def test_where_memory_is_short_the_errors_are_the_same(
+    model: nn.Module, run: CalibrationRun, plan_for: Planner
+) -> None:
+    method = MethodSection(name="gptq", scale_search="output")
+    plan = opened(plan_for("transformer_blocks", OUTSIDE), *OPEN, OUTSIDE)
+    whole, parts = (
+        choose_formats(model, plan, replace(run, memory=memory), method, NullProgress()) for memory in (None, 1 << 16)
+    )
+    assert whole == parts
+    assert len(InputParts(model, plan.layers, replace(run, memory=1 << 16), 1 << 20)) > 4
 
 
 def test_outputs_of_the_block_s_layers_are_rounded_as_planned(
