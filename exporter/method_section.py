@@ -16,7 +16,13 @@ _EFFORTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": {"name": "gptq"},
         "default": {"name": "fp4dit", "start": "gptq", "iterations": 250, "learning_rate": 0.01},
-        "best": {"name": "fp4dit", "start": "gptq", "iterations": 1000, "learning_rate": 0.01},
+        "best": {
+            "name": "fp4dit",
+            "start": "gptq",
+            "iterations": 1000,
+            "learning_rate": 0.01,
+            "regularization": 3000.0,
+        },
     }
 )
 _SPELLED_OUT = ("name", "start", "iterations", "learning_rate")
@@ -27,8 +33,8 @@ class MethodSection(Section):
 
     effort: Effort | None = Field(
         default=None,
-        description="sets name, start, iterations and learning_rate where they are not given; unset and none of them "
-        "given: default",
+        description="sets name, start, iterations and learning_rate, best regularization too, where they are not given; "
+        "unset and none of the first four given: default",
     )
     name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
     start: Literal["nearest", "gptq"] = Field(
