@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from exporter.cli import main
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
@@ -72,6 +76,25 @@ def test_processes_that_are_killed_end_with_the_same_bytes(tiny_job: Path, finis
     made, expected = (_made(folder, ".safetensors") for folder in (work, finished.output.with_suffix(".work")))
     assert made == expected, seals
     assert seals == sorted(set(seals))
+
+
+@pytest.mark.slow
+def test_one_process_learns_what_two_learn(tiny_job: Path, finished: Finished, tmp_path: Path) -> None:
+    """But for what another order of sums decides: of one in a thousand of the packed codes at most."""
+    output = tmp_path / finished.output.name
+    assert main(["--quiet", *_exporter(tiny_job, output)[1:]]) == 0
+    alone, shared = (load_file(_quantized(path.with_suffix(".work"))) for path in (output, finished.output))
+    assert alone.keys() == shared.keys()
+    words = [name for name in alone if name.endswith(".words")]
+    differ = sum(int((alone[name] != shared[name]).sum()) for name in words)
+    assert differ <= 1e-3 * sum(alone[name].numel() for name in words)
+    for name in alone.keys() - set(words):
+        torch.testing.assert_close(alone[name], shared[name])
+
+
+def _quantized(work: Path) -> Path:
+    (found,) = work.glob("quantized.*safetensors")
+    return found
 
 
 def _started(job: Path, output: Path, folder: Path) -> list[subprocess.Popen[bytes]]:
