@@ -26,8 +26,8 @@ from tools.quality_cells.figures import Interval
 from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_weights, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
-from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, Row, row_of
-from tools.quality_cells.verdict import differences, verdict
+from tools.quality_cells.rows import BITS, ROWS, SEEDS, W4A6, Bits, Row, row_of
+from tools.quality_cells.verdict import verdict
 
 MEASURED_BY = ("0123456789ab", "2.0")
 ROOT = Path(__file__).parents[2]
@@ -76,82 +76,6 @@ def test_verdicts_need_seeds_that_agree() -> None:
         "integers closer",
         "no difference",
     ]
-
-
-# What docs/quality.md's prose says of the digits: row, bits, against zero points; of the mean and of the worst step.
-SAID = [
-    ("ours", W4A6, False, "floats closer", "floats closer"),
-    ("ours", W4A4, False, "floats closer", "floats closer"),
-    ("ours", W3A6, False, "floats closer", "floats closer"),
-    ("ours", W4A6, True, "no difference", "floats closer"),
-    ("ours", W4A4, True, "integers closer", "integers closer"),
-    ("ours", W4A8, False, "integers closer", "integers closer"),
-    ("ours", W4A8, True, "integers closer", "integers closer"),
-    ("fp4dit", W4A8, False, "integers closer", "integers closer"),
-    ("fp4dit", W4A6, False, "integers closer", "integers closer"),
-    ("fp4dit", W4A4, False, "floats closer", "floats closer"),
-    ("fp4dit", W3A6, False, "integers closer", "integers closer"),
-    ("fp_unsigned", W4A6, True, "floats closer", "floats closer"),
-    ("fp_unsigned", W4A4, True, "floats closer", "floats closer"),
-    ("mixed", W4A8, True, "floats closer", "floats closer"),
-]
-
-
-@pytest.mark.parametrize(("key", "bits", "zero_points", "mean", "worst"), SAID)
-def test_the_prose_says_what_the_kept_cells_say(
-    key: str, bits: Bits, zero_points: bool, mean: str, worst: str, tmp_path: Path
-) -> None:
-    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
-    found = differences(laboratory, key, bits, zero_points=zero_points)
-    assert [verdict(each) for each in found] == [mean, worst]
-
-
-def test_learning_with_quantized_activations_gains_at_four_bits_as_the_prose_says(tmp_path: Path) -> None:
-    laboratory, rows = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress()), {}
-    for key in ("fp_joint", "ours"):
-        rows[key] = [figures.snr_mean_db for figures in laboratory.all_kept(row_of(key), W4A4)]
-    gains = [joint - ours for joint, ours in zip(rows["fp_joint"], rows["ours"], strict=True)]
-    assert len(gains) == len(SEEDS)
-    assert min(gains) > 0.5
-
-
-@pytest.mark.parametrize(
-    ("key", "zero_points", "said"),
-    [("ours", False, "floats closer"), ("ours", True, "no difference"), ("fp_unsigned", True, "floats closer")],
-)
-def test_the_prose_says_what_the_second_model_s_cells_say(
-    key: str, zero_points: bool, said: str, tmp_path: Path
-) -> None:
-    shapes = ROOT / "build" / "shapes" / "shapes.yaml"
-    laboratory = Laboratory(shapes, tmp_path, ROOT / "docs" / "quality" / "shapes", NullProgress())
-    mean, _ = differences(laboratory, key, W4A6, zero_points=zero_points)
-    assert verdict(mean) == said
-
-
-def test_the_samples_say_no_more_than_the_prose(tmp_path: Path) -> None:
-    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
-    original = laboratory.original_judged(0)
-    assert original is not None
-    cells = ((row, bits) for bits in BITS for row in ROWS)
-    judged = [figures for cell in cells for figures in laboratory.all_kept(*cell) if figures.samples]
-    assert len(judged) >= 100
-    assert original[1].low is not None
-    assert original[1].high is not None
-    for figures in judged:
-        assert figures.drawn
-        assert figures.recognised is not None
-        assert figures.frechet is not None
-        # One sample fewer, at most.
-        assert figures.recognised.value > original[0].value - 1.5 / figures.samples
-        assert original[1].low < figures.frechet.value < original[1].high
-
-
-def test_no_integers_samples_are_closer_than_ours(tmp_path: Path) -> None:
-    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
-    found = laboratory.compared(OURS, INTEGERS, W4A6, SEEDS[1], 0)
-    assert found.keys() == {row.key for row in INTEGERS}
-    assert all(interval.low is not None and interval.low < 0 for interval in found.values())
-    assert sum(interval.high is not None and interval.high < 0 for interval in found.values()) == 2
 
 
 def test_the_page_is_what_the_kept_cells_make(tmp_path: Path) -> None:

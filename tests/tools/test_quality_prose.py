@@ -1,0 +1,112 @@
+"""The prose of docs/quality.md says what the kept cells say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from exporter.progress import NullProgress
+from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, W3A6, W4A4, W4A6, W4A8, Bits, row_of
+from tools.quality_cells.verdict import differences, verdict
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "digits.yaml"
+
+# What docs/quality.md's prose says of the digits: row, bits, against zero points; of the mean and of the worst step.
+SAID = [
+    ("ours", W4A6, False, "floats closer", "floats closer"),
+    ("ours", W4A4, False, "floats closer", "floats closer"),
+    ("ours", W3A6, False, "floats closer", "floats closer"),
+    ("ours", W4A6, True, "no difference", "floats closer"),
+    ("ours", W4A4, True, "integers closer", "integers closer"),
+    ("ours", W4A8, False, "integers closer", "integers closer"),
+    ("ours", W4A8, True, "integers closer", "integers closer"),
+    ("fp4dit", W4A8, False, "integers closer", "integers closer"),
+    ("fp4dit", W4A6, False, "integers closer", "integers closer"),
+    ("fp4dit", W4A4, False, "floats closer", "floats closer"),
+    ("fp4dit", W3A6, False, "integers closer", "integers closer"),
+    ("fp_unsigned", W4A6, True, "floats closer", "floats closer"),
+    ("fp_unsigned", W4A4, True, "floats closer", "floats closer"),
+    ("mixed", W4A8, True, "floats closer", "floats closer"),
+]
+
+
+@pytest.mark.parametrize(("key", "bits", "zero_points", "mean", "worst"), SAID)
+def test_the_prose_says_what_the_kept_cells_say(
+    key: str, bits: Bits, zero_points: bool, mean: str, worst: str, tmp_path: Path
+) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    found = differences(laboratory, key, bits, zero_points=zero_points)
+    assert [verdict(each) for each in found] == [mean, worst]
+
+
+CLOSER = [
+    *(("fp4dit", row.key, W4A4) for row in INTEGERS if not row.zero_points),
+    *(("int_absmax", "fp4dit", bits) for bits in (W4A8, W4A6, W3A6)),
+    ("fp4dit", "int_absmax", W4A4),
+    *((row.key, "fp4dit_loop", W4A8) for row in INTEGERS),
+    *(("fp4dit_loop", key, W4A6) for key in ("int_nearest", "int_adaround", "int_gptq")),
+    *((key, "fp4dit_loop", W4A6) for key in ("int_ours", "int_adaround_zero", "int_gptq_zero", "int_ours_zero")),
+    *(("fp4dit_loop", row.key, W4A4) for row in INTEGERS if not row.zero_points),
+    ("int_ours_zero", "fp4dit_loop", W4A4),
+    *(("fp4dit_firm", "fp4dit", bits) for bits in (W4A8, W4A6)),
+    *(("int_firm", "int_adaround", bits) for bits in (W4A8, W4A6)),
+    *(("fp_firm", "fp_adaround", bits) for bits in (W4A8, W4A6)),
+    *(("int_adaround", "fp_adaround", bits) for bits in (W4A8,)),
+    *(("fp_adaround", "int_adaround", bits) for bits in (W4A6, W4A4, W3A6)),
+    *(("fp_gptq", "int_gptq", bits) for bits in (W4A6, W4A4, W3A6)),
+    ("int_nearest", "fp_nearest", W3A6),
+    ("fp_joint", "ours", W4A4),
+    ("ours", "fp_joint", W4A6),
+]
+"""What the prose says of two rows: the first is closer on the mean with every seed."""
+
+
+@pytest.mark.parametrize(("key", "other", "bits"), CLOSER)
+def test_of_two_rows_the_one_that_the_prose_names_is_closer(key: str, other: str, bits: Bits, tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    rows = [[figures.snr_mean_db for figures in laboratory.all_kept(row_of(name), bits)] for name in (key, other)]
+    gains = [one - another for one, another in zip(*rows, strict=True)]
+    assert len(gains) == len(SEEDS)
+    assert min(gains) > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "zero_points", "said"),
+    [("ours", False, "floats closer"), ("ours", True, "no difference"), ("fp_unsigned", True, "floats closer")],
+)
+def test_the_prose_says_what_the_second_model_s_cells_say(
+    key: str, zero_points: bool, said: str, tmp_path: Path
+) -> None:
+    shapes = ROOT / "build" / "shapes" / "shapes.yaml"
+    laboratory = Laboratory(shapes, tmp_path, ROOT / "docs" / "quality" / "shapes", NullProgress())
+    mean, _ = differences(laboratory, key, W4A6, zero_points=zero_points)
+    assert verdict(mean) == said
+
+
+def test_the_samples_say_no_more_than_the_prose(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    original = laboratory.original_judged(0)
+    assert original is not None
+    cells = ((row, bits) for bits in BITS for row in ROWS)
+    judged = [figures for cell in cells for figures in laboratory.all_kept(*cell) if figures.samples]
+    assert len(judged) >= 100
+    assert original[1].low is not None
+    assert original[1].high is not None
+    for figures in judged:
+        assert figures.drawn
+        assert figures.recognised is not None
+        assert figures.frechet is not None
+        # One sample fewer, at most.
+        assert figures.recognised.value > original[0].value - 1.5 / figures.samples
+        assert original[1].low < figures.frechet.value < original[1].high
+
+
+def test_no_integers_samples_are_closer_than_ours(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, ROOT / "docs" / "quality" / "digits", NullProgress())
+    found = laboratory.compared(OURS, INTEGERS, W4A6, SEEDS[1], 0)
+    assert found.keys() == {row.key for row in INTEGERS}
+    assert all(interval.low is not None and interval.low < 0 for interval in found.values())
+    assert sum(interval.high is not None and interval.high < 0 for interval in found.values()) == 2
