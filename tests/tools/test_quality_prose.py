@@ -44,8 +44,8 @@ def test_the_prose_says_what_the_kept_cells_say(
 
 CLOSER = [
     *(("fp4dit", row.key, W4A4) for row in INTEGERS if not row.zero_points),
-    *(("int_absmax", "fp4dit", bits) for bits in (W4A8, W4A6, W3A6)),
-    ("fp4dit", "int_absmax", W4A4),
+    *(("int_absmax", "fp4dit", bits) for bits in (W4A8, W4A6)),
+    *(("fp4dit", "int_absmax", bits) for bits in (W4A4, W3A6)),
     *((row.key, "fp4dit_loop", W4A8) for row in INTEGERS),
     *(("fp4dit_loop", key, W4A6) for key in ("int_nearest", "int_adaround", "int_gptq")),
     *((key, "fp4dit_loop", W4A6) for key in ("int_ours", "int_adaround_zero", "int_gptq_zero", "int_ours_zero")),
