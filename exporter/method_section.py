@@ -33,8 +33,8 @@ class MethodSection(Section):
 
     effort: Effort | None = Field(
         default=None,
-        description="sets name, start, iterations and learning_rate, best regularization too, where they are not given; "
-        "unset and none of the first four given: default",
+        description="sets name, start, iterations and learning_rate, best regularization too, where not given; unset "
+        "and none of the first four given: default",
     )
     name: Literal["fp4dit", "gptq", "rtn"] = "fp4dit"
     start: Literal["nearest", "gptq"] = Field(

@@ -80,11 +80,7 @@ def _first_roundings(
     inputs = None
     if feeds_back(method) or looks_at_inputs(plan, method):
         inputs = InputParts(model, plan.layers, run, largest_gram(plan, method))
-        if len(inputs) > 1:
-            progress.note(
-                f"Gram matrices of the layers' inputs: up to {inputs.bytes / 1e9:.1f} GB, made in {len(inputs)} parts, "
-                "each with a run over all captured inputs, since calibration.memory has no room for them"
-            )
+        inputs.note_parts(progress)
     units = LayerUnits(model, plan, inputs, run.placement, progress, finished, run.shard)
     weights = units.nearest(method.scale_search)
     return units.with_feedback(weights) if feeds_back(method) else CalibrationResult(weights)

@@ -80,13 +80,14 @@ def choose_formats(
     candidate.
     """
     inputs = InputParts(model, plan.layers, run, largest_gram(plan, method))
+    inputs.note_parts(progress)
     executed = run.order(model, [layer.name for layer in plan.layers])
     opened = {layer.name: layer for layer in plan.open}
     found = {name: _not_run(layer) for name, layer in opened.items()}
     with progress.task("formats", len(opened)) as task:
         for unit, module, given, targets in _units(model, executed, opened, _some(run, model)):
             layers = [layer for layer in plan.layers if layer.name == unit or layer.name.startswith(f"{unit}.")]
-            input_scales, candidates = _beginnings(model, layers, opened, inputs, method, run.placement)
+            input_scales, candidates = _first_weights(model, layers, opened, inputs, method, run.placement)
             trial = _Trial(unit, module, layers, input_scales)
             power = given.square_sum(targets, run.limit) or 1.0
             for name, weights in candidates.items():
@@ -196,7 +197,7 @@ def _outputs(inputs: BlockInputs, module: nn.Module, run: CalibrationRun) -> Ten
         return inputs.outputs(module, run.store, run.limit)
 
 
-def _beginnings(
+def _first_weights(
     model: nn.Module,
     layers: Sequence[LayerPlan],
     opened: Mapping[str, OpenLayer],

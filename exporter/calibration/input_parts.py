@@ -10,6 +10,7 @@ from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
 from exporter.layer_checks import check_sign
 from exporter.plan import LayerPlan
+from exporter.progress import Progress
 
 _FLOAT32 = 4
 
@@ -41,6 +42,14 @@ class InputParts:
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def note_parts(self, progress: Progress) -> None:
+        """Say so if there are several, each of which takes a run over all captured inputs."""
+        if len(self) > 1:
+            progress.note(
+                f"Gram matrices of the layers' inputs: up to {self.bytes / 1e9:.1f} GB, made in {len(self)} parts, "
+                "each with a run over all captured inputs, since calibration.memory has no room for them"
+            )
 
     def of(self, layers: Sequence[LayerPlan]) -> Iterator[tuple[Sequence[LayerPlan], Mapping[str, InputStatistics]]]:
         """Go through `layers`, some at a time and in order of the parts, with what is known of their inputs, by layer;

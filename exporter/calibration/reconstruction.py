@@ -243,7 +243,7 @@ def _backward(
     def add(part: Tensor, *, with_penalty: bool) -> None:
         for layer in unit.layers.values():
             layer.penalty = penalty if with_penalty else None
-        # Products and what reads them directly, as a GELU; norms, residual streams, roundings and the loss stay FP32.
+        # Products and what reads them directly, as a GELU; the residual stream, roundings and the loss stay FP32.
         with torch.autocast(inputs.device.type, torch.bfloat16) if execution.bf16 else nullcontext():
             error = inputs.mean_squared_error(unit.module, targets, part, channels)
         loss = error * (factor * len(part) / len(indices))

@@ -16,17 +16,19 @@ from exporter.models.loading import model_shapes
 from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.progress import NullProgress
-from exporter.quantize import QuantizedWeight, QuantLinear, quantize_model
+from exporter.quantize import QuantizedWeight, QuantLinear, planned_linear, quantize_model, round_to_nearest
 from exporter.rounding import InputQuantizer, round_to_format
+from exporter.stages import capture
 from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
 from tools.quality_cells.chart import draw
-from tools.quality_cells.figures import Interval
+from tools.quality_cells.figures import Interval, signal_to_noise_db
 from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_weights, with_zero_points
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
-from tools.quality_cells.rows import BITS, ROWS, SEEDS, W4A6, Bits, Row, row_of
+from tools.quality_cells.quantized import Quantized
+from tools.quality_cells.rows import BATCH, BITS, ROWS, SEEDS, W4A6, Bits, Row, row_of
 from tools.quality_cells.verdict import verdict
 
 MEASURED_BY = ("0123456789ab", "2.0")
@@ -62,6 +64,11 @@ def test_every_cell_is_a_recipe_of_the_widths_it_claims(row: Row, bits: Bits) ->
         assert layer.weight_format.startswith("int") == (row.formats == "integers")
         assert layer.activation_format.startswith("int") == (row.formats in ("integers", "mixed"))
         assert layer.group_size == 128
+
+
+def test_the_published_loop_has_the_batches_of_all_other_rows() -> None:
+    for row in ROWS:
+        assert load_recipe(RECIPE, row.changes(W4A6), "cpu").method.batch_size == BATCH, row.key
 
 
 def test_seeds_share_no_trajectory() -> None:
@@ -172,6 +179,30 @@ def test_weights_decoded_once_change_no_bit(activation: str) -> None:
     decoded, x = with_decoded_weights(quantized), torch.randn(5, 256)
     assert not any(isinstance(module, QuantLinear) for module in decoded.modules())
     assert torch.equal(decoded(x), quantized(x))
+
+
+@pytest.mark.slow
+def test_compiled_a_cell_predicts_the_same_noise(tmp_path: Path) -> None:
+    laboratory = Laboratory(RECIPE, tmp_path, tmp_path / "cells", NullProgress())
+    job, original = laboratory._original
+    plain = original.model
+    model = quantize_model(plain, original.plan, {layer.name: _nearest(plain, layer) for layer in original.plan.layers})
+    cell = Quantized(model, original.adapter, 0.0)
+    compiled, captured = cell.compiled(), capture(job, original, "inputs.safetensors", trajectories=1, seed=0)
+    inputs = captured.inputs(torch.arange(4), original.prompts)
+    with torch.no_grad():
+        # The first call is not compiled yet.
+        assert torch.equal(compiled(inputs), cell.denoiser(inputs))
+        predictions = [denoiser(inputs).numpy() for denoiser in (cell.denoiser, compiled, original.denoiser)]
+    reference, found, exact = predictions
+    # Another order of sums lets some numbers fall to the other side of a tie.
+    assert signal_to_noise_db(reference, found) > signal_to_noise_db(reference, exact) + 10
+
+
+def _nearest(model: nn.Module, layer: LayerPlan) -> QuantizedWeight:
+    weight, fmt = planned_linear(model, layer).weight, get_format(layer.weight_format)
+    scales = weight.reshape(len(weight), -1, layer.group_size or weight.shape[1]).abs().amax(dim=-1) / fmt.max
+    return round_to_nearest(weight, scales, fmt)
 
 
 @pytest.mark.parametrize(("mantissa", "name"), [(1, "e2m1"), (0, "e3m0"), (2, "e1m2")])

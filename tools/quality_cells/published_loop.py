@@ -29,7 +29,8 @@ _SMALLEST_MAXVAL = 1e-4
 _FIRST_FEED_FORWARD = "ff.net.0.proj"
 
 SETTINGS = (GROUP, LEARNING_RATE, PENALTY, WARMUP, BETA_START, BETA_END, ZETA, GAMMA)
-"""All that decides what the loop learns, beside iterations, batches and the seed."""
+"""What the loop learns with, beside formats, iterations, batches and the seed. Who changes the loop itself deletes its
+cells."""
 
 
 class PublishedLinear(nn.Module):

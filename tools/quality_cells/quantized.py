@@ -104,8 +104,8 @@ def _by_recipe(job: Job, source: Source, captured: CalibrationSet, row: Row, wei
 
 
 def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
-    seed = job.recipe.calibration.seed
-    file = weights / name_for(f"loop.{seed}", ".safetensors", [source.identity, row.loop_settings])
+    seed, captured_settings = job.recipe.calibration.seed, job.recipe.calibration.captured
+    file = weights / name_for(f"loop.{seed}", ".safetensors", [source.identity, row.loop_settings, captured_settings])
     seconds = file.with_suffix(".seconds")
     if not seconds.is_file():
         begin = time.process_time()

@@ -44,7 +44,7 @@ _GPTQ = ("method.name=gptq",)
 ITERATIONS = 250
 """For every row that learns, but for that of `effort: best`."""
 BATCH = 32
-"""Samples of an iteration, for every row that learns."""
+"""Samples of an iteration of the published loop: as many as the digits recipe gives to every row that learns."""
 
 _LEARNED = ("method.name=fp4dit", f"method.iterations={ITERATIONS}")
 _FROM_NEAREST = (*_LEARNED, "method.start=nearest", "method.learning_rate=0.03")
@@ -71,7 +71,7 @@ class Row:
     pattern, where {activation} stands for the activations' format. `zero_points`: integer activations have
     a zero point per token. `unsigned`: what a GELU makes is shifted and quantized without a sign. `published_loop`: so
     many iterations of `calibrate_as_published`, if any, instead of the recipe's method. `at`: the widths that it is
-    measured at; of the published loop those with 4-bit floats, and at 8 bits all activations have a sign."""
+    measured at. The published loop has 4-bit floats only, and activations of 8 bits all have a sign."""
 
     key: str
     title: str
@@ -109,7 +109,7 @@ class Row:
 
     @property
     def loop_settings(self) -> tuple[float, ...]:
-        """What decides the published loop's cells and no recipe says; nothing of other rows."""
+        """Of the published loop, which no recipe describes, what its cells depend on; empty for other rows."""
         return (self.published_loop, BATCH, *LOOP_SETTINGS) if self.published_loop else ()
 
     @property

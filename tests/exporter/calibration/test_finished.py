@@ -117,6 +117,7 @@ def test_a_unit_counts_only_behind_the_units_that_it_was_made_after(resume: Resu
     [
         ({"method": {"iterations": 5, "name": "fp4dit"}}, "had method.iterations 4, not 5: "),
         ({"method": {"iterations": 4, "name": "fp4dit", "start": "gptq"}}, "had method.start none, not gptq: "),
+        ({"method": {"iterations": 4, "name": "fp4dit", "compute": "bf16"}}, "had method.compute none, not bf16: "),
         ({"method": {"iterations": 4}}, "had method.name fp4dit, not none: "),
         ({"model": {"weights.safetensors": "ff00"}}, "had another content of weights.safetensors: "),
     ],

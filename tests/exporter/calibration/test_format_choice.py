@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.format_choice import LayerFormats, choose_formats, load_formats, save_formats
-from exporter.calibration.input_parts import InputParts
+from exporter.calibration.input_statistics import InputStatistics
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.nearest import nearest_weight
 from exporter.method_section import MethodSection
@@ -37,6 +37,20 @@ Planner = Callable[..., Plan]
 @pytest.fixture(scope="module")
 def run(adapter: PixArtAdapter, captured: CalibrationSet, prompts: Prompts) -> CalibrationRun:
     return CalibrationRun(adapter, captured, prompts)
+
+
+@dataclass(frozen=True)
+class _Watched(CalibrationRun):
+    """Notes of how many layers statistics are made at once."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def input_statistics(
+        self, model: nn.Module, layers: Iterable[str], largest_gram: int = 0
+    ) -> dict[str, InputStatistics]:
+        names = list(layers)
+        self.asked.append(len(names))
+        return super().input_statistics(model, names, largest_gram)
 
 
 def opened(plan: Plan, *names: str) -> Plan:
@@ -104,11 +118,15 @@ def test_where_memory_is_short_the_errors_are_the_same(
 ) -> None:
     method = MethodSection(name="gptq", scale_search="output")
     plan = opened(plan_for("transformer_blocks", OUTSIDE), *OPEN, OUTSIDE)
+    asked: list[int] = []
     whole, parts = (
-        choose_formats(model, plan, replace(run, memory=memory), method, NullProgress()) for memory in (None, 1 << 16)
+        choose_formats(model, plan, _Watched(**{**vars(run), "memory": memory}, asked=asked), method, NullProgress())
+        for memory in (None, 1 << 16)
     )
     assert whole == parts
-    assert len(InputParts(model, plan.layers, replace(run, memory=1 << 16), 1 << 20)) > 4
+    assert asked[0] == len(plan.layers)
+    assert len(asked) > 5
+    assert max(asked[1:]) < len(plan.layers) / 2
 
 
 def test_outputs_of_the_block_s_layers_are_rounded_as_planned(
