@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from exporter.calibration.calibrate import calibrate
 from exporter.method_section import MethodSection
@@ -17,6 +18,8 @@ from exporter.progress import NullProgress
 from tools.gpu_bench.transformer import linear_plan
 from tools.marked_section import markdown_table, replace_section
 from tools.random_calibration import random_blocks, random_run
+
+Compute = Literal["fp32", "bf16"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 SECTION = "calibration cost"
@@ -29,6 +32,7 @@ _OPERATIONS = 6
 WEIGHTS = 16
 # FP32 of an H100 SXM (67 published), at six tenths.
 _RATE = 40e12
+_COMPUTES: tuple[Compute, ...] = ("fp32", "bf16")
 # As published, and of `effort: default`.
 _ITERATIONS_OF = (2500, 250)
 
@@ -48,6 +52,7 @@ SWEEP = (
     Size(4, 256, 128),
     Size(2, 128, 128),
     Size(2, 512, 128),
+    Size(1, 1152, 32),
     Size(2, 256, 32),
     Size(2, 256, 512),
 )
@@ -93,10 +98,10 @@ JOBS = (
 )
 
 
-def cpu_seconds(size: Size, iterations: int) -> float:
+def cpu_seconds(size: Size, iterations: int, compute: Compute = "fp32") -> float:
     """CPU seconds of a whole calibration."""
     model, run = random_blocks(size.depth, size.width // 64, 64, _SIDE), random_run(size.samples, _SIDE, _CAPTIONS)
-    method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax")
+    method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax", compute=compute)
     begin = time.process_time()
     calibrate(model, linear_plan(model), run, method, 0, NullProgress())
     return time.process_time() - begin
@@ -111,15 +116,18 @@ def measured_table() -> str:
         "all but learning, CPU s",
         "an iteration on a block, CPU ms",
         "GFLOP per CPU s",
+        "in BF16, CPU ms",
     )
     cpu_seconds(Size(1, 128, _BATCH), 2)
     rows = []
     for size in SWEEP:
         fixed = cpu_seconds(size, 1)
-        iteration = (cpu_seconds(size, 1 + _ITERATIONS) - fixed) / _ITERATIONS / size.depth
+        iteration, in_bf16 = (
+            (cpu_seconds(size, 1 + _ITERATIONS, compute) - fixed) / _ITERATIONS / size.depth for compute in _COMPUTES
+        )
         work = _OPERATIONS * _BATCH * _TOKENS * (WEIGHTS * size.width**2 + 2 * _TOKENS * size.width)
         cells = (size.depth, size.width, size.samples, f"{fixed:.2f}", f"{1e3 * iteration:.1f}")
-        rows.append((*map(str, cells), f"{work / iteration / 1e9:.0f}"))
+        rows.append((*map(str, cells), f"{work / iteration / 1e9:.0f}", f"{1e3 * in_bf16:.1f}"))
     return markdown_table(head, rows)
 
 
