@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from exporter.model_section import Count, Section
 
+LearningCompute = Literal["fp32", "bf16"]
 Effort = Literal["fast", "default", "best"]
 
 _EFFORTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -61,7 +62,7 @@ class MethodSection(Section):
         "two, so that weights in front keep their bits; unset: true with an effort, but for family generic",
     )
     quantize_activations: bool = Field(default=False, description="quantize activations while the rounding is learned")
-    compute: Literal["fp32", "bf16"] = Field(
+    compute: LearningCompute = Field(
         default="fp32", description="type of the matrix products from which blocks learn; their errors are FP32's"
     )
 

@@ -6,7 +6,6 @@ floats from integers there. Weights stay as they are.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +18,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from exporter.gate.snr import power_ratio_db
 from exporter.model_stages import balanced
 from exporter.progress import RichProgress
 from exporter.quantize import planned_linear
 from exporter.rounding import InputQuantizer
-from exporter.source import Source, load_source
+from exporter.source import load_source
 from exporter.stages import captured_inputs
 from exporter.transforms.linear import SHIFTS
 from plugins.formats import get_format
 from tools.marked_section import markdown_table, replace_section
-from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.cells import Laboratory, digits_laboratory
 from tools.quality_cells.layers import quantize_with_zero_point
 
 ROOT = Path(__file__).parents[1]
@@ -96,17 +96,14 @@ class LayerInputs:
 
     def snr_db(self, title: str) -> float:
         """Power of the output over that of its error with this quantizer."""
-        return 10 * math.log10(self.output / self.errors[title])
+        return power_ratio_db(self.output, self.errors[title])
 
 
 @click.command(help=__doc__)
 @click.option("--page", type=click.Path(path_type=Path), default=ROOT / "docs" / "quality.md", help="Where it goes.")
 def main(page: Path) -> None:
     """Watch the layers' inputs, as they are and balanced, and write the table."""
-    folder = ROOT / "build" / "quality" / "digits"
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = RichProgress(Console(stderr=True))
-    laboratory = Laboratory(ROOT / "recipes" / "digits.yaml", folder, ROOT / "docs" / "quality" / "digits", progress)
+    laboratory = digits_laboratory(RichProgress(Console(stderr=True)))
     replace_section(page, SECTION, section(*(watched(laboratory, balance) for balance in (False, True))))
 
 
@@ -117,13 +114,6 @@ def watched(laboratory: Laboratory, balance: bool) -> dict[str, list[LayerInputs
     source = load_source(job)
     captured = captured_inputs(job, source)
     source = balanced(job, source, captured)
-    return watch(source, partial(source.calibration_run(captured).through, source.model))
-
-
-def watch(
-    source: Source, run: Callable[[Mapping[str, Callable[[Tensor], None]]], None]
-) -> dict[str, list[LayerInputs]]:
-    """What `run` shows the watchers of the source's layers."""
     kinds: dict[str, list[LayerInputs]] = defaultdict(list)
     watchers = {}
     for layer in source.plan.layers:
@@ -132,7 +122,7 @@ def watch(
         inputs = LayerInputs(linear.weight.detach(), quantizers(behind_gelu=kind == _BEHIND_GELU))
         kinds[kind].append(inputs)
         watchers[layer.name] = inputs.add
-    run(watchers)
+    source.calibration_run(captured).through(source.model, watchers)
     return kinds
 
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from exporter.calibration.calibrate import calibrate
-from exporter.method_section import MethodSection
+from exporter.method_section import LearningCompute, MethodSection
 from exporter.progress import NullProgress
 from tools.gpu_bench.transformer import linear_plan
 from tools.marked_section import markdown_table, replace_section
 from tools.random_calibration import random_blocks, random_run
-
-Compute = Literal["fp32", "bf16"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 SECTION = "calibration cost"
@@ -32,7 +29,7 @@ _OPERATIONS = 6
 WEIGHTS = 16
 # FP32 of an H100 SXM (67 published), at six tenths.
 _RATE = 40e12
-_COMPUTES: tuple[Compute, ...] = ("fp32", "bf16")
+_COMPUTES: tuple[LearningCompute, ...] = ("fp32", "bf16")
 # As published, and of `effort: default`.
 _ITERATIONS_OF = (2500, 250)
 
@@ -98,7 +95,7 @@ JOBS = (
 )
 
 
-def cpu_seconds(size: Size, iterations: int, compute: Compute = "fp32") -> float:
+def cpu_seconds(size: Size, iterations: int, compute: LearningCompute = "fp32") -> float:
     """CPU seconds of a whole calibration."""
     model, run = random_blocks(size.depth, size.width // 64, 64, _SIDE), random_run(size.samples, _SIDE, _CAPTIONS)
     method = MethodSection(iterations=iterations, batch_size=_BATCH, scale_search="absmax", compute=compute)

@@ -27,13 +27,12 @@ from exporter.stages import captured_inputs
 from exporter.workdir import program_identity
 from plugins.formats import get_format
 from tools.marked_section import replace_section
-from tools.quality_cells.cells import Laboratory
+from tools.quality_cells.cells import Laboratory, digits_laboratory
 from tools.quality_cells.published_loop import calibrate_as_published
 from tools.quality_cells.rows import W4A6, row_of
 from tools.this_machine import machine
 
 ROOT = Path(__file__).parents[1]
-CELLS = ROOT / "docs" / "quality" / "digits"
 _ABSMAX = "method.scale_search=absmax"
 SECTION = "speed: written by tools/calibration_speed.py"
 _PUBLISHED = "as published, straightforward, {} iterations"
@@ -78,9 +77,7 @@ def main(iterations: tuple[int, ...], page: Path) -> None:
     """Run all and write the table."""
     # CPU time is what is compared: one thread spends none of it waiting for another.
     torch.set_num_threads(1)
-    folder = ROOT / "build" / "quality" / "digits"
-    folder.mkdir(parents=True, exist_ok=True)
-    laboratory = Laboratory(ROOT / "recipes" / "digits.yaml", folder, CELLS, RichProgress(Console(stderr=True)))
+    laboratory = digits_laboratory(RichProgress(Console(stderr=True)))
     replace_section(page, SECTION, table(*race(laboratory, iterations)))
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from exporter import load_recipe
+from exporter.calibration.nearest import nearest_weight
 from exporter.models.loading import model_shapes
 from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.progress import NullProgress
-from exporter.quantize import QuantizedWeight, QuantLinear, planned_linear, quantize_model, round_to_nearest
+from exporter.quantize import QuantizedWeight, QuantLinear, planned_linear, quantize_model
 from exporter.rounding import InputQuantizer, round_to_format
 from exporter.stages import capture
 from exporter.targets import TARGETS
@@ -185,8 +186,11 @@ def test_weights_decoded_once_change_no_bit(activation: str) -> None:
 def test_compiled_a_cell_predicts_the_same_noise(tmp_path: Path) -> None:
     laboratory = Laboratory(RECIPE, tmp_path, tmp_path / "cells", NullProgress())
     job, original = laboratory._original
-    plain = original.model
-    model = quantize_model(plain, original.plan, {layer.name: _nearest(plain, layer) for layer in original.plan.layers})
+    weights = {
+        layer.name: nearest_weight(planned_linear(original.model, layer).weight, layer, None, "absmax")
+        for layer in original.plan.layers
+    }
+    model = quantize_model(original.model, original.plan, weights)
     cell = Quantized(model, original.adapter, 0.0)
     compiled, captured = cell.compiled(), capture(job, original, "inputs.safetensors", trajectories=1, seed=0)
     inputs = captured.inputs(torch.arange(4), original.prompts)
@@ -197,12 +201,6 @@ def test_compiled_a_cell_predicts_the_same_noise(tmp_path: Path) -> None:
     reference, found, exact = predictions
     # Another order of sums lets some numbers fall to the other side of a tie.
     assert signal_to_noise_db(reference, found) > signal_to_noise_db(reference, exact) + 10
-
-
-def _nearest(model: nn.Module, layer: LayerPlan) -> QuantizedWeight:
-    weight, fmt = planned_linear(model, layer).weight, get_format(layer.weight_format)
-    scales = weight.reshape(len(weight), -1, layer.group_size or weight.shape[1]).abs().amax(dim=-1) / fmt.max
-    return round_to_nearest(weight, scales, fmt)
 
 
 @pytest.mark.parametrize(("mantissa", "name"), [(1, "e2m1"), (0, "e3m0"), (2, "e1m2")])

@@ -257,6 +257,14 @@ class Laboratory:
         ).numpy()
 
 
+def digits_laboratory(progress: Progress) -> Laboratory:
+    """That of the digits recipe, on the CPU, beside whose cells other tools measure."""
+    root = Path(__file__).parents[2]
+    folder = root / "build" / "quality" / "digits"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Laboratory(root / "recipes" / "digits.yaml", folder, root / "docs" / "quality" / "digits", progress)
+
+
 def _kept_samples(
     file: Path, draw: Callable[[], npt.NDArray[np.float32]], drawn: str
 ) -> tuple[npt.NDArray[np.float32], str]:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tools.quality_cells.figures import Interval
 from tools.quality_cells.rows import BITS, ITERATIONS, ROWS, SEEDS, Bits, Row
-from tools.quality_cells.verdict import against_best, by_method, samples_against_integers, spread
+from tools.quality_cells.verdict import NOTHING, against_best, by_method, samples_against_integers, spread
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -22,7 +22,6 @@ _HEADING = (
     "| seeds (judged) |\n"
     "|---|---|---|---|---|---|---|---|"
 )
-_NOTHING = "Not measured yet."
 
 
 def markdown(digits: Laboratory, shapes: Laboratory) -> str:
@@ -42,7 +41,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
         original=_original(digits),
         drawn=_drawn(digits),
         provenance=_provenance([digits, shapes]),
-        nothing=_NOTHING,
+        nothing=NOTHING,
         iterations=ITERATIONS,
         seeds=", ".join(map(str, SEEDS)),
     )
@@ -51,7 +50,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
 def table(laboratory: Laboratory, bits: Bits) -> str:
     """Every method at these bits that has been measured."""
     lines = [line for row in ROWS if (line := _line(row, laboratory.all_kept(row, bits)))]
-    return "\n".join([_HEADING, *lines]) if lines else _NOTHING
+    return "\n".join([_HEADING, *lines]) if lines else NOTHING
 
 
 def _line(row: Row, found: Sequence[Figures]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,31 +91,38 @@ def _by_recipe(job: Job, source: Source, captured: CalibrationSet, row: Row, wei
         # Rounding does not see how activations are quantized, so that columns share it.
         facts = [{**layer, "activation_format": ""} for layer in facts]
     file = weights / name_for(str(seed), ".safetensors", [source.identity, facts, method.model_dump()])
-    seconds = file.with_suffix(".seconds")
-    if not seconds.is_file():
+
+    def make() -> None:
         run = source.calibration_run(captured, sample_weights(job, source, captured))
-        result = calibrate(source.model, source.plan, run, method, seed, NullProgress())
-        weights.mkdir(exist_ok=True)
-        save_quantized(file, result, source.plan)
-        write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")
+        save_quantized(file, calibrate(source.model, source.plan, run, method, seed, NullProgress()), source.plan)
+
+    seconds = _seconds_of(make, file, begin)
     model: nn.Module = quantize_model(source.model, source.plan, load_quantized(file, source.plan).weights)
     if row.zero_points:
         model = with_zero_points(model)
-    return Quantized(model, source.adapter, float(seconds.read_text(encoding="utf-8")))
+    return Quantized(model, source.adapter, seconds)
 
 
 def _by_published_loop(job: Job, source: Source, captured: CalibrationSet, row: Row, weights: Path) -> Quantized:
     seed, captured_settings = job.recipe.calibration.seed, job.recipe.calibration.captured
     file = weights / name_for(f"loop.{seed}", ".safetensors", [source.identity, row.loop_settings, captured_settings])
-    seconds = file.with_suffix(".seconds")
-    if not seconds.is_file():
-        begin = time.process_time()
+
+    def make() -> None:
         run = source.calibration_run(captured)
         made = calibrate_as_published(source.model, run, row.published_loop, BATCH, seed, lambda: None)
-        elapsed = time.process_time() - begin
-        weights.mkdir(exist_ok=True)
         with atomic_tensor_path(file) as unfinished:
             save_file(rounded_weights(made), unfinished)
-        write_text_atomically(seconds, f"{elapsed:.1f}\n")
+
+    seconds = _seconds_of(make, file, time.process_time())
     model = with_quantized_inputs(source.model, load_file(file), source.plan.layers[0].activation_format)
-    return Quantized(model, source.adapter, float(seconds.read_text(encoding="utf-8")))
+    return Quantized(model, source.adapter, seconds)
+
+
+def _seconds_of(make: Callable[[], None], file: Path, begin: float) -> float:
+    """Let `make` write the weights' `file`, unless it is kept; the CPU seconds that this took, counted from `begin`."""
+    seconds = file.with_suffix(".seconds")
+    if not seconds.is_file():
+        file.parent.mkdir(exist_ok=True)
+        make()
+        write_text_atomically(seconds, f"{time.process_time() - begin:.1f}\n")
+    return float(seconds.read_text(encoding="utf-8"))

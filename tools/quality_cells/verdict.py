@@ -13,6 +13,8 @@ from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, Bits, Ro
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
 
+NOTHING = "Not measured yet."
+
 # Floats and integers that are given the same.
 _PAIRS = (
     ("round to nearest", "fp_nearest", "int_nearest"),
@@ -98,7 +100,7 @@ def _widths(laboratory: Laboratory) -> list[Bits]:
 
 
 def _table(head: str, widths: Sequence[Bits], lines: Sequence[Sequence[str]]) -> str:
-    return markdown_table([head, *(bits.name for bits in widths)], lines) if widths else "Not measured yet."
+    return markdown_table([head, *(bits.name for bits in widths)], lines) if widths else NOTHING
 
 
 def _best(laboratory: Laboratory, rows: Sequence[Row], bits: Bits) -> Row | None:

@@ -68,34 +68,24 @@ def test_a_cpu_without_dot_products_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "saturates"),
+    ("line", "saturates", "emulates"),
     [
-        ("flags\t\t: fpu avx2", True),
-        ("flags\t\t: fpu avx2 avx_vnni", False),
-        ("Features\t: fp asimd", False),
-        ("", False),
+        ("flags\t\t: fpu avx2", True, True),
+        ("flags\t\t: fpu avx2 avx_vnni", False, True),
+        ("flags\t\t: fpu avx512f", True, True),
+        ("flags\t\t: fpu avx512f avx512_bf16", True, False),
+        ("flags\t\t: fpu amx_bf16", True, False),
+        ("Features\t: fp asimd", False, True),
+        ("Features\t: fp asimd bf16", False, False),
+        ("", False, False),
     ],
 )
-def test_which_cpus_saturate_int8_products(tmp_path: Path, line: str, saturates: bool) -> None:
+def test_which_cpus_saturate_int8_products_and_emulate_bf16(
+    tmp_path: Path, line: str, saturates: bool, emulates: bool
+) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert saturates_int8_products(tmp_path) == saturates
-
-
-@pytest.mark.parametrize(
-    ("line", "emulates"),
-    [
-        ("flags\t\t: fpu avx512f", True),
-        ("flags\t\t: fpu avx512f avx512_bf16", False),
-        ("flags\t\t: fpu amx_bf16", False),
-        ("Features\t: fp asimd bf16", False),
-        ("Features\t: fp asimd", True),
-        ("", False),
-    ],
-)
-def test_which_cpus_emulate_bf16(tmp_path: Path, line: str, emulates: bool) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert emulates_bf16(tmp_path) == emulates
 
 
