@@ -29,7 +29,7 @@ from tools.quality_cells.layers import quantize_with_zero_point, with_decoded_we
 from tools.quality_cells.page import markdown
 from tools.quality_cells.published_loop import GROUP, PublishedLinear
 from tools.quality_cells.quantized import Quantized
-from tools.quality_cells.rows import BATCH, BITS, ROWS, SEEDS, W4A6, Bits, Row, row_of
+from tools.quality_cells.rows import BATCH, ROWS, SEEDS, W4A6, Bits, Row, row_of
 from tools.quality_cells.verdict import verdict
 
 MEASURED_BY = ("0123456789ab", "2.0")
@@ -50,8 +50,9 @@ PLANNED = LayerPlan(
 )
 
 
-@pytest.mark.parametrize("bits", BITS, ids=lambda bits: bits.name)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
+@pytest.mark.parametrize(
+    ("row", "bits"), [pytest.param(row, bits, id=f"{row.key}-{bits.name}") for row in ROWS for bits in row.at]
+)
 def test_every_cell_is_a_recipe_of_the_widths_it_claims(row: Row, bits: Bits) -> None:
     recipe = load_recipe(RECIPE, row.changes(bits), "cpu")
     adapter = PixArtAdapter()

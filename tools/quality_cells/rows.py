@@ -43,6 +43,8 @@ _NEAREST = ("method.name=rtn",)
 _GPTQ = ("method.name=gptq",)
 ITERATIONS = 250
 """For every row that learns, but for that of `effort: best`."""
+LONG = 2500
+"""As many as FP4DiT publishes, for a few rows at W4A6."""
 BATCH = 32
 """Samples of an iteration of the published loop: as many as the digits recipe gives to every row that learns."""
 
@@ -57,6 +59,7 @@ _ROTATED = ((_BEHIND_GELU, "hadamard: 64"),)
 _ATTENTION = (("*.to_?", "output: {activation}, output_group: 64"),)
 _WEIGHTED = "method.step_weights=trajectory"
 _BF16 = "method.compute=bf16"
+_LONG = f"method.iterations={LONG}"
 _JOINT = "method.quantize_activations=true"
 _ABSMAX = "method.scale_search=absmax"
 _LOOP = (*_NEAREST, _ABSMAX)
@@ -82,11 +85,12 @@ class Row:
     zero_points: bool = False
     unsigned: bool = False
     published_loop: int = 0
+    weight: str = ""
     at: tuple[Bits, ...] = BITS
 
     def changes(self, bits: Bits) -> tuple[str, ...]:
         """The recipe's changes for these bits."""
-        weight = (bits.integers if self.formats == "integers" else bits.floats)[0]
+        weight = self.weight or (bits.integers if self.formats == "integers" else bits.floats)[0]
         activation = (bits.integers if self.formats in ("integers", "mixed") else bits.floats)[1]
         if self.formats == "auto" and weight in _CHOSEN:
             weight = "auto"
@@ -148,11 +152,14 @@ _VARIANTS = (
     Row("fp_unsigned", f"floats, `default`, {_UNSIGNED}", "floats", _FROM_GPTQ, True, unsigned=True, at=_SIX_AND_FOUR),
 )
 _AT_SIX = (
-    Row("fp4dit_published", "floats, FP4DiT's own loop, 2500 iterations", "published", _LOOP, published_loop=2500),
+    Row("int_long", f"integers, AdaRound, {_FIRMLY}, {LONG} iterations", "integers", (*_FIRM, _LONG)),
+    Row("int_best", "integers, balanced, `best`: 1000 iterations", "integers", _BEST, balance=True),
+    Row("fp4dit_published", f"floats, FP4DiT's own loop, {LONG} iterations", "published", _LOOP, published_loop=LONG),
     Row("fp_from_gptq", "floats, GPTQ, then AdaRound", "floats", _FROM_GPTQ),
     Row("fp_best", "floats, `best`: 1000 iterations", "floats", _BEST, balance=True),
     Row("fp_exact", "floats, `default`, balanced by powers of two", "floats", _FROM_GPTQ, balance="exact"),
     Row("fp_weighted", "floats, `default`, steps weighted", "floats", (*_FROM_GPTQ, _WEIGHTED), balance=True),
+    Row("fp_e1m2", "floats, `default`, E1M2 weights", "floats", _FROM_GPTQ, balance=True, weight="e1m2"),
     Row("fp_auto", "floats, `default`, formats chosen", "auto", _FROM_GPTQ, balance=True),
     Row("fp_qkv", "floats, `fast`, Q, K and V quantized per token and head", "floats", _GPTQ, True, _ATTENTION),
     Row("fp_hadamard", "floats, `fast`, `hadamard: 64` in `*.ff.net.2`", "floats", _GPTQ, True, _ROTATED),
