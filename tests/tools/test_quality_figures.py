@@ -11,6 +11,7 @@ from tools.quality_cells.figures import (
     Interval,
     Judge,
     bootstrapped,
+    decibels_closer,
     distances_apart,
     frechet_distance,
     signal_to_noise_db,
@@ -75,6 +76,23 @@ def test_distances_of_the_same_noise_are_told_apart_where_they_differ() -> None:
     assert None not in (alike.low, alike.high, off.low, off.high)
     assert alike.low < 0 < alike.high < 0.05
     assert -1.5 < off.low < off.high < -0.5
+
+
+def test_samples_that_are_closer_to_the_originals_of_the_same_noise_are_told_apart() -> None:
+    generator = np.random.default_rng(0)
+    exact = generator.normal(size=(1000, 3))
+    ours, *rest = (exact + error * generator.normal(size=exact.shape) for error in (0.1, 0.1, 0.2, 0.05))
+    found = decibels_closer(ours, dict(zip(("alike", "farther", "closer"), rest, strict=True)), exact, resamples=200)
+    for name, decibels in (("alike", 0.0), ("farther", 6.02), ("closer", -6.02)):
+        low, value, high = found[name].low, found[name].value, found[name].high
+        assert low is not None
+        assert high is not None
+        assert value == pytest.approx(decibels, abs=0.4)
+        assert low < value < high
+        assert high - low < 1.0
+    assert decibels_closer(ours, {"twice": exact + 2 * (ours - exact)}, exact, resamples=2)["twice"].value == (
+        pytest.approx(10 * np.log10(4))
+    )
 
 
 def test_drift_is_in_decibels() -> None:

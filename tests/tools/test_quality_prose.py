@@ -144,7 +144,7 @@ def test_the_samples_say_no_more_than_the_prose(digits: Laboratory) -> None:
 
 @pytest.mark.parametrize(("seed", "closer"), [(SEEDS[1], 2), (SEEDS[2], 0)])
 def test_no_integers_samples_are_closer_than_ours_at_w4a6(seed: int, closer: int, digits: Laboratory) -> None:
-    found = digits.compared(OURS, INTEGERS, W4A6, seed, 0)
+    found = digits.compared(OURS, INTEGERS, W4A6, seed, 0).frechet
     assert found.keys() == {row.key for row in INTEGERS}
     assert all(interval.low is not None and interval.low < 0 for interval in found.values())
     assert all(interval.high is not None and interval.high > -0.05 for interval in found.values())
@@ -152,7 +152,7 @@ def test_no_integers_samples_are_closer_than_ours_at_w4a6(seed: int, closer: int
 
 
 def test_at_four_bits_samples_of_ours_are_closer_than_those_of_integers_around_zero(digits: Laboratory) -> None:
-    found = digits.compared(OURS, INTEGERS, W4A4, SEEDS[1], 0)
+    found = digits.compared(OURS, INTEGERS, W4A4, SEEDS[1], 0).frechet
     for row in INTEGERS:
         high = found[row.key].high
         assert high is not None

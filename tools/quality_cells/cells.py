@@ -33,9 +33,11 @@ from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import program_identity
 from tools.quality_cells.figures import (
     RESAMPLES,
+    Comparison,
     Interval,
     Judge,
     bootstrapped,
+    decibels_closer,
     distances_apart,
     frechet_distance,
     signal_to_noise_db,
@@ -164,9 +166,7 @@ class Laboratory:
         file = self.cells / "original.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if samples and (found is None or found["samples"] < samples):
-            recognised, frechet = self._judged(
-                self._samples(self._original[1].denoiser, samples, HELD_OUT_SEED), RESAMPLES
-            )
+            recognised, frechet = self._judged(self.original_samples("same", samples, HELD_OUT_SEED), RESAMPLES)
             found = {"samples": samples, "recognised": asdict(recognised), "frechet": asdict(frechet)}
             write_text_atomically(file, json.dumps(found, indent=1) + "\n")
         return None if found is None else (Interval(**found["recognised"]), Interval(**found["frechet"]))
@@ -205,20 +205,25 @@ class Laboratory:
         drawn = f"PyTorch {torch.__version__}{where}"
         return _kept_samples(self.folder / "samples" / name, draw, drawn)
 
-    def compared(self, row: Row, others: Sequence[Row], bits: Bits, seed: int, samples: int) -> dict[str, Interval]:
-        """Fréchet distances of `row` minus those of `others`, by key, on `samples` samples of the same noise, kept.
-        With 0 samples only what is kept."""
+    def compared(self, row: Row, others: Sequence[Row], bits: Bits, seed: int, samples: int) -> Comparison:
+        """`row` against `others` on `samples` samples of the same noise, kept. With 0 samples only what is kept."""
         file = self.cells / f"compared.{bits.name}.{row.key}.{seed}.json"
         if not samples:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            return {key: Interval(**interval) for key, interval in found.items()}
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"frechet": {}, "features": {}}
+            return Comparison(
+                **{
+                    name: {key: Interval(**interval) for key, interval in intervals.items()}
+                    for name, intervals in found.items()
+                }
+            )
         look = self._judge.look
         features = {one.key: look(self.cell_samples(one, bits, seed, samples)[0])[1] for one in (row, *others)}
+        ours = features.pop(row.key)
         _, theirs = look(self.original_samples("reference", samples, HELD_OUT_SEED + samples))
-        found = distances_apart(features.pop(row.key), features, theirs)
-        text = json.dumps({key: asdict(interval) for key, interval in found.items()}, indent=1)
-        write_text_atomically(file, text + "\n")
-        return found
+        _, exact = look(self.original_samples("same", samples, HELD_OUT_SEED))
+        made = Comparison(distances_apart(ours, features, theirs), decibels_closer(ours, features, exact))
+        write_text_atomically(file, json.dumps(asdict(made), indent=1) + "\n")
+        return made
 
     def original_samples(self, name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
         """Samples of the original model, kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,15 @@ class Interval:
         if self.low is None or self.high is None:
             return self
         return replace(self, low=max(self.low, least), high=min(self.high, most))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row's samples against other rows', by their keys: its Fréchet distance minus theirs, and by how many dB its
+    samples' features are closer to those of the original's samples that began with the same noise."""
+
+    frechet: dict[str, Interval]
+    features: dict[str, Interval]
 
 
 class Judge:
@@ -125,9 +134,31 @@ def distances_apart(
     count = len(ours)
     values = differences(np.arange(count), np.arange(count))
     drawn = np.stack([differences(*generator.integers(count, size=(2, count))) for _ in range(resamples)])
+    return _with_intervals(others, values, drawn)
+
+
+def decibels_closer(
+    ours: Floats, others: Mapping[str, Floats], original: Floats, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """By name, by how many dB our features are closer to `original` [n, F] than another set's, with intervals: the
+    ratio of the squared distances from sample to sample, which all began with the same noise, added up."""
+    generator = np.random.default_rng(seed)
+    errors = np.stack([np.square(one - original).sum(axis=1) for one in (ours, *others.values())])
+
+    def gains(chosen: npt.NDArray[np.int64]) -> Floats:
+        first, *rest = errors[:, chosen].sum(axis=1)
+        return cast(Floats, 10 * np.log10(np.array(rest) / first))
+
+    count = len(ours)
+    drawn = np.stack([gains(generator.integers(count, size=count)) for _ in range(resamples)])
+    return _with_intervals(others, gains(np.arange(count)), drawn)
+
+
+def _with_intervals(names: Iterable[str], values: Floats, drawn: Floats) -> dict[str, Interval]:
+    """`values` [k] with the intervals of those of resamples, `drawn` [r, k], moved by what resampling shifts them."""
     low, high = values + np.percentile(drawn - drawn.mean(axis=0), _CONFIDENCE, axis=0)
     ends = np.stack([values, low, high], axis=1).tolist()
-    return {name: Interval(*three) for name, three in zip(others, ends, strict=True)}
+    return {name: Interval(*three) for name, three in zip(names, ends, strict=True)}
 
 
 def signal_to_noise_db(original: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:

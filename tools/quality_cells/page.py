@@ -12,7 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tools.quality_cells.figures import Interval
 from tools.quality_cells.rows import BITS, ITERATIONS, ROWS, SEEDS, Bits, Row
-from tools.quality_cells.verdict import NOTHING, against_best, by_method, samples_against_integers, spread
+from tools.quality_cells.verdict import (
+    NOTHING,
+    against_best,
+    by_method,
+    features_against_integers,
+    samples_against_integers,
+    spread,
+)
 
 if TYPE_CHECKING:
     from tools.quality_cells.cells import Figures, Laboratory
@@ -36,6 +43,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
         digits_by_method=by_method(digits),
         digits_against_best=against_best(digits),
         samples_against_integers=samples_against_integers(digits),
+        features_against_integers=features_against_integers(digits),
         shapes_by_method=by_method(shapes),
         shapes_against_best=against_best(shapes),
         original=_original(digits),

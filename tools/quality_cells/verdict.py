@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tools.marked_section import markdown_table
-from tools.quality_cells.figures import Interval
+from tools.quality_cells.figures import Comparison, Interval
 from tools.quality_cells.rows import BITS, INTEGERS, OURS, ROWS, SEEDS, Bits, Row, row_of
 
 if TYPE_CHECKING:
@@ -62,14 +62,23 @@ def against_best(laboratory: Laboratory) -> str:
 
 def samples_against_integers(laboratory: Laboratory) -> str:
     """Ours less every row of integers in Fréchet distance, of each seed whose samples have been compared."""
-    columns = [[laboratory.compared(OURS, INTEGERS, bits, seed, 0) for seed in SEEDS] for bits in BITS]
+    return _compared(laboratory, "Fréchet distance", lambda comparison: comparison.frechet)
+
+
+def features_against_integers(laboratory: Laboratory) -> str:
+    """By how many dB ours is closer to the original's own samples than every row of integers, likewise."""
+    return _compared(laboratory, "dB in features", lambda comparison: comparison.features)
+
+
+def _compared(laboratory: Laboratory, head: str, figure: Callable[[Comparison], Mapping[str, Interval]]) -> str:
+    columns = [[figure(laboratory.compared(OURS, INTEGERS, bits, seed, 0)) for seed in SEEDS] for bits in BITS]
     if not any(found for column in columns for found in column):
         return ""
     lines = []
     for row in INTEGERS:
         cells = [", ".join(_signed(found[row.key]) for found in column if row.key in found) for column in columns]
         lines.append([f"ours − {row.title}", *(cell or "–" for cell in cells)])
-    return _table("Fréchet distance", BITS, lines)
+    return _table(head, BITS, lines)
 
 
 def differences(laboratory: Laboratory, key: str, bits: Bits, *, zero_points: bool) -> tuple[list[float], list[float]]:
