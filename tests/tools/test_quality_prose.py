@@ -61,6 +61,8 @@ CLOSER = [
     *((row.key, "fp4dit_loop", W4A8) for row in INTEGERS),
     *(("fp4dit_loop", key, W4A6) for key in ("int_nearest", "int_adaround", "int_gptq")),
     *((key, "fp4dit_loop", W4A6) for key in ("int_ours", "int_adaround_zero", "int_gptq_zero", "int_ours_zero")),
+    *(("fp4dit_published", row.key, W4A6) for row in INTEGERS if not row.zero_points),
+    ("int_ours_zero", "fp4dit_published", W4A6),
     *(("fp4dit_loop", row.key, W4A4) for row in INTEGERS if not row.zero_points),
     ("int_ours_zero", "fp4dit_loop", W4A4),
     ("int_adaround", "fp_adaround", W4A8),
@@ -90,6 +92,11 @@ def test_of_two_rows_the_one_that_the_prose_names_is_closer(
         ("fp_joint", "ours", W4A4, 0.55, 0.9),
         ("fp_joint", "ours", W4A6, -0.4, -0.15),
         ("fp_best", "ours", W4A6, 0.0, 0.15),
+        ("int_best", "int_ours", W4A6, 0.0, 0.2),
+        ("int_long", "int_firm", W4A6, 0.35, 0.55),
+        ("fp_e1m2", "ours", W4A6, -0.4, -0.25),
+        ("fp4dit_published", "int_best", W4A6, 0.3, 0.7),
+        ("fp4dit_published", "int_long", W4A6, 2.4, 2.85),
     ],
 )
 def test_gains_are_those_that_the_prose_names(
