@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -82,9 +82,10 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
 
 
 def held_out_inputs(job: Job, source: Source) -> CalibrationSet:
-    """The transformer's inputs along trajectories that calibration has not seen."""
-    count = job.recipe.evaluation.trajectories
-    return capture(job, source, "held_out.safetensors", trajectories=count, seed=_held_out_seed(job))
+    """The transformer's inputs along trajectories that calibration has not seen, at every step."""
+    count, calibration = job.recipe.evaluation.trajectories, job.recipe.calibration
+    whole = replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration.whole}))
+    return capture(whole, source, "held_out.safetensors", trajectories=count, seed=_held_out_seed(job))
 
 
 def _held_out_seed(job: Job) -> int:
@@ -124,7 +125,7 @@ def original_samples(job: Job, source: Source, count: int, replay: Replay) -> Te
         stage="samples",
         model=source.identity,
         shape=source.latent_shape,
-        settings=job.recipe.calibration.sampler,
+        settings=job.recipe.calibration.whole.sampler,
         seed=_held_out_seed(job),
         count=count,
         known=known,

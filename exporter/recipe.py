@@ -73,6 +73,9 @@ class CalibrationSection(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance: Annotated[float, Field(ge=0)] = 4.5
     samples: Count = Field(default=16, description="how many sampling trajectories are captured")
+    every: Count = Field(
+        default=1, description="of every trajectory each so many-th step is captured, counted back from the last"
+    )
     seed: Seed = 0
     memory: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
@@ -88,20 +91,42 @@ class CalibrationSection(Section):
         "unset: what is free",
     )
 
+    @model_validator(mode="after")
+    def _keeps_more_than_the_last_step(self) -> CalibrationSection:
+        if self.every > self.steps:
+            raise ValueError(f"every {self.every} is above steps {self.steps}, of which only the last would be kept")
+        return self
+
+    @property
+    def kept_steps(self) -> range:
+        """The steps, counted from 0, whose inputs are captured: the last one, and each `every`-th before it."""
+        return range((self.steps - 1) % self.every, self.steps, self.every)
+
+    @property
+    def whole(self) -> CalibrationSection:
+        """The same with every step captured: as trajectories are that judge what was calibrated."""
+        return self.model_copy(update={"every": 1})
+
     @property
     def inputs(self) -> int:
-        """How many inputs are captured: of every step of every trajectory one, with guidance two."""
-        return self.samples * self.steps * (1 if self.guidance == 1.0 else 2)
+        """How many inputs are captured: of every kept step of every trajectory one, with guidance two."""
+        return self.samples * len(self.kept_steps) * (1 if self.guidance == 1.0 else 2)
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What a trajectory depends on beside its prompt, its seed and the kind of device."""
-        return self.model_dump(exclude={"prompts", "samples", "seed", "memory", "device", "device_memory"})
+        """What a captured trajectory depends on beside its prompt, its seed and the kind of device."""
+        return self._facts({"samples", "seed"})
 
     @property
     def captured(self) -> dict[str, Any]:
         """What the captured inputs depend on, beside the model, its prompts and the kind of device."""
-        return self.model_dump(exclude={"prompts", "memory", "device", "device_memory"})
+        return self._facts(set())
+
+    def _facts(self, left_out: set[str]) -> dict[str, Any]:
+        """All that decides captured inputs but what is `left_out`; `every` only where it leaves steps out, so that what
+        was captured before there was such a key keeps its name."""
+        unthinned = {"every"} if self.every == 1 else set[str]()
+        return self.model_dump(exclude={"prompts", "memory", "device", "device_memory"} | unthinned | left_out)
 
 
 class Recipe(Section):

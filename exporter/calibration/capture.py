@@ -95,14 +95,15 @@ def capture_trajectories(
     scheduler_config: Path | None,
     placement: Placement | None = None,
 ) -> CalibrationSet:
-    """Sample `trajectories` latents with `model` and keep every call's inputs: each step, conditional and not.
+    """Sample `trajectories` latents with `model` and keep the calls' inputs, conditional and not, of every step that
+    `settings` keep.
 
     Prompts are used in turn; `scheduler_config` is the checkpoint's, see `make_scheduler`. The inputs are in the order
     of steps, in each the unconditional ones first, then of trajectories, however many are sampled at once: fewer where
     they do not fit the memory. `placement` says what computes, without one the CPU. Raises `InputError` when a latent
-    is no longer finite.
+    that is kept is no longer finite.
     """
-    placement, calls = placement or Placement(), _Calls(trajectories)
+    placement, calls = placement or Placement(), _Calls(trajectories, settings.kept_steps)
 
     def sampled(at_once: int) -> None:
         calls.clear()
@@ -133,9 +134,11 @@ def capture_trajectories(
 
 @dataclass(frozen=True)
 class _Calls:
-    """The denoiser's calls along `trajectories`, as they come: their inputs, and each input's place in the order."""
+    """The denoiser's calls along `trajectories` at the `kept` steps, as they come: their inputs, and each input's place
+    in the order."""
 
     trajectories: int
+    kept: range
     parts: list[CalibrationSet] = field(default_factory=list)
     places: list[Tensor] = field(default_factory=list)
 
@@ -145,7 +148,9 @@ class _Calls:
         self.places.clear()
 
     def keep(self, call: DenoiserCall) -> None:
-        """Add one."""
+        """Add one, if its step is kept."""
+        if call.step not in self.kept:
+            return
         steps = torch.full_like(call.prompts, call.step)
         latents, timesteps = call.inputs.hidden_states.cpu(), call.inputs.timestep.cpu()
         self.parts.append(CalibrationSet(latents, timesteps, call.prompts, steps))
