@@ -114,7 +114,7 @@ def load_source(job: Job) -> Source:
     _check_classifier(job, prompts, latent_shape)
     given = recipe.calibration.memory
     memory = int(given * 1e9) if given is not None else usable_memory() // 2
-    activations = _activation_bytes(recipe, adapter, model, prompts, latent_shape)
+    activations = estimated_activations(recipe, adapter, model, prompts, latent_shape)
     block = max((module_bytes(block) for _, block in adapter.blocks(model)), default=0)
     store = choose_activation_store(job, activations, block, memory, placement)
     weights = weight_files(files.transformer, recipe.model.variant)
@@ -170,7 +170,7 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
     return class_prompts(label, classes, adapter.negative_label(model))
 
 
-def _activation_bytes(
+def estimated_activations(
     recipe: Recipe, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int]
 ) -> int:
     """Bytes of the activations of all captured inputs that block reconstruction keeps."""

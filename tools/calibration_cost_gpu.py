@@ -25,7 +25,6 @@ from exporter.calibration.calibrate import calibrate
 from exporter.calibration.placement import CPU, Placement
 from exporter.method_section import MethodSection
 from exporter.progress import NullProgress, Progress, RichProgress
-from exporter.source import activation_bytes
 from tools.calibration_cost import JOBS, WEIGHTS, Job
 from tools.gpu_bench.machine import machine
 from tools.gpu_bench.transformer import linear_plan
@@ -68,18 +67,13 @@ class Block:
         return isqrt(self.job.tokens)
 
     @property
-    def activations(self) -> int:
-        """Bytes of all inputs' activations in the whole model's calibration."""
-        return self.job.inputs * activation_bytes(self.job.tokens * self.job.width, 0, _CAPTIONS * self.job.width)
-
-    @property
     def weight_bytes(self) -> int:
         """Of the block's linears, in float32."""
         return 4 * WEIGHTS * self.job.width**2
 
     def store(self, placement: Placement) -> ActivationStore:
         """Where the whole model's calibration keeps them, if it is not in files."""
-        on_gpu = placement.keeps(self.activations, self.weight_bytes)
+        on_gpu = placement.keeps(self.job.activations, self.weight_bytes)
         return ActivationStore(device=placement.device if on_gpu else CPU)
 
     @property
@@ -92,7 +86,7 @@ BLOCKS = (
     Block(JOBS[0], 16, 256, 100),
     Block(JOBS[1], 16, 96, 20),
     Block(JOBS[2], 16, 96, 20, " (its width in PixArt's block)"),
-    Block(JOBS[3], 28, 32, 4),
+    Block(JOBS[4], 28, 32, 4),
 )
 
 
@@ -190,7 +184,7 @@ def section(costs: Sequence[Cost], compared: Sequence[tuple[str, Calibrated]]) -
             f"{1e3 * item.iteration:.1f} ms", f"{item.block.iteration_flop / item.iteration / 1e12:.0f}",
             f"{1e3 * item.per_input:.1f} ms" if item.resolved else "not resolved",
             f"{item.fixed:.1f} s", f"{item.calibrated.gigabytes:.1f} GB",
-            f"{item.block.activations / 1e9:.0f} GB {'on the GPU' if item.on_gpu else 'elsewhere'}",
+            f"{item.block.job.activations / 1e9:,.0f} GB {'on the GPU' if item.on_gpu else 'elsewhere'}",
             _hours(item, _DEFAULT_ITERATIONS), _hours(item, _PUBLISHED_ITERATIONS),
         )
         for item in costs

@@ -1,0 +1,55 @@
+"""What the shipped recipes of Hunyuan-DiT need for activations is what they and the documents say, and fits 2 TB."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter import load_recipe
+from exporter.models.hunyuan import HunyuanAdapter
+from exporter.models.prompts import Prompts
+from exporter.recipe_file import shipped_recipes
+from exporter.source import estimated_activations
+
+DOCS = Path(__file__).parents[2] / "docs"
+# A disk of 2 TB, a sixth of it for everything else.
+ROOM = 2e12 * 5 / 6
+CONFIG = {
+    "_class_name": "HunyuanDiT2DModel",
+    "attention_head_dim": 88,
+    "hidden_size": 1408,
+    "in_channels": 4,
+    "mlp_ratio": 4.3637,
+    "num_attention_heads": 16,
+    "num_layers": 40,
+    "patch_size": 2,
+    "sample_size": 128,
+}
+
+
+def _estimate(name: str, *changes: str) -> int:
+    recipe, adapter = load_recipe(name, changes), HunyuanAdapter()
+    model = adapter.create({**CONFIG, "use_style_cond_and_image_meta_size": "v1_1" in name})
+    tensors = {given.input: given.random(1, 0, torch.Generator()) for given in adapter.conditions(model)}
+    prompts = Prompts(tensors, tensors)
+    return estimated_activations(recipe, adapter, model, prompts, adapter.latent_shape(model, recipe.model.resolution))
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("hunyuan")])
+def test_a_recipe_says_how_much_disk_it_takes(name: str) -> None:
+    needed, inputs = _estimate(name), load_recipe(name).calibration.inputs
+    assert inputs >= load_recipe("pixart_sigma_w4a6").calibration.inputs, "which has as many tokens"
+    assert needed < ROOM
+    for file in (shipped_recipes()[name], DOCS / "recipes.md"):
+        ((terabytes, count),) = re.findall(r"up to ([\d.]+) TB for ([\d,]+) inputs", file.read_text(encoding="utf-8"))
+        assert count == f"{inputs:,}"
+        assert needed <= float(terabytes) * 1e12 < needed * 1.01
+    assert f"{inputs:,} inputs and {needed / 1e9:,.0f} GB" in (DOCS / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_every_step_would_not_fit() -> None:
+    assert _estimate("hunyuan_dit_v1_2_w4a6", "calibration.every=1") > 3 * ROOM
+    assert _estimate("hunyuan_dit_v1_2_w4a6", "method.effort=fast") == 0
