@@ -23,7 +23,7 @@ from exporter.device.program import main as device_main
 from exporter.errors import InputError
 from exporter.failures import EXIT_INTERRUPTED, describe_failure, fail
 from exporter.targets import resolve_target
-from exporter.terminal import DEBUG, OUTPUT, QUIET, WORK_DIR, open_console, open_progress
+from exporter.terminal import DEBUG, OUTPUT, QUIET, RESUME, WORK_DIR, open_console, open_progress
 
 if TYPE_CHECKING:
     from exporter.pipeline import ExportResult
@@ -78,7 +78,8 @@ def _job_for(words: list[str]) -> str:
 
 
 def _flags(job: click.Command) -> set[str]:
-    return {flag for parameter in job.params if isinstance(parameter, click.Option) for flag in parameter.opts}
+    options = [parameter for parameter in job.params if isinstance(parameter, click.Option)]
+    return {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
 
 
 def _positional(words: list[str]) -> list[str]:
@@ -122,7 +123,7 @@ command.add_command(evaluate)
 @click.option("--dry-run", is_flag=True, help="Print the plan: target, layers, formats, sizes. Writes nothing.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison of the graphs with the PyTorch reference.")
 @click.option("--keep-graphs", is_flag=True, help="Keep the ONNX graph after every pass, in the work folder.")
-@click.option("--fresh", is_flag=True, help="Run every stage again, whatever the work folder holds.")
+@RESUME
 @QUIET
 @DEBUG
 def export(
@@ -136,7 +137,7 @@ def export(
     dry_run: bool,
     no_validate: bool,
     keep_graphs: bool,
-    fresh: bool,
+    resume: bool,
     quiet: bool,
     debug: bool,
 ) -> None:
@@ -152,7 +153,7 @@ def export(
             dry_run=dry_run,
             validate=not no_validate,
             keep_graphs=keep_graphs,
-            fresh=fresh,
+            fresh=not resume,
             progress=open_progress(quiet=quiet),
         )
         return
@@ -165,7 +166,7 @@ def export(
         _print_plan(loaded, output)
         return
     _export_recipe(
-        loaded, output, work_dir, validate=not no_validate, keep_graphs=keep_graphs, fresh=fresh, quiet=quiet
+        loaded, output, work_dir, validate=not no_validate, keep_graphs=keep_graphs, fresh=not resume, quiet=quiet
     )
 
 

@@ -40,6 +40,12 @@ OUTPUT = click.option(
 WORK_DIR = click.option(
     "--work-dir", metavar="DIR", help="Where finished stages are kept (default: NAME.work beside OUT)."
 )
+RESUME = click.option(
+    "--resume/--fresh",
+    default=True,
+    help="Go on from what the work folder holds of this recipe (the default), or run every stage again and throw away "
+    "what interrupted calibrations left in it.",
+)
 
 
 def open_console(*, stderr: bool) -> Console:

@@ -95,7 +95,7 @@ def test_help_tells_the_whole_story_without_loading_torch() -> None:
     text = " ".join(answer.stdout.split())
     for option in ("--output", "--target", "--seed", "--set", "--work-dir", "--dry-run", "--no-validate"):
         assert option in text
-    for option in ("--keep-graphs", "--fresh", "--quiet", "--debug"):
+    for option in ("--keep-graphs", "--resume / --fresh", "the default", "--quiet", "--debug"):
         assert option in text
     for word in (*shipped_recipes(), *TARGETS, "130", "NAME.report.html", "fp4export validate FILE"):
         assert word in text
@@ -129,6 +129,15 @@ def test_the_flags_reach_the_pipeline(pipeline: Pipeline, capsys: pytest.Capture
         "work",
         "WORK",
     ]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("flags", "fresh"), [([], False), (["--resume"], False), (["--fresh"], True)])
+def test_resuming_is_the_default_and_can_be_said(flags: list[str], fresh: bool, pipeline: Pipeline) -> None:
+    assert main(["r.yaml", "-o", "out.onnx", *flags]) == 0
+    assert pipeline.options["fresh"] is fresh
+    assert main([*flags, "r.yaml", "-o", "out.onnx"]) == 0
+    assert pipeline.options["fresh"] is fresh
 
 
 @pytest.mark.usefixtures("folder")

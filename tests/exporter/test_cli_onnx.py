@@ -78,6 +78,7 @@ def test_without_validation_and_quietly(dit: Path, tmp_path: Path, capsys: pytes
         (["m.onnx", "-o", "o.onnx", "--format", "e2m1", "--seed", "3"], "--seed belongs to a recipe"),
         (["m.onnx", "-o", "o.onnx", "--format", "e2m1", "--set=a.b=c"], "--set belongs to a recipe"),
         (["m.onnx", "-o", "o.onnx", "--format", "e2m1", "--fresh"], "--fresh belongs to a recipe"),
+        (["m.onnx", "-o", "o.onnx", "--format", "e2m1", "--resume"], "--resume belongs to a recipe"),
         (["digits", "-o", "o.onnx", "--format", "e2m1"], "--format belongs to an ONNX model"),
         (["digits", "-o", "o.onnx", "--keep", "m.onnx"], "--keep belongs to an ONNX model"),
         (["m.onnx", "--format", "e2m1"], "Missing option '-o'"),
