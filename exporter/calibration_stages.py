@@ -25,7 +25,7 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
     plan = source.plan
     if not plan.open:
         return source
-    name = name_for("formats", ".json", source.layer_facts())
+    name = _formats_name(source)
     if not job.shard.is_first:
         return _decided(source, job.work.file(name))
 
@@ -34,7 +34,27 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
         with source.placement.computing():
             save_formats(path, choose_formats(source.model, plan, run, job.recipe.method, job.progress))
 
-    key = key_of(
+    path, reused = job.work.obtain(name, _formats_key(job, source), make)
+    decided = _decided(source, path)
+    counts = Counter(layer.chosen for layer in decided.formats)
+    numbers = ", ".join(f"{fmt} {count}" for fmt, count in counts.most_common())
+    job.progress.note(f"{verb(reused, 'chose')} formats of {len(decided.formats)} layers: {numbers}")
+    return decided
+
+
+def with_known_formats(job: Job, source: Source) -> Source:
+    """The same with the formats that an earlier run chose for open layers; as it is where none has."""
+    path = job.work.file(_formats_name(source))
+    known = bool(source.plan.open) and job.work.is_current(path, _formats_key(job, source))
+    return _decided(source, path) if known else source
+
+
+def _formats_name(source: Source) -> str:
+    return name_for("formats", ".json", source.layer_facts())
+
+
+def _formats_key(job: Job, source: Source) -> str:
+    return key_of(
         stage="formats",
         model=source.identity,
         shape=source.latent_shape,
@@ -43,12 +63,6 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
         method=job.recipe.method.model_dump(),
         layers=source.layer_facts(),
     )
-    path, reused = job.work.obtain(name, key, make)
-    decided = _decided(source, path)
-    counts = Counter(layer.chosen for layer in decided.formats)
-    numbers = ", ".join(f"{fmt} {count}" for fmt, count in counts.most_common())
-    job.progress.note(f"{verb(reused, 'chose')} formats of {len(decided.formats)} layers: {numbers}")
-    return decided
 
 
 def _decided(source: Source, path: Path) -> Source:

@@ -44,7 +44,8 @@ Beside OUT (here NAME.onnx) it writes
   NAME.report.html   samples, noise-prediction SNR, every layer, sizes, times (of the NAME made last)
   NAME.metrics.json  the same figures for programs
   NAME.recipe.yaml   the recipe with every default filled in
-  NAME.work/         finished stages and blocks: a second run goes on from them, also after Ctrl-C or a crash
+  NAME.work/         finished stages and blocks: a second run goes on from them, also after Ctrl-C or a crash;
+                     another recipe is refused while a calibration there is unfinished (--fresh, --work-dir)
   OUT.origin.json    where `fp4export validate OUT` finds the reference
 
 \b

@@ -13,7 +13,7 @@ from torch import nn
 from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
-from exporter.calibration_stages import sample_weights
+from exporter.calibration_stages import sample_weights, with_known_formats
 from exporter.device.begun import BegunEngine
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
@@ -31,7 +31,7 @@ from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import QUANTIZED, UNFINISHED, key_of, name_for, verb
+from exporter.workdir import QUANTIZED, key_of, name_for, verb
 
 CAPTURED = "calibration.safetensors"
 
@@ -39,12 +39,12 @@ CAPTURED = "calibration.safetensors"
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
 
-    Raises `InputError` where a calibration with other settings was interrupted, whose units would be lost, and where
+    Raises `InputError` where another recipe's calibration was interrupted, whose units would be forgotten, and where
     the inputs could not be shared out among the processes that calibrate.
     """
     settings = job.recipe.calibration
     check_batches(job.recipe.method, settings.inputs, job.shard)
-    _unit_files(job, source).refuse_others()
+    _refuse_unfinished(job, source)
     return capture(job, source, CAPTURED, trajectories=settings.samples, seed=settings.seed)
 
 
@@ -87,16 +87,13 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     units = _unit_files(job, source, _made_of(job, source))
 
     def make(path: Path) -> None:
-        # Again: formats that the plan left open have been chosen since the inputs were captured.
+        # Again: by now it is sure that there is something to calibrate, and every layer has its format.
         units.refuse_others()
         units.begin()
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)
 
-    # By all that it takes hours for: another method's weights do not replace finished ones.
-    settings = [source.layer_facts(), job.recipe.method.model_dump(), job.recipe.calibration.captured]
-    name = name_for(QUANTIZED, ".safetensors", settings)
-    path, reused = job.work.obtain(name, calibration_key(job, source), make)
+    path, reused = job.work.obtain(_weights_name(job, source), calibration_key(job, source), make)
     if reused:
         job.shard.agree(False)
     units.remove()
@@ -105,6 +102,23 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
         f"{verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
     )
     return load_quantized(path, source.plan)
+
+
+def _weights_name(job: Job, source: Source) -> str:
+    """Named by all that it takes hours for: another method's weights do not replace finished ones."""
+    settings = [source.layer_facts(), job.recipe.method.model_dump(), job.recipe.calibration.captured]
+    return name_for(QUANTIZED, ".safetensors", settings)
+
+
+def _refuse_unfinished(job: Job, source: Source) -> None:
+    """Before anything takes long, raise `InputError` where another recipe's calibration was interrupted.
+
+    Not where this one's weights are there, which takes nothing away from the other one, as the next target of a bundle;
+    and not where formats are open, since nothing tells yet whose units those are. `calibrated_weights` looks again.
+    """
+    decided = with_known_formats(job, source)
+    if not decided.plan.open and not job.work.file(_weights_name(job, decided)).is_file():
+        _unit_files(job, decided).refuse_others()
 
 
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
@@ -129,8 +143,7 @@ def _made_of(job: Job, source: Source) -> list[str]:
 
 
 def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
-    folder = name_for(UNFINISHED, "", source.layer_facts())
-    return UnitFiles(job.work, folder, source.plan, calibration_settings(job, source), job.shard, made_of)
+    return UnitFiles(job.work, source.plan, calibration_settings(job, source), job.shard, made_of)
 
 
 def calibration_key(job: Job, source: Source) -> str:

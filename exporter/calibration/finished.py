@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from exporter.calibration.differences import PROGRAM, differences
 from exporter.errors import InputError
 from exporter.files import write_text_atomically
 from exporter.onnx_files import checksum_of
 from exporter.plan import LayerPlan, Plan
 from exporter.quantize import CalibrationResult, load_quantized, save_quantized
 from exporter.shards import Shard
-from exporter.workdir import WorkDir, key_of, program_identity
+from exporter.workdir import UNFINISHED, WorkDir, key_of, name_for, program_identity
 
 _SETTINGS = "settings.json"
-_PROGRAM = "program"
 _SEAL = "*.seal"
 
 
@@ -49,48 +49,60 @@ class NothingKept:
 
 
 class UnitFiles:
-    """Units as sealed files in `folder` of the work folder, of a calibration of `plan` with these `settings`.
+    """Units as sealed files in a folder of the work folder, of a calibration of `plan` with these `settings`.
 
-    `settings` are JSON values by name: all that the calibration depends on; `made_of` are the checksums of the files
-    that it reads. A file counts if its checksum holds, and those files and the units before it are still those that it
-    was made of; else its unit is done again. Of several processes, which
-    share the folder, the first one writes, and all go through the units together.
+    `settings` are JSON values by name: all that the calibration depends on; with the program they name the folder, so
+    that every other folder is of another recipe. `made_of` are the checksums of the files that it reads. A file counts
+    if its checksum holds, and those files and the units before it are still those that it was made of; else its unit is
+    done again. Of several processes, which share the folder, the first one writes, and all go through the units
+    together.
     """
 
     def __init__(
         self,
         work: WorkDir,
-        folder: str,
         plan: Plan,
         settings: Mapping[str, Any],
         shard: Shard | None = None,
         made_of: Sequence[str] = (),
     ) -> None:
         self._work, self._plan, self._shard = work, plan, shard or Shard()
-        self._folder = work.file(folder)
-        self._settings = {_PROGRAM: program_identity(), **settings}
+        self._settings = {PROGRAM: program_identity(), **settings}
+        self._folder = work.file(name_for(UNFINISHED, "", self._settings))
         self._made_of, self._before = list(made_of), list[str]()
         self.found = 0
 
     def refuse_others(self) -> None:
-        """Raise `InputError`, naming the first difference, if the folder holds units made with other settings."""
-        finished = len(list(self._folder.glob(_SEAL)))
-        if self._work.fresh or not finished:
+        """Raise `InputError`, naming the differences, while the work folder holds units of another recipe, and none of
+        this one: it would begin anew, and the other one's hours be forgotten."""
+        if self._work.fresh or _finished(self._folder):
             return
+        for folder in self._others():
+            finished = _finished(folder)
+            if finished:
+                raise InputError(
+                    f"{folder}: an interrupted calibration, finished units: {finished}, {self._told_from(folder)} to "
+                    "go on with it, or export with --work-dir to begin another one elsewhere, or with --fresh to throw "
+                    "it away"
+                )
+
+    def _others(self) -> list[Path]:
+        folders = sorted(self._work.path.glob(f"{UNFINISHED}.*"))
+        return [folder for folder in folders if folder.is_dir() and folder != self._folder]
+
+    def _told_from(self, folder: Path) -> str:
         try:
-            earlier = json.loads((self._folder / _SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            # Then the units' own seals decide.
-            return
-        difference = _difference(earlier, json.loads(json.dumps(self._settings)))
-        if difference:
-            raise InputError(
-                f"{self._folder}: an interrupted calibration, finished units: {finished}, had {difference}: change "
-                "that back to go on with it, --fresh to throw it away, or --work-dir to begin another one elsewhere"
-            )
+            earlier = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+            told = differences(earlier, json.loads(json.dumps(self._settings)))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            return f"is of another recipe, which its damaged {_SETTINGS} does not tell: run the command that began it"
+        return f"had {told}: change that back"
 
     def begin(self) -> None:
-        """Make the folder ready: empty for a run that starts anew."""
+        """Make the folder ready, and remove others that hold no units; for a run that starts anew remove all."""
+        for folder in self._others():
+            if self._work.fresh or not _finished(folder):
+                shutil.rmtree(folder)
         if self._work.fresh:
             self.remove()
         self._folder.mkdir(exist_ok=True)
@@ -138,28 +150,6 @@ class UnitFiles:
         )
 
 
-def _difference(earlier: object, now: object) -> str | None:
-    """The first difference in words; None where there is none."""
-    old, new = dict(_flat(earlier)), dict(_flat(now))
-    for name in [*new, *(name for name in old if name not in new)]:
-        if old.get(name) == new.get(name):
-            continue
-        if name == _PROGRAM:
-            return "another version of fp4export or of its libraries"
-        if name.startswith("model."):
-            return f"another content of {name.removeprefix('model.')}"
-        return f"{name} {_text(old.get(name))}, not {_text(new.get(name))}"
-    return None
-
-
-def _text(value: object) -> str:
-    return "none" if value is None else json.dumps(value).strip('"')
-
-
-def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted name → value of everything that is not a mapping."""
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{name}.{key}" if name else key)
+def _finished(folder: Path) -> int:
+    """How many units."""
+    return len(list(folder.glob(_SEAL)))

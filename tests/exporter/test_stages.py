@@ -14,11 +14,12 @@ from exporter.calibration_stages import formats_chosen
 from exporter.errors import InputError
 from exporter.job import open_job
 from exporter.model_stages import balanced, transformed
-from exporter.progress import NullProgress
+from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.shards import Shard
 from exporter.source import load_source
 from exporter.stages import calibrated_weights, calibration_key, captured_inputs
+from tests.exporter.progresses import InterruptedProgress
 
 
 @pytest.mark.slow
@@ -54,6 +55,47 @@ def test_another_method_s_weights_do_not_replace_finished_ones(tiny_job: Path, t
     assert len(both) == 2
     assert finished.items() < both.items()
     assert weights("method.scale_search=mse") == both
+
+
+def test_an_interrupted_calibration_is_in_nobody_s_way_who_has_nothing_to_calibrate(
+    tiny_job: Path, tmp_path: Path
+) -> None:
+    """As in a sweep, and in a bundle's second target, whose multipliers are others."""
+    work = tmp_path / "x.work"
+    made = {}
+
+    def weights(name: str, *changes: str, progress: Progress | None = None) -> None:
+        recipe = load_recipe(
+            tiny_job / "tiny.yaml", ("method.name=gptq", "method.scale_search=absmax", *changes), "cpu"
+        )
+        output, progress = tmp_path / "x.onnx", progress or NullProgress()
+        job = open_job(recipe, output, work, fresh=False, keep_graphs=False, progress=progress)
+        source = load_source(job)
+        captured = captured_inputs(job, source)
+        source = formats_chosen(job, balanced(job, source, captured), captured)
+        calibrated_weights(job, source, captured)
+        made[name] = {path: path.stat().st_mtime_ns for path in work.glob("quantized.*.safetensors")}
+
+    finished = "method.balance=true", "layers.0.weight=auto"
+    weights("finished", *finished)
+    with pytest.raises(KeyboardInterrupt):
+        weights("killed", "calibration.steps=2", progress=InterruptedProgress(2 + 20))
+    assert len(list(work.glob("unfinished.*/*.seal"))) == 1
+    weights("again", *finished)
+    assert made["again"] == made["finished"]
+    for changes in (
+        ["preset=w4a8_int"],
+        ["layers.0.weight=auto", "calibration.steps=2"],
+        [*finished, "method.start=gptq"],
+    ):
+        with pytest.raises(InputError, match=r"finished units: 1, had .*calibration\.steps 2, not 3|weight e3m0, not"):
+            weights("refused", *changes)
+    assert len(list(work.glob("unfinished.*/*.seal"))) == 1
+    weights("killed", "calibration.steps=2")
+    assert len(made["killed"]) == 2
+    assert not any(work.glob("unfinished.*"))
+    weights("preset", "preset=w4a8_int")
+    assert len(made["preset"]) == 3
 
 
 @pytest.mark.slow

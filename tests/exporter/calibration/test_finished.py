@@ -48,7 +48,7 @@ def resume(
     """Calibrate in the same work folder."""
 
     def resumed(method: str, progress: NullProgress, **settings: Any) -> CalibrationResult:
-        units = UnitFiles(WorkDir.open(tmp_path / "w", **settings), "unfinished", plan, SETTINGS)
+        units = UnitFiles(WorkDir.open(tmp_path / "w", **settings), plan, SETTINGS)
         units.begin()
         return calibrate(model, plan, CalibrationRun(adapter, captured, prompts), METHODS[method], 0, progress, units)
 
@@ -62,7 +62,7 @@ def _bytes(result: CalibrationResult, plan: Plan, path: Path) -> bytes:
 
 def _units(folder: Path) -> dict[str, int]:
     """The finished units' files, and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("w/unfinished/*.safetensors")}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("w/unfinished.*/*.safetensors")}
 
 
 # Scales of 22 layers are a unit, and so is their error feedback; "fp4dit" learns four units of four iterations.
@@ -88,7 +88,7 @@ def test_of_a_damaged_unit_only_that_unit_is_done_again(
     damage: str, resume: Resume, plan: Plan, tmp_path: Path
 ) -> None:
     expected = _bytes(resume("fp4dit", NullProgress()), plan, tmp_path / "expected")
-    (file,) = tmp_path.glob("w/unfinished/*.transformer_blocks.0.safetensors")
+    (file,) = tmp_path.glob("w/unfinished.*/*.transformer_blocks.0.safetensors")
     if damage == "content":
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -102,7 +102,7 @@ def test_of_a_damaged_unit_only_that_unit_is_done_again(
 
 def test_a_unit_counts_only_behind_the_units_that_it_was_made_after(resume: Resume, plan: Plan, tmp_path: Path) -> None:
     result = resume("fp4dit", NullProgress())
-    units = UnitFiles(WorkDir(tmp_path / "w"), "unfinished", plan, SETTINGS)
+    units = UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS)
     assert units.find("scales", plan.layers) is not None
     first = plan.layers[:1]
     weight = result.weights[first[0].name]
@@ -126,7 +126,7 @@ def test_other_settings_are_refused_while_they_would_lose_units(
     change: dict[str, Any], words: str, plan: Plan, resume: Resume, tmp_path: Path
 ) -> None:
     def units(*, fresh: bool = False) -> UnitFiles:
-        return UnitFiles(WorkDir.open(tmp_path / "w", fresh=fresh), "unfinished", plan, SETTINGS | change)
+        return UnitFiles(WorkDir.open(tmp_path / "w", fresh=fresh), plan, SETTINGS | change)
 
     units().refuse_others()
     with pytest.raises(KeyboardInterrupt):
@@ -134,21 +134,70 @@ def test_other_settings_are_refused_while_they_would_lose_units(
     assert len(_units(tmp_path)) == 1
     with pytest.raises(InputError, match=words) as caught:
         units().refuse_others()
-    assert "finished units: 1," in str(caught.value)
-    assert "--fresh" in str(caught.value)
-    UnitFiles(WorkDir(tmp_path / "w"), "unfinished", plan, SETTINGS).refuse_others()
+    for part in ("finished units: 1,", "--work-dir", "--fresh"):
+        assert part in str(caught.value)
+    UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS).refuse_others()
     units(fresh=True).refuse_others()
     units(fresh=True).begin()
     assert _units(tmp_path) == {}
     units().refuse_others()
 
 
-def test_another_version_of_the_program_is_named(plan: Plan, resume: Resume, tmp_path: Path) -> None:
+@pytest.fixture
+def theirs(plan: Plan, resume: Resume, tmp_path: Path) -> Path:
+    """The settings of units that are not this recipe's, though every word is equal."""
     resume("gptq", NullProgress())
-    file = tmp_path / "w" / "unfinished" / "settings.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"program": "older"}))
-    with pytest.raises(InputError, match="had another version of fp4export or of its libraries"):
-        UnitFiles(WorkDir(tmp_path / "w"), "unfinished", plan, SETTINGS).refuse_others()
+    (folder,) = tmp_path.glob("w/unfinished.*")
+    return folder.rename(folder.with_name("unfinished.00000000")) / "settings.json"
+
+
+def test_another_version_of_the_program_is_named(plan: Plan, theirs: Path, tmp_path: Path) -> None:
+    theirs.write_text(json.dumps(json.loads(theirs.read_text()) | {"program": "older"}))
+    with pytest.raises(InputError, match="had another version of fp4export or of its libraries: "):
+        UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS).refuse_others()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"layers": [1]}', '{"layers": [{}]}', None])
+def test_units_whose_settings_are_damaged_are_refused_to_other_recipes(
+    content: str | None, plan: Plan, theirs: Path, tmp_path: Path
+) -> None:
+    theirs.unlink()
+    if content is not None:
+        theirs.write_text(content)
+    with pytest.raises(InputError, match=r"unfinished\.00000000: .* its damaged settings\.json .*--fresh"):
+        UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS).refuse_others()
+
+
+def test_damaged_settings_stop_nobody_from_going_on(resume: Resume, plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        resume("fp4dit", InterruptedProgress(22))
+    (file,) = tmp_path.glob("w/unfinished.*/settings.json")
+    content = file.read_text()
+    file.write_text("{")
+    kept = _units(tmp_path)
+    UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS).refuse_others()
+    resume("fp4dit", NullProgress())
+    assert len(kept) == 1
+    assert kept.items() < _units(tmp_path).items()
+    assert file.read_text() == content
+
+
+def test_whose_units_are_there_goes_on_whatever_else_is(
+    plan: Plan, theirs: Path, resume: Resume, tmp_path: Path
+) -> None:
+    resume("gptq", NullProgress())
+    assert theirs.is_file()
+    UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS).refuse_others()
+
+
+def test_a_folder_without_units_is_no_loss(plan: Plan, tmp_path: Path) -> None:
+    work = WorkDir.open(tmp_path / "w")
+    UnitFiles(work, plan, SETTINGS).begin()
+    other = UnitFiles(work, plan, SETTINGS | {"seed": 1})
+    other.refuse_others()
+    other.begin()
+    (left,) = work.path.iterdir()
+    assert json.loads((left / "settings.json").read_text())["seed"] == 1
 
 
 def test_statistics_of_finished_units_are_kept(resume: Resume) -> None:

@@ -132,7 +132,7 @@ def _calibrate(shard: Shard, folder: Path) -> dict[str, torch.Tensor]:
     prompts = class_prompts(Condition("class_labels", "class_labels", (), "label", classes=1), [0], 0)
     method = METHOD.model_copy(update={"scale_search": "absmax", "start": "gptq", "learning_rate": 0.01})
     folder.mkdir(exist_ok=True)
-    units = UnitFiles(WorkDir(folder), "units", plan, {}, shard)
+    units = UnitFiles(WorkDir(folder), plan, {}, shard)
     if shard.is_first:
         units.begin()
     shard.wait()
