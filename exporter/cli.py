@@ -120,7 +120,11 @@ command.add_command(evaluate)
     "--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe; may be repeated."
 )
 @WORK_DIR
-@click.option("--dry-run", is_flag=True, help="Print the plan: target, layers, formats, sizes. Writes nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan: target, layers, formats, sizes, room for activations. Writes nothing.",
+)
 @click.option("--no-validate", is_flag=True, help="Skip the comparison of the graphs with the PyTorch reference.")
 @click.option("--keep-graphs", is_flag=True, help="Keep the ONNX graph after every pass, in the work folder.")
 @RESUME
@@ -163,7 +167,7 @@ def export(
     loaded = load_recipe(recipe, overrides, target, seed)
     resolve_target(loaded.target, output)
     if dry_run:
-        _print_plan(loaded, output)
+        _print_plan(loaded, output, work_dir)
         return
     _export_recipe(
         loaded, output, work_dir, validate=not no_validate, keep_graphs=keep_graphs, fresh=not resume, quiet=quiet
@@ -219,10 +223,14 @@ def doctor(words: tuple[str, ...]) -> int:
     return device_main(["doctor", *words])
 
 
-def _print_plan(recipe: Recipe, output: str) -> None:
+def _print_plan(recipe: Recipe, output: str, work_dir: str | None) -> None:
+    """Raises `EnvironmentLacksError` behind the plan where activations have no room."""
+    from exporter.activation_room import planned_room, print_room
     from exporter.describe import describe, print_description
 
-    print_description(describe(recipe, output), open_console(stderr=False))
+    console = open_console(stderr=False)
+    print_description(describe(recipe, output), console)
+    print_room(planned_room(recipe, output, work_dir), console)
 
 
 def _print_result(result: ExportResult) -> None:

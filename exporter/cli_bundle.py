@@ -49,10 +49,14 @@ def export_to_bundle(
     loaded = load_recipe(recipe, overrides, None, seed)
     targets = choose_targets(target if target is not None else loaded.target)
     if dry_run:
+        from exporter.activation_room import planned_room, print_room
         from exporter.describe import describe_for, print_description
 
+        console = open_console(stderr=False)
         for own, choice in target_recipes(loaded, targets):
-            print_description(describe_for(own, Path(output), choice), open_console(stderr=False))
+            print_description(describe_for(own, Path(output), choice), console)
+        # The same for every target.
+        print_room(planned_room(loaded, output, work_dir), console)
         return
     result = export_bundle(
         loaded,

@@ -125,12 +125,17 @@ def open_work(
     return choice, work
 
 
+def default_work_dir(output: Path, work_dir: str | Path | None) -> Path:
+    """The work folder's path: NAME.work beside `output` unless `work_dir` is another."""
+    return Path(work_dir) if work_dir is not None else output.with_name(f"{output.stem}.work")
+
+
 def open_work_dir(output: Path, work_dir: str | Path | None, *, fresh: bool) -> WorkDir:
     """Open the work folder, NAME.work beside `output` unless `work_dir` is another.
 
     Raises `InputError` where one of them cannot be written.
     """
-    folder = Path(work_dir) if work_dir is not None else output.with_name(f"{output.stem}.work")
+    folder = default_work_dir(output, work_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, so it cannot be the work folder; use --work-dir")
     _check_folder(output, output.parent)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from exporter.activation_room import check_room
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration_stages import formats_chosen
 from exporter.device.build import engine_begun
@@ -124,8 +125,10 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
 def prepare(job: Job, *, validate: bool) -> Prepared:
     """Every stage up to the graph that the engine is built from.
 
-    Raises `EnvironmentLacksError` where it is to be validated and this CPU saturates its products.
+    Raises `EnvironmentLacksError` where activations will have no room, before weights are read, and where it is to be
+    validated and this CPU saturates its products.
     """
+    check_room(job)
     source = job.timed("load", load_source)
     if validate:
         products = {layer.name: layer.product for layer in source.plan.layers}

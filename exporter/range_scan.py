@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from exporter.activation_room import check_room
 from exporter.calibration_stages import formats_chosen
 from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
@@ -100,6 +101,7 @@ def largest_first(found: Iterable[Amax]) -> tuple[Range, ...]:
 def scan_ranges(job: Job) -> RangeScan:
     """Run the job's stages up to the exported graph, as far as the work folder lacks them, and measure it in FP32."""
     with job.work.locked():
+        check_room(job)
         source = load_source(job)
         captured = captured_inputs(job, source)
         source = transformed(job, balanced(job, source, captured))

@@ -37,8 +37,8 @@ from exporter.shards import Shard
 
 # Inputs, targets and outputs.
 _BLOCK_COPIES = 3
-# Axes of a condition that has no tokens, such as a mask: prompts and values.
-_WITHOUT_TOKENS = 2
+WITHOUT_TOKENS = 2
+"""Axes of a condition that has no tokens, such as a mask: prompts and values."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,10 @@ def load_source(job: Job) -> Source:
     plan = plan_layers(recipe, model_shapes(model, adapter), adapter.kept_layers(model), job.target)
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
-    given = recipe.calibration.memory
-    memory = int(given * 1e9) if given is not None else usable_memory() // 2
-    activations = estimated_activations(recipe, adapter, model, prompts, latent_shape)
-    block = max((module_bytes(block) for _, block in adapter.blocks(model)), default=0)
-    store = choose_activation_store(job, activations, block, memory, placement)
+    memory = calibration_memory(recipe)
+    captions = sum(tensor.shape[1] for tensor in prompts.positive.values() if tensor.ndim > WITHOUT_TOKENS)
+    activations = kept_activations(recipe, adapter, model, latent_shape, captions)
+    store = choose_activation_store(job, activations, largest_block(adapter, model), memory, placement)
     weights = weight_files(files.transformer, recipe.model.variant)
     read = {file.name: file for file in (files.transformer / CONFIG, *weights)}
     if recipe.calibration.prompts is not None:
@@ -170,14 +169,27 @@ def _prompts(recipe: Recipe, adapter: Adapter, model: nn.Module) -> Prompts:
     return class_prompts(label, classes, adapter.negative_label(model))
 
 
-def estimated_activations(
-    recipe: Recipe, adapter: Adapter, model: nn.Module, prompts: Prompts, latent_shape: tuple[int, int, int]
+def calibration_memory(recipe: Recipe) -> int:
+    """Bytes that calibration may have of what is not in files."""
+    given = recipe.calibration.memory
+    return int(given * 1e9) if given is not None else usable_memory() // 2
+
+
+def largest_block(adapter: Adapter, model: nn.Module) -> int:
+    """Bytes of the largest block's weights."""
+    return max((module_bytes(block) for _, block in adapter.blocks(model)), default=0)
+
+
+def kept_activations(
+    recipe: Recipe, adapter: Adapter, model: nn.Module, latent_shape: tuple[int, int, int], captions: int
 ) -> int:
-    """Bytes of the activations of all captured inputs that block reconstruction keeps."""
+    """Bytes of the activations of all captured inputs that block reconstruction keeps, with captions of so many tokens.
+
+    The model's weights need not be there.
+    """
     if recipe.method.name != "fp4dit":
         return 0
     skips = sum(map(len, adapter.skips(model).values()))
-    captions = sum(tensor.shape[1] for tensor in prompts.positive.values() if tensor.ndim > _WITHOUT_TOKENS)
     return recipe.calibration.inputs * activation_bytes(
         adapter.block_output_size(model, latent_shape), skips, captions * adapter.config(model).inner_dim
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -109,11 +111,24 @@ def _shards(index: Path) -> list[Path]:
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every tensor in a safetensors file, one at a time. Raises `InputError`."""
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict: it has no iterator
+            yield name, tensors.get_tensor(name)
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor in a safetensors file, whose values are not read. Raises `InputError`."""
+    with _opened(file) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - as above
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The file as safetensors opens it, which says nothing of its type."""
     _refuse_other_content(file)
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict: it has no iterator
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except SafetensorError as error:
         raise InputError(
             f"{file}: damaged or incomplete safetensors ({file.stat().st_size} bytes): {error}; download it again"

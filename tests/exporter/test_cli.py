@@ -265,6 +265,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder: Path, capsys: pyte
         "10 quantized layers",
         "only a config",
         "expected",
+        "activations ",
     ):
         assert fact in text
     assert sorted(folder.rglob("*")) == before

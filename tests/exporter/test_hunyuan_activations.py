@@ -10,9 +10,8 @@ import torch
 
 from exporter import load_recipe
 from exporter.models.hunyuan import HunyuanAdapter
-from exporter.models.prompts import Prompts
 from exporter.recipe_file import shipped_recipes
-from exporter.source import estimated_activations
+from exporter.source import WITHOUT_TOKENS, kept_activations
 
 DOCS = Path(__file__).parents[2] / "docs"
 # A disk of 2 TB, a sixth of it for everything else.
@@ -33,9 +32,9 @@ CONFIG = {
 def _estimate(name: str, *changes: str) -> int:
     recipe, adapter = load_recipe(name, changes), HunyuanAdapter()
     model = adapter.create({**CONFIG, "use_style_cond_and_image_meta_size": "v1_1" in name})
-    tensors = {given.input: given.random(1, 0, torch.Generator()) for given in adapter.conditions(model)}
-    prompts = Prompts(tensors, tensors)
-    return estimated_activations(recipe, adapter, model, prompts, adapter.latent_shape(model, recipe.model.resolution))
+    tensors = (given.random(1, 0, torch.Generator()) for given in adapter.conditions(model))
+    captions = sum(tensor.shape[1] for tensor in tensors if tensor.ndim > WITHOUT_TOKENS)
+    return kept_activations(recipe, adapter, model, adapter.latent_shape(model, recipe.model.resolution), captions)
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("hunyuan")])
