@@ -104,7 +104,7 @@ def test_a_method_that_keeps_none_needs_no_room(
 
 def test_skips_and_captions_count(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HUNYUAN))
-    changes = [f"model.weights={tmp_path}", "calibration.samples=64", "calibration.steps=50", "method.name=fp4dit"]
+    changes = [f"model.weights={tmp_path}", "calibration.samples=64", "calibration.every=1", "method.name=fp4dit"]
     room = activation_room(_recipe("hunyuan_dit_v1_2_w4a6", *changes), tmp_path, Placement())
     tokens, width, skips = 64 * 64, 1408, 19
     assert room.needed == 64 * 50 * 2 * 4 * (3 + 2 * skips) * tokens * width
