@@ -158,9 +158,61 @@ def test_no_integers_samples_are_closer_than_ours_at_w4a6(seed: int, closer: int
     assert sum(interval.high is not None and interval.high < 0 for interval in found.values()) == closer
 
 
-def test_at_four_bits_samples_of_ours_are_closer_than_those_of_integers_around_zero(digits: Laboratory) -> None:
-    found = digits.compared(OURS, INTEGERS, W4A4, SEEDS[1], 0).frechet
+@pytest.mark.parametrize("seed", SEEDS[1:])
+def test_at_four_bits_samples_of_ours_are_closer_than_those_of_integers_around_zero(
+    seed: int, digits: Laboratory
+) -> None:
+    found = digits.compared(OURS, INTEGERS, W4A4, seed, 0).frechet
     for row in INTEGERS:
         high = found[row.key].high
         assert high is not None
         assert (high < 0) == (not row.zero_points)
+
+
+@pytest.mark.parametrize(
+    ("key", "bits", "least", "most"),
+    [
+        ("int_adaround", W4A6, 0.25, 0.35),
+        ("int_gptq", W4A6, -0.75, -0.45),
+        *((key, W3A6, 0.15, 1.75) for key in ("int_gptq", "int_ours")),
+    ],
+)
+def test_distances_differ_by_what_the_prose_says(
+    key: str, bits: Bits, least: float, most: float, digits: Laboratory
+) -> None:
+    pairs = zip(digits.all_kept(OURS, bits), digits.all_kept(row_of(key), bits), strict=True)
+    found = [one.frechet.value - other.frechet.value for one, other in pairs if one.frechet and other.frechet]
+    assert len(found) == len(SEEDS)
+    assert least < min(found)
+    assert max(found) < most
+
+
+BALANCED = ("int_ours", "int_ours_zero")
+FEATURES = [
+    (W4A6, False, 2.8, 7.2),
+    (W4A6, True, 0.3, 6.4),
+    (W3A6, False, 1.9, 9.0),
+    (W3A6, True, 1.1, 8.9),
+    (W4A4, False, 3.5, 5.0),
+    (W4A4, True, 0.7, 1.0),
+    (W4A8, False, 1.0, 6.2),
+    (W4A8, True, 0.8, 6.2),
+]
+
+
+@pytest.mark.parametrize(("bits", "zero_points", "least", "most"), FEATURES)
+def test_sample_by_sample_ours_is_closer_by_what_the_prose_says(
+    bits: Bits, zero_points: bool, least: float, most: float, digits: Laboratory
+) -> None:
+    found = digits.compared(OURS, INTEGERS, bits, SEEDS[2], 0).features
+    behind = {"W4A8": BALANCED, "W4A4": ("int_ours_zero",)}.get(bits.name, ())
+    for row in INTEGERS:
+        interval = found[row.key]
+        assert interval.low is not None
+        assert interval.high is not None
+        if row.key in behind:
+            assert interval.high < 0
+            assert -2.45 < interval.value < -1.15
+        elif row.zero_points == zero_points:
+            assert interval.low > 0
+            assert least < interval.value < most

@@ -47,6 +47,7 @@ def markdown(digits: Laboratory, shapes: Laboratory) -> str:
         shapes_by_method=by_method(shapes),
         shapes_against_best=against_best(shapes),
         original=_original(digits),
+        original_distance=_original_distance(digits),
         drawn=_drawn(digits),
         provenance=_provenance([digits, shapes]),
         nothing=NOTHING,
@@ -84,6 +85,11 @@ def _original(laboratory: Laboratory) -> str:
         return "not measured yet"
     recognised, frechet = found
     return f"recognised {_intervals([recognised], 100, ' %')}, Fréchet distance {_intervals([frechet], 1, '')}"
+
+
+def _original_distance(laboratory: Laboratory) -> str:
+    found = laboratory.original_judged(0)
+    return "not measured yet" if found is None else f"{found[1].value:.1f}"
 
 
 def _drawn(laboratory: Laboratory) -> str:
