@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from exporter.calibration.input_parts import InputParts
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.layer_reconstruction import LayerError, reconstruct_layer
 from exporter.calibration.layerwise import LayerUnits
-from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
+from exporter.calibration.reconstruction import Execution, Unit, reconstruct
+from exporter.calibration.rounding_linear import DecidedLinear, RoundingLinear
 from exporter.errors import InputError
 from exporter.method_section import MethodSection
 from exporter.output_quantizer import quantize_outputs
@@ -64,8 +66,10 @@ def calibrate(
         return first
     executed = run.order(model, [layer.name for layer in plan.layers])
     walk = _Walk(model, plan, first.weights, run, method, seed, progress, finished)
+    # Each of them goes when the learned one is there.
+    del first
     statistics = walk.through(executed)
-    return CalibrationResult({name: layer.quantized for name, layer in walk.layers.items()}, statistics)
+    return CalibrationResult(walk.weights, statistics)
 
 
 def _first_roundings(
@@ -107,7 +111,12 @@ def check_batches(method: MethodSection, samples: int, shard: Shard) -> None:
 
 
 class _Walk:
-    """Goes through the model in its order of execution and learns one unit after the other."""
+    """Goes through the model in its order of execution and learns one unit after the other.
+
+    Of all weights there are codes and scales; dequantized copies, and what is learned of them, there are only of the
+    unit whose turn it is. A layer that it has not come to is still the original's in the quantized network: what runs
+    before does not see it.
+    """
 
     def __init__(
         self,
@@ -124,12 +133,8 @@ class _Walk:
         self._method, self._seed, self._progress, self._finished = method, seed, progress, finished
         self._execution = Execution(run.limit, shard=run.shard, bf16=method.compute == "bf16")
         self._quantized = share_copy(model)
-        self.layers: dict[str, RoundingLinear] = {}
-        for layer in plan.layers:
-            linear = planned_linear(model, layer)
-            replaced = RoundingLinear(layer, linear, weights[layer.name], method.quantize_activations)
-            self._quantized.set_submodule(layer.name, replaced)
-            self.layers[layer.name] = replaced
+        # The first roundings, in whose places the learned ones come.
+        self.weights = {layer.name: weights[layer.name] for layer in plan.layers}
         if method.quantize_activations:
             quantize_outputs(self._quantized, plan.layers)
 
@@ -143,19 +148,35 @@ class _Walk:
         after = [self._learn_layer(name) for name in executed[first:] if name not in inside]
         return (*before, *within, *after)
 
+    @contextmanager
+    def _turn(self, name: str, layers: Sequence[LayerPlan]) -> Iterator[Unit]:
+        """The block (or layer) `name` of the quantized network, with its planned `layers` to be learned; afterwards
+        they are what was decided."""
+        unit_layers = {}
+        for layer in layers:
+            linear, weight = planned_linear(self._model, layer), self.weights[layer.name]
+            unit_layers[layer.name] = RoundingLinear(layer, linear, weight, self._method.quantize_activations)
+            self._quantized.set_submodule(layer.name, unit_layers[layer.name])
+        yield Unit(name, self._quantized.get_submodule(name), unit_layers)
+        for layer in layers:
+            linear, weight = planned_linear(self._model, layer), unit_layers[layer.name].quantized
+            decided = DecidedLinear(layer, linear, weight, self._method.quantize_activations)
+            self._quantized.set_submodule(layer.name, decided)
+            self.weights[layer.name] = weight
+
     def _learn_layer(self, name: str) -> BlockStatistics:
         """Learn one layer outside the blocks on its own."""
-        unit = Unit(name, self.layers[name], {name: self.layers[name]})
-        found = self._restored(unit)
-        if found is not None:
-            return found
-        original, quantized = (self._layer_inputs(network, name) for network in (self._model, self._quantized))
+        with self._turn(name, [layer for layer in self._plan.layers if layer.name == name]) as unit:
+            found = self._restored(unit)
+            if found is not None:
+                return found
+            original, quantized = (self._layer_inputs(network, name) for network in (self._model, self._quantized))
 
-        def learn(_: torch.Generator, task: Task) -> BlockStatistics:
-            error = LayerError.of(self.layers[name], original, quantized, self._run.limit, self._run.shard)
-            return reconstruct_layer(unit, error, self._method, task)
+            def learn(_: torch.Generator, task: Task) -> BlockStatistics:
+                error = LayerError.of(unit.layers[name], original, quantized, self._run.limit, self._run.shard)
+                return reconstruct_layer(unit, error, self._method, task)
 
-        return self._learn(unit, learn)
+            return self._learn(unit, learn)
 
     def _layer_inputs(self, model: nn.Module, name: str) -> BlockInputs:
         inputs = self._run.layer_inputs(model, name)
@@ -172,7 +193,7 @@ class _Walk:
         quantized = original
         if not shares_inputs:
             quantized = self._run.block_inputs(self._quantized, self._quantized.get_submodule(first))
-        statistics = []
+        statistics: list[BlockStatistics] = []
         skips = self._run.adapter.skips(self._model)
         wanted = {source for taken in skips.values() for source in taken.values()}
         kept: dict[str, tuple[Tensor, Tensor]] = {}
@@ -182,14 +203,21 @@ class _Walk:
             quantized = quantized.with_skips({argument: outputs[1] for argument, outputs in given.items()})
             # The original's inputs are not needed any more: one tensor of all samples less.
             original = original.advanced(self._outputs(original, block))
-            layers = {path: layer for path, layer in self.layers.items() if path.startswith(f"{name}.")}
-            unit = Unit(name, self._quantized.get_submodule(name), layers)
-            if layers:
-                statistics.append(self._restored(unit) or self._learn_block(unit, quantized, original.hidden))
-            quantized = quantized.advanced(self._outputs(quantized, unit.module))
+            learned, outputs = self._through_block(name, quantized, original.hidden)
+            statistics += learned
+            quantized = quantized.advanced(outputs)
             if name in wanted:
                 kept[name] = (original.hidden, quantized.hidden)
         return statistics
+
+    def _through_block(
+        self, name: str, inputs: BlockInputs, targets: Tensor
+    ) -> tuple[tuple[BlockStatistics, ...], Tensor]:
+        """Learn a block: its statistics, none where nothing of it is planned, and what it makes of its inputs then."""
+        layers = [layer for layer in self._plan.layers if layer.name.startswith(f"{name}.")]
+        with self._turn(name, layers) as unit:
+            learned = (self._restored(unit) or self._learn_block(unit, inputs, targets),) if layers else ()
+            return learned, self._outputs(inputs, unit.module)
 
     def _outputs(self, inputs: BlockInputs, module: nn.Module) -> Tensor:
         with self._run.placement.holds(module):

@@ -12,7 +12,8 @@ from torch import Tensor
 from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import Schedule
 from exporter.calibration.block_inputs import BlockInputs
-from exporter.calibration.reconstruction import ROUNDING_NOISE, RoundingLinear, Unit, keep_if_better
+from exporter.calibration.reconstruction import ROUNDING_NOISE, Unit, keep_if_better
+from exporter.calibration.rounding_linear import RoundingLinear
 from exporter.calibration.transfers import on_device
 from exporter.method_section import MethodSection
 from exporter.progress import Task

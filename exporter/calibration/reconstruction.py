@@ -13,79 +13,21 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from exporter.calibration.activations import BatchLimit
-from exporter.calibration.adaround import LearnedRounding, Penalty, Schedule
+from exporter.calibration.adaround import Penalty, Schedule
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.placement import repeatable_gradients
+from exporter.calibration.rounding_linear import RoundingLinear
 from exporter.method_section import MethodSection
-from exporter.plan import LayerPlan
 from exporter.progress import Task
-from exporter.quantize import BlockStatistics, QuantizedWeight, input_quantizer
+from exporter.quantize import BlockStatistics, QuantizedWeight
 from exporter.shards import Shard
-from plugins.formats import get_format
 
 # Where an output channel's error is below this share of its power, it is what float32 makes of the order of sums: 1e-15
 # to 1e-14. What quantization leaves is orders of magnitude more, down to 1e-5 with 8 bits, less where a residual stream
 # adds power without error.
 ROUNDING_NOISE = 1e-12
-
-
-class RoundingLinear(nn.Module):
-    """A linear layer while its rounding is being decided: on its quantized weight, or on a soft one."""
-
-    dequantized: Tensor
-    bias: Tensor | None
-
-    def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
-        super().__init__()
-        self.format = get_format(plan.weight_format)
-        self._input = input_quantizer(plan, quantized.input_scale) if activations else None
-        self.original = linear.weight.detach()
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
-        self.quantized = quantized
-        self.register_buffer("dequantized", quantized.dequantize(self.format).to(self.original), persistent=False)
-        self.rounding: LearnedRounding | None = None
-        self.penalty: Penalty | None = None
-
-    def start(self, method: MethodSection) -> LearnedRounding:
-        """Make the rounding soft, on the scales that the weight already has, and with its values if so asked."""
-        # The original weight is needed on a GPU only to begin with.
-        original = self.original.to(self.dequantized)
-        values = None
-        if method.start != "nearest":
-            values = torch.tensor(self.format.values)[self.quantized.codes.int()].to(original)
-        self.rounding = LearnedRounding(original, self.quantized.scales.to(original), self.format, values)
-        return self.rounding
-
-    def decide(self, keep: bool) -> QuantizedWeight:
-        """End the soft phase with what was learned, or with the weight as it was; return the one replaced."""
-        before, rounding = self.quantized, self.rounding
-        self.rounding = None
-        if keep and rounding is not None:
-            values = rounding.hard_values()
-            self.replace(QuantizedWeight.from_values(values, before.scales, self.format, before.input_scale))
-        return before
-
-    def replace(self, quantized: QuantizedWeight) -> None:
-        """Compute with another quantized weight from now on."""
-        self.quantized = quantized
-        self.dequantized.copy_(quantized.dequantize(self.format))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] → [..., N]."""
-        weight = self.dequantized if self.rounding is None else self.rounding.soft_weight(self.penalty)
-        return self.linear(self.quantized_input(x), weight)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """x [..., K] as the layer rounds its inputs while it is being learned."""
-        # Rounding looks at the bits of a float32, and what learns in BF16 gives BF16.
-        return x if self._input is None else self._input.fake_quantize(x.float())
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the layer makes of inputs x [..., K] with another weight [N, K]."""
-        return F.linear(x, weight, self.bias)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from exporter.calibration.activations import BatchLimit
 from exporter.calibration.block_inputs import BlockInputs
 from exporter.calibration.layer_reconstruction import LayerError, reconstruct_layer
 from exporter.calibration.nearest import nearest_weight
-from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, reconstruct
+from exporter.calibration.reconstruction import Execution, Unit, reconstruct
+from exporter.calibration.rounding_linear import RoundingLinear
 from exporter.method_section import MethodSection
 from exporter.plan import LayerPlan
 from exporter.progress import NullProgress

@@ -21,7 +21,8 @@ from exporter.calibration.input_statistics import InputStatistics, InputSums
 from exporter.calibration.inputs import CalibrationRun
 from exporter.calibration.layer_reconstruction import LayerError
 from exporter.calibration.nearest import nearest_weight
-from exporter.calibration.reconstruction import Execution, RoundingLinear, Unit, draw_batch, reconstruct
+from exporter.calibration.reconstruction import Execution, Unit, draw_batch, reconstruct
+from exporter.calibration.rounding_linear import RoundingLinear
 from exporter.method_section import MethodSection
 from exporter.models.inputs import Condition, TransformerInputs
 from exporter.models.pixart import PixArtAdapter
