@@ -42,13 +42,6 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
     return decided
 
 
-def with_known_formats(job: Job, source: Source) -> Source:
-    """The same with the formats that an earlier run chose for open layers; as it is where none has."""
-    path = job.work.file(_formats_name(source))
-    known = bool(source.plan.open) and job.work.is_current(path, _formats_key(job, source))
-    return _decided(source, path) if known else source
-
-
 def _formats_name(source: Source) -> str:
     return name_for("formats", ".json", source.layer_facts())
 

@@ -92,9 +92,9 @@ class CalibrationSection(Section):
     )
 
     @model_validator(mode="after")
-    def _keeps_more_than_the_last_step(self) -> CalibrationSection:
+    def _every_is_within_steps(self) -> CalibrationSection:
         if self.every > self.steps:
-            raise ValueError(f"every {self.every} is above steps {self.steps}, of which only the last would be kept")
+            raise ValueError(f"every {self.every} is above steps {self.steps}")
         return self
 
     @property

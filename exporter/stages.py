@@ -13,7 +13,7 @@ from torch import nn
 from exporter.calibration.calibrate import calibrate, check_batches
 from exporter.calibration.capture import CalibrationSet, capture_trajectories
 from exporter.calibration.finished import UnitFiles
-from exporter.calibration_stages import sample_weights, with_known_formats
+from exporter.calibration_stages import sample_weights
 from exporter.device.begun import BegunEngine
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
@@ -116,9 +116,8 @@ def _refuse_unfinished(job: Job, source: Source) -> None:
     Not where this one's weights are there, which takes nothing away from the other one, as the next target of a bundle;
     and not where formats are open, since nothing tells yet whose units those are. `calibrated_weights` looks again.
     """
-    decided = with_known_formats(job, source)
-    if not decided.plan.open and not job.work.file(_weights_name(job, decided)).is_file():
-        _unit_files(job, decided).refuse_others()
+    if not source.plan.open and not job.work.file(_weights_name(job, source)).is_file():
+        _unit_files(job, source).refuse_others()
 
 
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:

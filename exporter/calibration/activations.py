@@ -38,6 +38,10 @@ class BatchLimit:
         """As many as are asked for, until they do not fit."""
         return cls(_UNLIMITED)
 
+    def lower(self, tokens: int) -> None:
+        """At most so many from now on."""
+        self.tokens = min(self.tokens, tokens)
+
     def samples(self, wanted: int, tokens: int) -> int:
         """How many of `wanted` samples, of `tokens` each, go at once: at least one."""
         return min(wanted, max(1, self.tokens // tokens))
@@ -124,7 +128,7 @@ def choose_store(trajectories: int, per_trajectory: int, memory: int, folder: Pa
         raise EnvironmentLacksError(
             f"calibration.samples: {trajectories} trajectories need {trajectories * per_trajectory / 1e9:.1f} GB for "
             f"activations, calibration.memory allows {memory / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
-            f"at most {max(memory, free) // per_trajectory} fit; give --work-dir on a larger disk, or method.name=rtn, "
-            "which needs none"
+            f"at most {max(memory, free) // per_trajectory} fit; raise calibration.every, give --work-dir on a larger "
+            "disk, or method.name=gptq, which needs none"
         )
     return ActivationStore(folder)

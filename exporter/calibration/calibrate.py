@@ -131,7 +131,9 @@ class _Walk:
     ) -> None:
         self._model, self._plan, self._run = model, plan, run
         self._method, self._seed, self._progress, self._finished = method, seed, progress, finished
-        self._execution = Execution(run.limit, shard=run.shard, bf16=method.compute == "bf16")
+        # A GPU says itself when its memory does not suffice.
+        memory = None if run.placement.on_gpu else run.memory
+        self._execution = Execution(run.limit, shard=run.shard, bf16=method.compute == "bf16", memory=memory)
         self._quantized = share_copy(model)
         # The first roundings, in whose places the learned ones come.
         self.weights = {layer.name: weights[layer.name] for layer in plan.layers}

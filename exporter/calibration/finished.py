@@ -96,7 +96,8 @@ class UnitFiles:
             told = differences(earlier, json.loads(json.dumps(self._settings)))
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return f"is of another recipe, which its damaged {_SETTINGS} does not tell: run the command that began it"
-        return f"had {told}: change that back"
+        # Differences without a word of a recipe, such as the layers' order.
+        return f"had {told}: change that back" if told else "is of another recipe: run the command that began it"
 
     def begin(self) -> None:
         """Make the folder ready, and remove others that hold no units; for a run that starts anew remove all."""

@@ -31,8 +31,8 @@ class CalibrationRun:
 
     `store` says where activations of all samples are kept, `limit` how many samples go through a model at once, and
     `placement` where it computes. Of several processes each has every `world`-th sample. `weights` float32 [M] are what
-    the squared errors of all samples count, None for all alike. `memory` is how many bytes of Gram matrices there may
-    be at once, None for any number.
+    the squared errors of all samples count, None for all alike. `memory` is how many bytes there may be at once of Gram
+    matrices and, on a CPU, of what learning a block takes; None for any number.
     """
 
     adapter: Adapter

@@ -32,9 +32,9 @@ _GRAMS = 1 / 4
 # All samples' activations are there if they take at most this share of what the largest block leaves; the rest is for
 # batches.
 _ACTIVATIONS = 1 / 2
-# What a block takes while it is learned, in sizes of its weights: these, what is learned of them with its gradient and
-# two moments, and what the rounding function keeps for its own gradient.
-_LEARNED_BLOCK = 12
+LEARNED_BLOCK = 12
+"""What a block takes while it is learned, in sizes of its weights: these, what is learned of them with its gradient and
+two moments, and what the rounding function keeps for its own gradient."""
 # What cuBLAS needs to give the same bits again; read when its first product is made.
 _CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -61,7 +61,7 @@ class Placement:
 
     def keeps(self, activations: int, block: int) -> bool:
         """Whether so many bytes of all samples' activations stay on the GPU, where the largest block has `block`."""
-        return self.on_gpu and activations <= (self.memory - _LEARNED_BLOCK * block) * _ACTIVATIONS
+        return self.on_gpu and activations <= (self.memory - LEARNED_BLOCK * block) * _ACTIVATIONS
 
     @property
     def room_for_grams(self) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from exporter.calibration.activations import BatchLimit
 from exporter.calibration.adaround import Penalty, Schedule
 from exporter.calibration.block_inputs import BlockInputs
-from exporter.calibration.placement import repeatable_gradients
+from exporter.calibration.gradient_memory import tokens_at_once
+from exporter.calibration.placement import LEARNED_BLOCK, repeatable_gradients
 from exporter.calibration.rounding_linear import RoundingLinear
 from exporter.method_section import MethodSection
 from exporter.progress import Task
@@ -33,12 +34,14 @@ ROUNDING_NOISE = 1e-12
 @dataclass(frozen=True)
 class Execution:
     """How units are run: on how many samples at once, alone and with what gradients need, and by which processes;
-    with `bf16` the matrix products for gradients are in BF16."""
+    with `bf16` the matrix products for gradients are in BF16. `memory` is how many bytes learning a unit may take,
+    None for as many as it needs or the device has."""
 
     forward: BatchLimit = field(default_factory=BatchLimit)
     backward: BatchLimit = field(default_factory=BatchLimit.unlimited)
     shard: Shard = field(default_factory=Shard)
     bf16: bool = False
+    memory: int | None = None
 
     def mean(self, total: float, count: int) -> float:
         """The quotient of sums over all processes, of which these are this one's."""
@@ -138,6 +141,7 @@ def _optimize(
     shard = execution.shard
     count = int(shard.add_up(torch.tensor(len(inputs))))
     channels: Tensor | None = torch.zeros(targets.shape[-1])
+    _limit_gradients(unit, inputs, targets, execution)
     for iteration in range(method.iterations):
         indices = draw_batch(count, method.batch_size, generator)
         own = indices[indices % shard.world == shard.rank] // shard.world
@@ -185,9 +189,7 @@ def _backward(
     def add(part: Tensor, *, with_penalty: bool) -> None:
         for layer in unit.layers.values():
             layer.penalty = penalty if with_penalty else None
-        # Products and what reads them directly, as a GELU; the residual stream, roundings and the loss stay FP32.
-        with torch.autocast(inputs.device.type, torch.bfloat16) if execution.bf16 else nullcontext():
-            error = inputs.mean_squared_error(unit.module, targets, part, channels)
+        error = _mean_squared_error(unit, inputs, targets, part, execution, channels)
         loss = error * (factor * len(part) / len(indices))
         with repeatable_gradients():
             loss.backward()  # type: ignore[no-untyped-call]
@@ -201,6 +203,33 @@ def _backward(
 
     while not limit.fits(limit.samples(len(indices), inputs.tokens), inputs.tokens, add_all):
         pass
+
+
+def _mean_squared_error(
+    unit: Unit,
+    inputs: BlockInputs,
+    targets: Tensor,
+    indices: Tensor,
+    execution: Execution,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """What is learned from, without the penalty, of the samples at `indices`."""
+    # Products and what reads them directly, as a GELU; the residual stream, roundings and the loss stay FP32.
+    with torch.autocast(inputs.device.type, torch.bfloat16) if execution.bf16 else nullcontext():
+        return inputs.mean_squared_error(unit.module, targets, indices, channels)
+
+
+def _limit_gradients(unit: Unit, inputs: BlockInputs, targets: Tensor, execution: Execution) -> None:
+    """Let no more tokens be learned from at once than the memory has room for beside the unit's roundings."""
+    if execution.memory is None:
+        return
+
+    def forward(samples: int) -> None:
+        _mean_squared_error(unit, inputs, targets, torch.zeros(samples, dtype=torch.int64), execution)
+
+    weights = sum(layer.dequantized.nbytes for layer in unit.layers.values())
+    left = execution.memory - LEARNED_BLOCK * weights
+    execution.backward.lower(tokens_at_once(forward, inputs.tokens, left))
 
 
 def draw_batch(count: int, batch_size: int, generator: torch.Generator) -> Tensor:

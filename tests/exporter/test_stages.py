@@ -88,7 +88,9 @@ def test_an_interrupted_calibration_is_in_nobody_s_way_who_has_nothing_to_calibr
         ["layers.0.weight=auto", "calibration.steps=2"],
         [*finished, "method.start=gptq"],
     ):
-        with pytest.raises(InputError, match=r"finished units: 1, had .*calibration\.steps 2, not 3|weight e3m0, not"):
+        with pytest.raises(
+            InputError, match=r"finished units: 1, had .*(calibration\.steps 2, not 3|weight e\dm\d, not)"
+        ):
             weights("refused", *changes)
     assert len(list(work.glob("unfinished.*/*.seal"))) == 1
     weights("killed", "calibration.steps=2")

@@ -89,7 +89,7 @@ def test_nothing_is_named_otherwise_where_every_step_is_captured() -> None:
         ("calibration.every=0", "must be at least 1, got 0"),
         ("calibration.every=2.5", "expected a whole number, got 2.5"),
         ("calibration.every=null", "expected a whole number, got nothing"),
-        ("calibration.every=21", "every 21 is above steps 20, of which only the last would be kept"),
+        ("calibration.every=21", "every 21 is above steps 20"),
     ],
 )
 def test_a_wrong_value_is_refused(change: str, message: str) -> None:
