@@ -108,6 +108,11 @@ class Shard:
                 torch.distributed.broadcast(said, 0)
         return bool(said)
 
+    def all_have(self, value: int) -> bool:
+        """Whether this process's value is all processes' mean, which not every one's is where they differ; of at most
+        48 bits."""
+        return int(self.add_up(torch.tensor(value))) == value * self.world
+
     def add_up(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over all processes, the same bits in each."""
         if self.world > 1:

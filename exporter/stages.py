@@ -127,6 +127,7 @@ def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> No
 
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
+    units.check_shared()
     with source.placement.computing():
         run = source.calibration_run(captured, sample_weights(job, source, captured), job.shard)
         seed = job.recipe.calibration.seed

@@ -109,6 +109,14 @@ class UnitFiles:
         self._folder.mkdir(exist_ok=True)
         write_text_atomically(self._folder / _SETTINGS, json.dumps(self._settings, indent=1) + "\n")
 
+    def check_shared(self) -> None:
+        """Raise `InputError` where another process has other settings or another program: it would look elsewhere."""
+        if not self._shard.all_have(int(self._folder.suffix.removeprefix("."), 16)):
+            raise InputError(
+                f"process {self._shard.rank} of {self._shard.world} is not like the others: all need the same recipe, "
+                "fp4export, libraries and kind of device"
+            )
+
     def find(self, unit: str, layers: Sequence[LayerPlan]) -> CalibrationResult | None:
         """The unit's file, if it was finished by an earlier run."""
         path = self._path(unit)

@@ -32,23 +32,54 @@ with shard.joined():
 """
 
 
+# Two processes with settings of their own, and the same.
+UNLIKE = """
+from pathlib import Path
+from exporter.calibration.finished import UnitFiles
+from exporter.errors import InputError
+from exporter.plan import Plan
+from exporter.shards import Shard
+from exporter.workdir import WorkDir
+
+shard, work = Shard.of_environment(), WorkDir(Path("nowhere"))
+with shard.joined():
+    for device in ("cpu", f"cpu{shard.rank}"):
+        try:
+            UnitFiles(work, Plan((), (), 0, 0), {"device": device}, shard).check_shared()
+            print("alike")
+        except InputError as error:
+            print(error)
+"""
+
+
 def test_who_waits_for_a_process_that_has_ended_is_told_so() -> None:
+    first, second = _both(LEFT_ALONE)
+    assert second.wait() == 0
+    assert "process 0 of 2: another process has ended" in first.communicate()[0]
+    assert first.returncode == 0
+
+
+def test_processes_with_other_settings_are_told_so() -> None:
+    for rank, process in enumerate(_both(UNLIKE)):
+        alike, told = process.communicate()[0].splitlines()
+        assert alike == "alike"
+        assert told.startswith(f"process {rank} of 2 is not like the others: all need the same recipe")
+
+
+def _both(code: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    first, second = (
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", LEFT_ALONE],
+            [sys.executable, "-c", code],
             cwd=ROOT,
             env={**os.environ, **place, "RANK": rank, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in "01"
-    )
-    assert second.wait() == 0
-    assert "process 0 of 2: another process has ended" in first.communicate()[0]
-    assert first.returncode == 0
+    ]
 
 
 def test_several_processes_that_cannot_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
