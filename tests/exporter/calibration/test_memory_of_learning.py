@@ -45,8 +45,8 @@ class _Watched(NullProgress):
     def task(self, title: str, total: int) -> Iterator[Task]:
         what, _, unit = title.partition(" ")
         if what == "calibrate":
-            # By type: `isinstance` asks lazy modules among them for their class.
-            tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+            # By type: `isinstance` asks lazy modules for their class, and sizes of fake tensors are no numbers.
+            tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
             weights = [one for one in tensors if tuple(one.shape) in self._shapes]
             found = {one.data_ptr(): one.dtype.is_floating_point for one in weights}
             kinds = [floating for place, floating in found.items() if place not in self._own]
