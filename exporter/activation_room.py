@@ -20,7 +20,7 @@ from exporter.models.location import locate_config
 from exporter.models.weight_files import tensor_shapes
 from exporter.recipe import Recipe
 from exporter.shards import Shard
-from exporter.source import WITHOUT_TOKENS, calibration_memory, kept_activations, largest_block
+from exporter.source import calibration_memory, caption_tokens, kept_activations, largest_block
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,4 @@ def _caption_tokens(recipe: Recipe, conditions: tuple[Condition, ...]) -> int:
     if file is None or not file.is_file():
         return 0
     shapes = tensor_shapes(file)
-    wanted = [shapes.get(condition.key, ()) for condition in conditions]
-    return sum(shape[1] for shape in wanted if len(shape) > WITHOUT_TOKENS)
+    return caption_tokens(shapes.get(condition.key, ()) for condition in conditions)

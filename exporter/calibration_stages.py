@@ -25,7 +25,7 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
     plan = source.plan
     if not plan.open:
         return source
-    name = _formats_name(source)
+    name = name_for("formats", ".json", source.layer_facts())
     if not job.shard.is_first:
         return _decided(source, job.work.file(name))
 
@@ -34,20 +34,7 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
         with source.placement.computing():
             save_formats(path, choose_formats(source.model, plan, run, job.recipe.method, job.progress))
 
-    path, reused = job.work.obtain(name, _formats_key(job, source), make)
-    decided = _decided(source, path)
-    counts = Counter(layer.chosen for layer in decided.formats)
-    numbers = ", ".join(f"{fmt} {count}" for fmt, count in counts.most_common())
-    job.progress.note(f"{verb(reused, 'chose')} formats of {len(decided.formats)} layers: {numbers}")
-    return decided
-
-
-def _formats_name(source: Source) -> str:
-    return name_for("formats", ".json", source.layer_facts())
-
-
-def _formats_key(job: Job, source: Source) -> str:
-    return key_of(
+    key = key_of(
         stage="formats",
         model=source.identity,
         shape=source.latent_shape,
@@ -56,6 +43,12 @@ def _formats_key(job: Job, source: Source) -> str:
         method=job.recipe.method.model_dump(),
         layers=source.layer_facts(),
     )
+    path, reused = job.work.obtain(name, key, make)
+    decided = _decided(source, path)
+    counts = Counter(layer.chosen for layer in decided.formats)
+    numbers = ", ".join(f"{fmt} {count}" for fmt, count in counts.most_common())
+    job.progress.note(f"{verb(reused, 'chose')} formats of {len(decided.formats)} layers: {numbers}")
+    return decided
 
 
 def _decided(source: Source, path: Path) -> Source:

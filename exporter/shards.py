@@ -109,8 +109,8 @@ class Shard:
         return bool(said)
 
     def all_have(self, value: int) -> bool:
-        """Whether this process's value is all processes' mean, which not every one's is where they differ; of at most
-        48 bits."""
+        """Whether all processes' values, of at most 48 bits, come to what they would be if all had this one's. Where
+        they differ, that is not so in one of them at least."""
         return int(self.add_up(torch.tensor(value))) == value * self.world
 
     def add_up(self, tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,8 +37,8 @@ from exporter.shards import Shard
 
 # Inputs, targets and outputs.
 _BLOCK_COPIES = 3
-WITHOUT_TOKENS = 2
-"""Axes of a condition that has no tokens, such as a mask: prompts and values."""
+# Axes of a condition that has no tokens, such as a mask: prompts and values.
+_WITHOUT_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def load_source(job: Job) -> Source:
     latent_shape = adapter.latent_shape(model, recipe.model.resolution)
     _check_classifier(job, prompts, latent_shape)
     memory = calibration_memory(recipe)
-    captions = sum(tensor.shape[1] for tensor in prompts.positive.values() if tensor.ndim > WITHOUT_TOKENS)
+    captions = caption_tokens(tensor.shape for tensor in prompts.positive.values())
     activations = kept_activations(recipe, adapter, model, latent_shape, captions)
     store = choose_activation_store(job, activations, largest_block(adapter, model), memory, placement)
     weights = weight_files(files.transformer, recipe.model.variant)
@@ -178,6 +178,11 @@ def calibration_memory(recipe: Recipe) -> int:
 def largest_block(adapter: Adapter, model: nn.Module) -> int:
     """Bytes of the largest block's weights."""
     return max((module_bytes(block) for _, block in adapter.blocks(model)), default=0)
+
+
+def caption_tokens(conditions: Iterable[Sequence[int]]) -> int:
+    """Tokens of all captions of a prompt, of whose conditions these are the shapes."""
+    return sum(shape[1] for shape in conditions if len(shape) > _WITHOUT_TOKENS)
 
 
 def kept_activations(

@@ -82,11 +82,12 @@ class Block:
         return self.job.learning(1) / self.job.depth
 
 
+_JOB = {job.name: job for job in JOBS}
 BLOCKS = (
-    Block(JOBS[0], 16, 256, 100),
-    Block(JOBS[1], 16, 96, 20),
-    Block(JOBS[2], 16, 96, 20, " (its width in PixArt's block)"),
-    Block(JOBS[4], 28, 32, 4),
+    Block(_JOB["PixArt-α 512"], 16, 256, 100),
+    Block(_JOB["PixArt-Σ 1024"], 16, 96, 20),
+    Block(_JOB["Hunyuan-DiT 1.2, 1024"], 16, 96, 20, " (its width in PixArt's block)"),
+    Block(_JOB["12 B: 57 blocks of 3584, 1024"], 28, 32, 4),
 )
 
 

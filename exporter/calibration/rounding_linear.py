@@ -13,7 +13,28 @@ from exporter.quantize import QuantizedWeight, input_quantizer
 from plugins.formats import get_format
 
 
-class DecidedLinear(nn.Module):
+class _PlannedLinear(nn.Module):
+    """A linear layer of the plan whose inputs, with `activations`, are rounded as the plan says."""
+
+    bias: Tensor | None
+
+    def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
+        super().__init__()
+        self.format = get_format(plan.weight_format)
+        self._input = input_quantizer(plan, quantized.input_scale) if activations else None
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """x [..., K] as the layer rounds its inputs."""
+        # Rounding looks at the bits of a float32, and what learns in BF16 gives BF16.
+        return x if self._input is None else self._input.fake_quantize(x.float())
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer makes of inputs x [..., K] with a weight [N, K]."""
+        return F.linear(x, weight, self.bias)
+
+
+class DecidedLinear(_PlannedLinear):
     """A linear layer with a quantized weight that is kept as codes and scales, and decoded anew in every call.
 
     It computes, bit for bit, what a `RoundingLinear` with this weight does.
@@ -21,35 +42,27 @@ class DecidedLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
-    bias: Tensor | None
 
     def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
-        super().__init__()
-        self._format = get_format(plan.weight_format)
-        self._input = input_quantizer(plan, quantized.input_scale) if activations else None
+        super().__init__(plan, linear, quantized, activations)
         self._dtype = linear.weight.dtype
         self.register_buffer("codes", quantized.codes, persistent=False)
         self.register_buffer("scales", quantized.scales, persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N]."""
-        weight = QuantizedWeight(self.codes, self.scales).dequantize(self._format).to(self._dtype)
-        return F.linear(x if self._input is None else self._input.fake_quantize(x.float()), weight, self.bias)
+        weight = QuantizedWeight(self.codes, self.scales).dequantize(self.format).to(self._dtype)
+        return self.linear(self.quantized_input(x), weight)
 
 
-class RoundingLinear(nn.Module):
+class RoundingLinear(_PlannedLinear):
     """A linear layer while its rounding is being decided: on its quantized weight, or on a soft one."""
 
     dequantized: Tensor
-    bias: Tensor | None
 
     def __init__(self, plan: LayerPlan, linear: nn.Linear, quantized: QuantizedWeight, activations: bool) -> None:
-        super().__init__()
-        self.format = get_format(plan.weight_format)
-        self._input = input_quantizer(plan, quantized.input_scale) if activations else None
+        super().__init__(plan, linear, quantized, activations)
         self.original = linear.weight.detach()
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
         self.quantized = quantized
         self.register_buffer("dequantized", quantized.dequantize(self.format).to(self.original), persistent=False)
         self.rounding: LearnedRounding | None = None
@@ -83,12 +96,3 @@ class RoundingLinear(nn.Module):
         """x [..., K] → [..., N]."""
         weight = self.dequantized if self.rounding is None else self.rounding.soft_weight(self.penalty)
         return self.linear(self.quantized_input(x), weight)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """x [..., K] as the layer rounds its inputs while it is being learned."""
-        # Rounding looks at the bits of a float32, and what learns in BF16 gives BF16.
-        return x if self._input is None else self._input.fake_quantize(x.float())
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the layer makes of inputs x [..., K] with another weight [N, K]."""
-        return F.linear(x, weight, self.bias)

@@ -14,6 +14,7 @@ from exporter.calibration.placement import Placement
 from exporter.cli import main
 from exporter.recipe import Recipe, load_recipe
 from tests.exporter.conftest import TOKENS
+from tests.exporter.hunyuan_config import HUNYUAN_DIT
 
 WIDTH, PATCHES, INPUTS, FLOAT = 64, 16, 2 * 3 * 2, 4
 TOO_MANY = [
@@ -21,18 +22,6 @@ TOO_MANY = [
     for setting in ("samples=10000000", "steps=1000", "memory=1e-5")
     for word in ("--set", f"calibration.{setting}")
 ]
-HUNYUAN = {
-    "_class_name": "HunyuanDiT2DModel",
-    "attention_head_dim": 88,
-    "hidden_size": 1408,
-    "in_channels": 4,
-    "mlp_ratio": 4.3637,
-    "num_attention_heads": 16,
-    "num_layers": 40,
-    "patch_size": 2,
-    "sample_size": 128,
-    "use_style_cond_and_image_meta_size": False,
-}
 
 
 @pytest.fixture
@@ -103,7 +92,7 @@ def test_a_method_that_keeps_none_needs_no_room(
 
 
 def test_skips_and_captions_count(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(HUNYUAN))
+    (tmp_path / "config.json").write_text(json.dumps(HUNYUAN_DIT))
     changes = [f"model.weights={tmp_path}", "calibration.samples=64", "calibration.every=1", "method.name=fp4dit"]
     room = activation_room(_recipe("hunyuan_dit_v1_2_w4a6", *changes), tmp_path, Placement())
     tokens, width, skips = 64 * 64, 1408, 19

@@ -11,29 +11,18 @@ import torch
 from exporter import load_recipe
 from exporter.models.hunyuan import HunyuanAdapter
 from exporter.recipe_file import shipped_recipes
-from exporter.source import WITHOUT_TOKENS, kept_activations
+from exporter.source import caption_tokens, kept_activations
+from tests.exporter.hunyuan_config import HUNYUAN_DIT
 
 DOCS = Path(__file__).parents[2] / "docs"
 # A disk of 2 TB, a sixth of it for everything else.
 ROOM = 2e12 * 5 / 6
-CONFIG = {
-    "_class_name": "HunyuanDiT2DModel",
-    "attention_head_dim": 88,
-    "hidden_size": 1408,
-    "in_channels": 4,
-    "mlp_ratio": 4.3637,
-    "num_attention_heads": 16,
-    "num_layers": 40,
-    "patch_size": 2,
-    "sample_size": 128,
-}
 
 
 def _estimate(name: str, *changes: str) -> int:
     recipe, adapter = load_recipe(name, changes), HunyuanAdapter()
-    model = adapter.create({**CONFIG, "use_style_cond_and_image_meta_size": "v1_1" in name})
-    tensors = (given.random(1, 0, torch.Generator()) for given in adapter.conditions(model))
-    captions = sum(tensor.shape[1] for tensor in tensors if tensor.ndim > WITHOUT_TOKENS)
+    model = adapter.create({**HUNYUAN_DIT, "use_style_cond_and_image_meta_size": "v1_1" in name})
+    captions = caption_tokens(given.random(1, 0, torch.Generator()).shape for given in adapter.conditions(model))
     return kept_activations(recipe, adapter, model, adapter.latent_shape(model, recipe.model.resolution), captions)
 
 
