@@ -9,7 +9,9 @@ from typing import NoReturn
 def run() -> NoReturn:
     """Run the command as this process and end it with the exit code."""
     from exporter.device.program import COMMANDS, main
+    from exporter.interrupts import lose_no_interrupt
 
+    lose_no_interrupt()
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         sys.exit(main(sys.argv[1:]))
     try:
