@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.replay import Recorded, Replay
+from exporter.calibration_stages import capture
 from exporter.gate.segments import SegmentedSession, is_large
 from exporter.images import SampleGrids, sample_grids
 from exporter.job import Job
@@ -36,7 +37,6 @@ from exporter.runtime.arena import renew_arena
 from exporter.sampling import Denoiser, DenoiserCall, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
-from exporter.stages import capture
 from exporter.workdir import key_of
 
 

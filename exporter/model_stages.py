@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.capture import CalibrationSet
@@ -15,9 +16,6 @@ from exporter.transforms.apply import find_low_rank, load_low_rank, save_low_ran
 from exporter.transforms.low_rank import LowRank
 from exporter.workdir import key_of, name_for, verb
 
-_BALANCE = "balance.safetensors"
-_LOW_RANK = "low_rank"
-
 
 def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
     """The same with `method.balance`: the model computes what it did, up to rounding, with inputs that quantize better.
@@ -27,8 +25,9 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
     if not job.recipe.method.balance:
         return source
     folds = source.adapter.channel_folds(source.model)
+    name = _balance_name(job)
     if not job.shard.is_first:
-        return replace(source, model=Balance.load(job.work.file(_BALANCE), folds).applied(source.model, folds))
+        return replace(source, model=Balance.load(job.work.file(name), folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
         run = source.calibration_run(captured)
@@ -43,15 +42,23 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
         balance=job.recipe.method.balance,
         device=source.placement.device.type,
     )
-    path, reused = job.work.obtain(_BALANCE, key, make)
+    path, reused = job.work.obtain(name, key, make)
     job.progress.note(f"{verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
     return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
 
 
 def changes_of_model(job: Job, source: Source) -> list[str]:
     """Names of the work folder's files with what `balanced` and `transformed` found."""
-    ranks = _ranks(source)
-    return [_BALANCE] * bool(job.recipe.method.balance) + [_low_rank_file(ranks)] * bool(ranks)
+    return [_balance_name(job)] * bool(job.recipe.method.balance) + [_low_rank_name(job, source)] * bool(_ranks(source))
+
+
+def _balance_name(job: Job) -> str:
+    """Named by what decides it, as the captured inputs are."""
+    return name_for("balance", ".safetensors", _balanced_by(job))
+
+
+def _balanced_by(job: Job) -> list[Any]:
+    return [job.recipe.method.balance, job.recipe.calibration.captured]
 
 
 def transformed(job: Job, source: Source) -> Source:
@@ -68,11 +75,10 @@ def transformed(job: Job, source: Source) -> Source:
 
 def _branches(job: Job, source: Source, ranks: Mapping[str, int]) -> Mapping[str, LowRank]:
     """Sealed in the work folder, where processes other than the first read them."""
-    name = _low_rank_file(ranks)
+    name = _low_rank_name(job, source)
     if job.shard.is_first:
-        # What balancing changed depends on the captured inputs, and on the device that saw them.
-        seen = job.recipe.calibration.captured, source.placement.device.type
-        balance = (job.recipe.method.balance, *seen) if job.recipe.method.balance else None
+        # What balancing changed depends also on the device that saw the captured inputs.
+        balance = [*_balanced_by(job), source.placement.device.type] if job.recipe.method.balance else None
         key = key_of(stage="low rank", model=source.identity, shape=source.latent_shape, balance=balance, ranks=ranks)
         job.work.obtain(name, key, lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress)))
     return load_low_rank(job.work.file(name), ranks)
@@ -83,5 +89,6 @@ def _ranks(source: Source) -> dict[str, int]:
     return {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
 
 
-def _low_rank_file(ranks: Mapping[str, int]) -> str:
-    return name_for(_LOW_RANK, ".safetensors", ranks)
+def _low_rank_name(job: Job, source: Source) -> str:
+    balance = _balanced_by(job) if job.recipe.method.balance else None
+    return name_for("low_rank", ".safetensors", [_ranks(source), balance])

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.activation_room import check_room
-from exporter.calibration_stages import formats_chosen
+from exporter.calibration_stages import calibrated_weights, captured_inputs, formats_chosen
 from exporter.compute import COMPUTE_TYPES
 from exporter.job import Job
 from exporter.model_stages import balanced, transformed
 from exporter.ranges import HEADROOM, Amax, measured_ranges
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, captured_inputs, exported_graph, fake_quantized
+from exporter.stages import exported_graph, fake_quantized
 
 Verdict = Literal["not finite", "infinite", "tight", "fits", "loses bits"]
 

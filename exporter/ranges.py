@@ -14,6 +14,7 @@ import onnx
 import torch
 
 from exporter.calibration.capture import CalibrationSet
+from exporter.calibration_stages import calibration_key
 from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
 from exporter.files import scratch_folder, write_text_atomically
@@ -26,7 +27,6 @@ from exporter.passes.layer_table import read_layer_table
 from exporter.passes.surgery import has_given_name
 from exporter.runtime import OnnxSession
 from exporter.source import Source
-from exporter.stages import calibration_key
 from exporter.targets import Target
 from exporter.workdir import key_of
 

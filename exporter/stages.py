@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 from torch import nn
 
-from exporter.calibration.calibrate import calibrate, check_batches
-from exporter.calibration.capture import CalibrationSet, capture_trajectories
-from exporter.calibration.finished import UnitFiles
-from exporter.calibration_stages import sample_weights
+from exporter.calibration.capture import CalibrationSet
+from exporter.calibration_stages import calibration_key
 from exporter.device.begun import BegunEngine
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
@@ -21,150 +17,16 @@ from exporter.files import atomic_path, write_text_atomically
 from exporter.gate.table import GateResult
 from exporter.job import Job
 from exporter.kernels import obtain_kernels
-from exporter.model_stages import changes_of_model
-from exporter.onnx_files import LARGEST_WORK_FILE_BYTES, checksum_of, data_path, read_model, save_onnx, total_bytes
+from exporter.onnx_files import LARGEST_WORK_FILE_BYTES, data_path, read_model, save_onnx, total_bytes
 from exporter.origin import Origin
 from exporter.passes import WAIST_PASSES, Pass, lowering_passes, run_passes
 from exporter.passes.layer_table import read_layer_table
-from exporter.quantize import CalibrationResult, load_quantized, quantize_model, save_quantized
+from exporter.quantize import CalibrationResult, quantize_model
 from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
-from exporter.workdir import QUANTIZED, key_of, name_for, verb
-
-CAPTURED = "calibration.safetensors"
-
-
-def captured_inputs(job: Job, source: Source) -> CalibrationSet:
-    """The transformer's inputs along real sampler trajectories, for calibration and for the gate.
-
-    Raises `InputError` where another recipe's calibration was interrupted, whose units would be forgotten, and where
-    the inputs could not be shared out among the processes that calibrate.
-    """
-    settings = job.recipe.calibration
-    check_batches(job.recipe.method, settings.inputs, job.shard)
-    _refuse_unfinished(job, source)
-    return capture(job, source, CAPTURED, trajectories=settings.samples, seed=settings.seed)
-
-
-def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int) -> CalibrationSet:
-    """Trajectories of the original model, sealed in the work folder as `name`."""
-    settings = job.recipe.calibration
-
-    def make(path: Path) -> None:
-        with source.placement.computing():
-            capture_trajectories(
-                source.model,
-                source.adapter,
-                source.prompts,
-                settings,
-                job.progress,
-                trajectories=trajectories,
-                seed=seed,
-                latent_shape=source.latent_shape,
-                scheduler_config=source.files.scheduler,
-                placement=source.placement,
-            ).save(path)
-
-    key = key_of(
-        stage="capture",
-        model=source.identity,
-        shape=source.latent_shape,
-        settings=settings.sampler,
-        device=source.placement.device.type,
-        trajectories=trajectories,
-        seed=seed,
-    )
-    path, reused = job.work.obtain(name, key, make)
-    captured = CalibrationSet.load(path)
-    job.progress.note(f"{verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
-    return captured
-
-
-def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
-    """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
-    units = _unit_files(job, source, _made_of(job, source))
-
-    def make(path: Path) -> None:
-        # Again: by now it is sure that there is something to calibrate, and every layer has its format.
-        units.refuse_others()
-        units.begin()
-        job.shard.agree(True)
-        save_quantized(path, _calibrated(job, source, captured, units), source.plan)
-
-    path, reused = job.work.obtain(_weights_name(job, source), calibration_key(job, source), make)
-    if reused:
-        job.shard.agree(False)
-    units.remove()
-    earlier = f", {units.found} units of an earlier run" if units.found else ""
-    job.progress.note(
-        f"{verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
-    )
-    return load_quantized(path, source.plan)
-
-
-def _weights_name(job: Job, source: Source) -> str:
-    """Named by all that it takes hours for: another method's weights do not replace finished ones."""
-    settings = [source.layer_facts(), job.recipe.method.model_dump(), job.recipe.calibration.captured]
-    return name_for(QUANTIZED, ".safetensors", settings)
-
-
-def _refuse_unfinished(job: Job, source: Source) -> None:
-    """Before anything takes long, raise `InputError` where another recipe's calibration was interrupted.
-
-    Not where this one's weights are there, which takes nothing away from the other one, as the next target of a bundle;
-    and not where formats are open, since nothing tells yet whose units those are. `calibrated_weights` looks again.
-    """
-    if not source.plan.open and not job.work.file(_weights_name(job, source)).is_file():
-        _unit_files(job, source).refuse_others()
-
-
-def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
-    """What processes other than the first do while it runs `calibrated_weights`, unless these are finished."""
-    if job.shard.agree(False):
-        _calibrated(job, source, captured, _unit_files(job, source, _made_of(job, source)))
-
-
-def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
-    units.check_shared()
-    with source.placement.computing():
-        run = source.calibration_run(captured, sample_weights(job, source, captured), job.shard)
-        seed = job.recipe.calibration.seed
-        result = calibrate(source.model, source.plan, run, job.recipe.method, seed, job.progress, units)
-    # The first process removes the units' files next, which the others may still be reading.
-    job.shard.wait()
-    return result
-
-
-def _made_of(job: Job, source: Source) -> list[str]:
-    """Checksums of what units are made of: where a stage before them gives something else, they do not fit."""
-    return [checksum_of(job.work.file(name)) for name in (CAPTURED, *changes_of_model(job, source))]
-
-
-def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
-    return UnitFiles(job.work, source.plan, calibration_settings(job, source), job.shard, made_of)
-
-
-def calibration_key(job: Job, source: Source) -> str:
-    """The key of the calibrated weights, on which all later stages depend.
-
-    Weights fit the changed model that they were made for, to the last bit: other machines may change it otherwise.
-    """
-    model = [checksum_of(job.work.file(name)) for name in changes_of_model(job, source)]
-    return key_of(stage="calibrate", changed_model=model, **calibration_settings(job, source))
-
-
-def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
-    """All that the calibrated weights depend on beside the program, as JSON values by name."""
-    return {
-        "model": source.identity,
-        "latent_shape": source.latent_shape,
-        "calibration": job.recipe.calibration.captured,
-        "device": source.placement.device.type,
-        "method": job.recipe.method.model_dump(),
-        "layers": source.layer_facts(),
-    }
+from exporter.workdir import key_of, name_for, verb
 
 
 def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> nn.Module:

@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from exporter.calibration_stages import captured_inputs
 from exporter.gate.snr import power_ratio_db
 from exporter.model_stages import balanced
 from exporter.progress import RichProgress
 from exporter.quantize import planned_linear
 from exporter.rounding import InputQuantizer
 from exporter.source import load_source
-from exporter.stages import captured_inputs
 from exporter.transforms.linear import SHIFTS
 from plugins.formats import get_format
 from tools.marked_section import markdown_table, replace_section

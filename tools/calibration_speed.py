@@ -20,11 +20,11 @@ from torch import nn
 
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.inputs import CalibrationRun
+from exporter.calibration_stages import captured_inputs
 from exporter.model_stages import balanced
 from exporter.progress import NullProgress, RichProgress
 from exporter.quantize import planned_linear, share_copy
 from exporter.source import Source, load_source
-from exporter.stages import captured_inputs
 from exporter.workdir import program_identity
 from plugins.formats import get_format
 from tools.marked_section import replace_section

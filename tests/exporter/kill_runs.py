@@ -21,13 +21,13 @@ from pathlib import Path
 # Imported once, lazily loaded classes too: runs are forks of this process, which computes nothing and has no threads.
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
+from exporter.calibration_stages import calibrated_weights, captured_inputs
 from exporter.cli import main
 from exporter.job import open_job
 from exporter.model_stages import balanced
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, captured_inputs
 from exporter.workdir import WorkDir
 
 SETTINGS = ("method.scale_search=absmax", "method.start=gptq", "method.balance=true")

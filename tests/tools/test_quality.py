@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from exporter import load_recipe
 from exporter.calibration.nearest import nearest_weight
+from exporter.calibration_stages import capture
 from exporter.models.loading import model_shapes
 from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.progress import NullProgress
 from exporter.quantize import QuantizedWeight, QuantLinear, planned_linear, quantize_model
 from exporter.rounding import InputQuantizer, round_to_format
-from exporter.stages import capture
 from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory

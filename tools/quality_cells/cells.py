@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from exporter import load_recipe
 from exporter.calibration.placement import Placement
+from exporter.calibration_stages import capture
 from exporter.evaluate import prompt_order
 from exporter.files import sha256_of, write_text_atomically
 from exporter.job import Job, open_job
@@ -28,7 +29,6 @@ from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
 from exporter.sampling import MOST_SAMPLES, Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
-from exporter.stages import capture
 from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import program_identity
 from tools.quality_cells.figures import (

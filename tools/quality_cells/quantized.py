@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration_stages import formats_chosen, sample_weights
+from exporter.calibration_stages import captured_inputs, formats_chosen, sample_weights
 from exporter.files import write_text_atomically
 from exporter.job import Job
 from exporter.model_stages import balanced, transformed
@@ -24,7 +24,6 @@ from exporter.progress import NullProgress
 from exporter.quantize import load_quantized, quantize_model, save_quantized
 from exporter.sampling import Denoiser
 from exporter.source import Source, load_source
-from exporter.stages import captured_inputs
 from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import name_for
 from tools.quality_cells.layers import rounded_weights, with_decoded_weights, with_quantized_inputs, with_zero_points

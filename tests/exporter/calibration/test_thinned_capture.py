@@ -13,6 +13,7 @@ from exporter import load_recipe
 from exporter.calibration.capture import CalibrationSet
 from exporter.calibration.placement import Placement
 from exporter.calibration.step_weights import trajectory_weights
+from exporter.calibration_stages import captured_inputs
 from exporter.errors import InputError
 from exporter.evaluate import held_out_inputs
 from exporter.job import open_job
@@ -22,7 +23,6 @@ from exporter.progress import NullProgress
 from exporter.recipe import CalibrationSection
 from exporter.sampling import make_scheduler
 from exporter.source import load_source
-from exporter.stages import captured_inputs
 from tests.exporter.calibration.conftest import TRAJECTORIES, capture
 
 STEPS = 8

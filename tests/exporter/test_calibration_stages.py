@@ -1,16 +1,16 @@
-"""What stages leave in the work folder and what they add to the graph."""
+"""What the stages of calibration leave in the work folder, and what they refuse."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from exporter.calibration_stages import formats_chosen
+from exporter.calibration_stages import calibrated_weights, captured_inputs, formats_chosen
 from exporter.errors import InputError
 from exporter.job import open_job
 from exporter.model_stages import balanced, transformed
@@ -18,7 +18,6 @@ from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.shards import Shard
 from exporter.source import load_source
-from exporter.stages import calibrated_weights, calibration_key, captured_inputs
 from tests.exporter.progresses import InterruptedProgress
 
 
@@ -76,13 +75,21 @@ def test_an_interrupted_calibration_is_in_nobody_s_way_who_has_nothing_to_calibr
         calibrated_weights(job, source, captured)
         made[name] = {path: path.stat().st_mtime_ns for path in work.glob("quantized.*.safetensors")}
 
+    def beside() -> dict[Path, int]:
+        names = "calibration", "balance"
+        return {path: path.stat().st_mtime_ns for name in names for path in work.glob(f"{name}.*.safetensors")}
+
     finished = "method.balance=true", "layers.0.weight=auto"
+    killed = "method.balance=true", "calibration.steps=2"
     weights("finished", *finished)
     with pytest.raises(KeyboardInterrupt):
-        weights("killed", "calibration.steps=2", progress=InterruptedProgress(2 + 20))
+        weights("killed", *killed, progress=InterruptedProgress(2 + 20))
     assert len(list(work.glob("unfinished.*/*.seal"))) == 1
+    kept = beside()
+    assert len(kept) == 4
     weights("again", *finished)
     assert made["again"] == made["finished"]
+    assert beside() == kept, "what units of the killed run are made of was made anew"
     for changes in (
         ["preset=w4a8_int"],
         ["layers.0.weight=auto", "calibration.steps=2"],
@@ -93,11 +100,36 @@ def test_an_interrupted_calibration_is_in_nobody_s_way_who_has_nothing_to_calibr
         ):
             weights("refused", *changes)
     assert len(list(work.glob("unfinished.*/*.seal"))) == 1
-    weights("killed", "calibration.steps=2")
+    weights("killed", *killed)
     assert len(made["killed"]) == 2
     assert not any(work.glob("unfinished.*"))
     weights("preset", "preset=w4a8_int")
     assert len(made["preset"]) == 3
+
+
+def test_weights_of_another_model_are_none_and_nothing_is_replaced_before_that_is_said(
+    tiny_job: Path, tmp_path: Path
+) -> None:
+    """The weights file is there by name, but of what the model was before; capturing would replace inputs of then."""
+    folder, work = shutil.copytree(tiny_job, tmp_path / "job"), tmp_path / "x.work"
+
+    def weights(change: str, progress: Progress | None = None) -> None:
+        recipe = load_recipe(folder / "tiny.yaml", ("method.name=gptq", "method.scale_search=absmax", change), "cpu")
+        progress = progress or NullProgress()
+        job = open_job(recipe, tmp_path / "x.onnx", work, fresh=False, keep_graphs=False, progress=progress)
+        source = load_source(job)
+        calibrated_weights(job, source, captured_inputs(job, source))
+
+    weights("preset=w4a6")
+    with pytest.raises(KeyboardInterrupt):
+        weights("preset=w4a8_int", InterruptedProgress(20))
+    weights("preset=w4a6")
+    config = next(folder.rglob("transformer/config.json"))
+    config.write_text(config.read_text() + "\n")
+    kept = {path: path.stat().st_mtime_ns for path in work.rglob("*.seal")}
+    with pytest.raises(InputError, match=r"finished units: 1, had another content of .*config\.json.*--fresh"):
+        weights("preset=w4a6")
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.seal")} == kept
 
 
 @pytest.mark.slow
@@ -129,33 +161,6 @@ def test_captured_inputs_below_zero_are_refused_without_a_sign(
     captured = captured_inputs(job, source)
     with pytest.raises(InputError, match=message) if message else nullcontext():
         calibrated_weights(job, transformed(job, source), captured)
-
-
-@pytest.mark.slow
-def test_balanced_inputs_add_nothing_to_the_graph(tiny_job: Path, begin: Callable[..., Path], tmp_path: Path) -> None:
-    """A graph is traced from modules, parameters and buffers, and balancing changes nothing but numbers in them."""
-    recipe = load_recipe(tiny_job / "tiny.yaml", ["method.balance=true"], "cpu")
-    progress = NullProgress()
-    begin(tmp_path / "x.work")
-    job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=progress)
-    original = load_source(job)
-    captured = captured_inputs(job, original)
-    source = balanced(job, original, captured)
-    forms = [
-        (
-            [(name, type(module), module.extra_repr()) for name, module in model.named_modules()],
-            [(name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict(keep_vars=True).items()],
-            [(name, tensor.shape, tensor.dtype) for name, tensor in model.named_buffers()],
-        )
-        for model in (source.model, original.model)
-    ]
-    assert forms[0] == forms[1]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in source.model.modules())
-    assert not torch.equal(source.model.adaln_single.linear.bias, original.model.adaln_single.linear.bias)
-    written = (tmp_path / "x.work" / "balance.safetensors").stat().st_mtime_ns
-    again = balanced(job, original, captured)
-    assert torch.equal(again.model.adaln_single.linear.bias, source.model.adaln_single.linear.bias)
-    assert (tmp_path / "x.work" / "balance.safetensors").stat().st_mtime_ns == written
 
 
 def test_formats_are_chosen_once_and_by_the_first_process(tiny_job: Path, tmp_path: Path) -> None:
@@ -192,28 +197,3 @@ def test_a_rule_that_says_nothing_of_outputs_leaves_the_key_of_calibrations_as_i
     assert found[0] == found[1]
     assert not any(key.startswith("output") for facts in found[0] for key in facts)
     assert found[0] != found[2] != found[3]
-
-
-def test_branches_of_low_rank_are_found_once_and_read_by_the_other_processes(tiny_job: Path, tmp_path: Path) -> None:
-    rules = '{match: "*.ff.net.2", group: 32, low_rank: 4, hadamard: 16}, {match: "transformer_blocks.*", group: 32}'
-    recipe = load_recipe(tiny_job / "tiny.yaml", [f"layers=[{rules}]", "method.name=rtn"], "cpu")
-    job = open_job(recipe, tmp_path / "x.onnx", None, fresh=False, keep_graphs=False, progress=NullProgress())
-    original = load_source(job)
-    first = transformed(job, original)
-    (file,) = (tmp_path / "x.work").glob("low_rank.*.safetensors")
-    written = file.stat().st_mtime_ns
-    second = transformed(replace(job, shard=Shard(1, 2)), original)
-    again = transformed(job, original)
-    assert file.stat().st_mtime_ns == written
-    for name, tensor in first.model.state_dict().items():
-        for other in (second, again):
-            assert torch.equal(other.model.state_dict()[name], tensor)
-    name = "transformer_blocks.0.ff.net.2"
-    assert original.model.get_submodule(name).weight.shape == first.model.get_submodule(f"{name}.linear").weight.shape
-    example = original.example_inputs(batch=2)
-    torch.testing.assert_close(first.denoiser(example), original.denoiser(example), rtol=1e-4, atol=1e-5)
-    # Weights that were calibrated beside these branches are not for others.
-    key = calibration_key(job, original)
-    assert calibration_key(job, first) == key
-    file.write_bytes(b"others")
-    assert calibration_key(job, original) != key
