@@ -1,4 +1,4 @@
-"""The stages between the loaded model and the engine: each takes the job and what the stages before it made."""
+"""The stages behind the calibrated weights, up to the engine: each takes the job and what those before it made."""
 
 from __future__ import annotations
 
