@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,12 +15,18 @@ from exporter.calibration.finished import UnitFiles
 from exporter.calibration.format_choice import choose_formats, load_formats, save_formats
 from exporter.calibration.step_weights import trajectory_weights
 from exporter.job import Job
-from exporter.model_stages import changes_of_model
 from exporter.onnx_files import checksum_of
 from exporter.quantize import CalibrationResult, load_quantized, save_quantized
 from exporter.sampling import make_scheduler
 from exporter.source import Source
-from exporter.workdir import QUANTIZED, key_of, name_for, verb
+from exporter.stage_settings import (
+    calibration_settings,
+    captured_file,
+    changes_of_model,
+    formats_file,
+    weights_file,
+)
+from exporter.workdir import key_of, verb
 
 
 def captured_inputs(job: Job, source: Source) -> CalibrationSet:
@@ -33,20 +38,11 @@ def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     settings = job.recipe.calibration
     check_batches(job.recipe.method, settings.inputs, job.shard)
     _refuse_unfinished(job, source)
-    return capture(job, source, captured_name(job), trajectories=settings.samples, seed=settings.seed)
+    return capture(job, source, captured_file(job, source), trajectories=settings.samples, seed=settings.seed)
 
 
-def captured_name(job: Job) -> str:
-    """Of the work folder's file with the inputs for calibration.
-
-    Named by what decides them: a recipe that captures others does not replace those of an interrupted calibration,
-    whose units fit no others, and not every device makes them again to the last bit.
-    """
-    return name_for("calibration", ".safetensors", job.recipe.calibration.captured)
-
-
-def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int) -> CalibrationSet:
-    """Trajectories of the original model, sealed in the work folder as `name`."""
+def capture(job: Job, source: Source, file: Path, *, trajectories: int, seed: int) -> CalibrationSet:
+    """Trajectories of the original model, sealed as `file` in the work folder."""
     settings = job.recipe.calibration
 
     def make(path: Path) -> None:
@@ -73,7 +69,7 @@ def capture(job: Job, source: Source, name: str, *, trajectories: int, seed: int
         trajectories=trajectories,
         seed=seed,
     )
-    path, reused = job.work.obtain(name, key, make)
+    path, reused = job.work.obtain(file.name, key, make)
     captured = CalibrationSet.load(path)
     job.progress.note(f"{verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
     return captured
@@ -84,34 +80,27 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
 
     The candidates' errors are sealed in the work folder, where processes other than the first read them.
     """
-    plan = source.plan
-    if not plan.open:
+    if not source.plan.open:
         return source
-    settings = job.recipe.calibration.captured, job.recipe.method.model_dump()
-    name = name_for("formats", ".json", [source.layer_facts(), *settings])
+    file = formats_file(job, source)
     if not job.shard.is_first:
-        return _decided(source, job.work.file(name))
+        return _decided(source, file)
 
     def make(path: Path) -> None:
         run = source.calibration_run(captured, sample_weights(job, source, captured))
         with source.placement.computing():
-            save_formats(path, choose_formats(source.model, plan, run, job.recipe.method, job.progress))
+            save_formats(path, choose_formats(source.model, source.plan, run, job.recipe.method, job.progress))
 
-    key = key_of(
-        stage="formats",
-        model=source.identity,
-        shape=source.latent_shape,
-        calibration=job.recipe.calibration.captured,
-        device=source.placement.device.type,
-        method=job.recipe.method.model_dump(),
-        layers=source.layer_facts(),
-    )
-    path, reused = job.work.obtain(name, key, make)
+    path, reused = job.work.obtain(file.name, _formats_key(job, source), make)
     decided = _decided(source, path)
     counts = Counter(layer.chosen for layer in decided.formats)
     numbers = ", ".join(f"{fmt} {count}" for fmt, count in counts.most_common())
     job.progress.note(f"{verb(reused, 'chose')} formats of {len(decided.formats)} layers: {numbers}")
     return decided
+
+
+def _formats_key(job: Job, source: Source) -> str:
+    return key_of(stage="formats", **calibration_settings(job, source))
 
 
 def _decided(source: Source, path: Path) -> Source:
@@ -135,13 +124,11 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     units = _unit_files(job, source, _made_of(job, source))
 
     def make(path: Path) -> None:
-        # Again: by now it is sure that there is something to calibrate, and every layer has its format.
-        units.refuse_others()
         units.begin()
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)
 
-    path, reused = job.work.obtain(_weights_name(job, source), calibration_key(job, source), make)
+    path, reused = job.work.obtain(weights_file(job, source).name, calibration_key(job, source), make)
     if reused:
         job.shard.agree(False)
     units.remove()
@@ -152,27 +139,24 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     return load_quantized(path, source.plan)
 
 
-def _weights_name(job: Job, source: Source) -> str:
-    """Named by all that it takes hours for: another method's weights do not replace finished ones."""
-    settings = [source.layer_facts(), job.recipe.method.model_dump(), job.recipe.calibration.captured]
-    return name_for(QUANTIZED, ".safetensors", settings)
-
-
 def _refuse_unfinished(job: Job, source: Source) -> None:
     """Before anything takes long, raise `InputError` where another recipe's calibration was interrupted.
 
-    Not where this one's weights are there, which takes nothing away from the other one, as the next target of a bundle;
-    and not where formats are open, since nothing tells yet whose units those are. `calibrated_weights` looks again.
+    Not where this one's weights are there, which takes nothing away from the other one, as the next target of a bundle.
+    Formats that are open are those that were chosen earlier; where none were, no units can be this recipe's.
     """
-    if not source.plan.open and not _has_weights(job, source):
-        _unit_files(job, source).refuse_others()
+    formats = formats_file(job, source)
+    if source.plan.open and job.work.is_current(formats, _formats_key(job, source)):
+        source = _decided(source, formats)
+    units = _unit_files(job, source)
+    if units.others() and not _has_weights(job, source):
+        units.refuse_others()
 
 
 def _has_weights(job: Job, source: Source) -> bool:
-    """Whether they are there, made of this model by this program, and what they were made beside."""
-    beside = [job.work.file(name).is_file() for name in changes_of_model(job, source)]
-    weights = job.work.file(_weights_name(job, source))
-    return all(beside) and job.work.is_current(weights, calibration_key(job, source))
+    """Whether they are there, made by this program, and what they were made beside."""
+    beside = [file.is_file() for file in changes_of_model(job, source)]
+    return all(beside) and job.work.is_current(weights_file(job, source), calibration_key(job, source))
 
 
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
@@ -194,7 +178,7 @@ def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitF
 
 def _made_of(job: Job, source: Source) -> list[str]:
     """Checksums of what units are made of: where a stage before them gives something else, they do not fit."""
-    return [checksum_of(job.work.file(name)) for name in (captured_name(job), *changes_of_model(job, source))]
+    return [checksum_of(file) for file in (captured_file(job, source), *changes_of_model(job, source))]
 
 
 def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
@@ -206,17 +190,5 @@ def calibration_key(job: Job, source: Source) -> str:
 
     Weights fit the changed model that they were made for, to the last bit: other machines may change it otherwise.
     """
-    model = [checksum_of(job.work.file(name)) for name in changes_of_model(job, source)]
+    model = [checksum_of(file) for file in changes_of_model(job, source)]
     return key_of(stage="calibrate", changed_model=model, **calibration_settings(job, source))
-
-
-def calibration_settings(job: Job, source: Source) -> dict[str, Any]:
-    """All that the calibrated weights depend on beside the program, as JSON values by name."""
-    return {
-        "model": source.identity,
-        "latent_shape": source.latent_shape,
-        "calibration": job.recipe.calibration.captured,
-        "device": source.placement.device.type,
-        "method": job.recipe.method.model_dump(),
-        "layers": source.layer_facts(),
-    }

@@ -85,7 +85,7 @@ def held_out_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along trajectories that calibration has not seen, at every step."""
     count, calibration = job.recipe.evaluation.trajectories, job.recipe.calibration
     whole = replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration.whole}))
-    return capture(whole, source, "held_out.safetensors", trajectories=count, seed=_held_out_seed(job))
+    return capture(whole, source, job.work.file("held_out.safetensors"), trajectories=count, seed=_held_out_seed(job))
 
 
 def _held_out_seed(job: Job) -> int:

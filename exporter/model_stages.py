@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from exporter.calibration.balance import Balance, find_balance
 from exporter.calibration.capture import CalibrationSet
 from exporter.describe import transforms_text
 from exporter.job import Job
 from exporter.source import Source
+from exporter.stage_settings import balance_file, balance_settings, low_rank_file, low_rank_settings
 from exporter.transforms.apply import find_low_rank, load_low_rank, save_low_rank, with_transforms
 from exporter.transforms.low_rank import LowRank
-from exporter.workdir import key_of, name_for, verb
+from exporter.workdir import key_of, verb
 
 
 def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
@@ -25,40 +25,19 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
     if not job.recipe.method.balance:
         return source
     folds = source.adapter.channel_folds(source.model)
-    name = _balance_name(job)
+    file = balance_file(job, source)
     if not job.shard.is_first:
-        return replace(source, model=Balance.load(job.work.file(name), folds).applied(source.model, folds))
+        return replace(source, model=Balance.load(file, folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
         run = source.calibration_run(captured)
         with source.placement.computing():
             find_balance(run, source.model, folds, powers_of_two=job.recipe.method.balance == "exact").save(path)
 
-    key = key_of(
-        stage="balance",
-        model=source.identity,
-        shape=source.latent_shape,
-        calibration=job.recipe.calibration.captured,
-        balance=job.recipe.method.balance,
-        device=source.placement.device.type,
-    )
-    path, reused = job.work.obtain(name, key, make)
+    key = key_of(stage="balance", settings=balance_settings(job, source))
+    path, reused = job.work.obtain(file.name, key, make)
     job.progress.note(f"{verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
     return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
-
-
-def changes_of_model(job: Job, source: Source) -> list[str]:
-    """Names of the work folder's files with what `balanced` and `transformed` found."""
-    return [_balance_name(job)] * bool(job.recipe.method.balance) + [_low_rank_name(job, source)] * bool(_ranks(source))
-
-
-def _balance_name(job: Job) -> str:
-    """Named by what decides it, as the captured inputs are."""
-    return name_for("balance", ".safetensors", _balanced_by(job))
-
-
-def _balanced_by(job: Job) -> list[Any]:
-    return [job.recipe.method.balance, job.recipe.calibration.captured]
 
 
 def transformed(job: Job, source: Source) -> Source:
@@ -67,7 +46,7 @@ def transformed(job: Job, source: Source) -> Source:
     layers = [layer for layer in source.plan.layers if layer.is_transformed]
     if not layers:
         return source
-    ranks = _ranks(source)
+    ranks = {layer.original_name: layer.low_rank for layer in layers if layer.low_rank}
     branches = _branches(job, source, ranks) if ranks else {}
     job.progress.note(f"transformed layers: {transforms_text(layers)}")
     return replace(source, model=with_transforms(source.model, layers, branches))
@@ -75,20 +54,10 @@ def transformed(job: Job, source: Source) -> Source:
 
 def _branches(job: Job, source: Source, ranks: Mapping[str, int]) -> Mapping[str, LowRank]:
     """Sealed in the work folder, where processes other than the first read them."""
-    name = _low_rank_name(job, source)
+    file = low_rank_file(job, source)
     if job.shard.is_first:
-        # What balancing changed depends also on the device that saw the captured inputs.
-        balance = [*_balanced_by(job), source.placement.device.type] if job.recipe.method.balance else None
-        key = key_of(stage="low rank", model=source.identity, shape=source.latent_shape, balance=balance, ranks=ranks)
-        job.work.obtain(name, key, lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress)))
-    return load_low_rank(job.work.file(name), ranks)
-
-
-def _ranks(source: Source) -> dict[str, int]:
-    """By the layer's module path in the model as it was loaded."""
-    return {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
-
-
-def _low_rank_name(job: Job, source: Source) -> str:
-    balance = _balanced_by(job) if job.recipe.method.balance else None
-    return name_for("low_rank", ".safetensors", [_ranks(source), balance])
+        key = key_of(stage="low rank", settings=low_rank_settings(job, source))
+        job.work.obtain(
+            file.name, key, lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress))
+        )
+    return load_low_rank(file, ranks)

@@ -18,7 +18,6 @@ from exporter.calibration_stages import (
     assist_calibration,
     calibrated_weights,
     captured_inputs,
-    captured_name,
     formats_chosen,
 )
 from exporter.device.build import engine_begun
@@ -34,6 +33,7 @@ from exporter.recipe import Recipe
 from exporter.results import write_results
 from exporter.shards import Shard
 from exporter.source import Source, load_source
+from exporter.stage_settings import captured_file
 from exporter.stages import build, check_fidelity, compiled_kernels, exported_graph, fake_quantized, lowered_graph
 from exporter.this_cpu import refuse_saturating_cpu
 from exporter.validate import validate_output as validate_again
@@ -112,7 +112,7 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         progress = NullProgress()
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
-        captured = CalibrationSet.load(job.work.file(captured_name(job)))
+        captured = CalibrationSet.load(captured_file(job, source))
         source = transformed(job, balanced(job, source, captured))
         assist_calibration(job, formats_chosen(job, source, captured), captured)
 

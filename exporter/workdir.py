@@ -36,9 +36,9 @@ def key_of(**parts: object) -> str:
 
 
 def name_for(stem: str, suffix: str, parts: object) -> str:
-    """Name of a file that targets may need in different versions: with a short hash of `parts`, JSON values, in it.
+    """Name of a file that targets or recipes may need in different versions: with a short hash of `parts`, JSON values.
 
-    So one target's file does not replace another's, and another version of this program replaces its own.
+    So one's file does not replace another's, and another version of this program replaces its own.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:_NAME_DIGITS]}{suffix}"

@@ -13,6 +13,8 @@ PROGRAM = "program"
 
 _LAYERS, _MODEL = "layers", "model."
 _MOST_NAMED = 3
+# A fact of a layer whose format is open, which may yet become any of them.
+_CANDIDATES = "candidates"
 # Facts of a layer that only one whose model is changed around it has; its name ends with LINEAR then.
 _TRANSFORMS = {"low_rank", "hadamard", "shift"}
 # A recipe's words for them, where they are others.
@@ -77,7 +79,7 @@ def _other_layers(old: Mapping[str, dict[str, object]], new: Mapping[str, dict[s
             yield f"{path} in high precision, not quantized"
         elif path not in new:
             yield f"{path} quantized, not in high precision"
-        else:
+        elif _CANDIDATES not in new[path]:
             for name, value in _other_facts(old[path], new[path]):
                 yield f"{path}: {name} {value}"
 

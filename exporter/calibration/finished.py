@@ -77,16 +77,18 @@ class UnitFiles:
         this one: it would begin anew, and the other one's hours be forgotten."""
         if self._work.fresh or _finished(self._folder):
             return
-        for folder in self._others():
-            finished = _finished(folder)
-            if finished:
-                raise InputError(
-                    f"{folder}: an interrupted calibration, finished units: {finished}, {self._told_from(folder)} to "
-                    "go on with it, or export with --work-dir to begin another one elsewhere, or with --fresh to throw "
-                    "it away"
-                )
+        for folder in self.others():
+            raise InputError(
+                f"{folder}: an interrupted calibration, finished units: {_finished(folder)}, {self._told_from(folder)} "
+                "to go on with it, or export with --work-dir to begin another one elsewhere, or with --fresh to throw "
+                "it away"
+            )
 
-    def _others(self) -> list[Path]:
+    def others(self) -> list[Path]:
+        """Folders of other recipes that hold finished units."""
+        return [folder for folder in self._other_folders() if _finished(folder)]
+
+    def _other_folders(self) -> list[Path]:
         folders = sorted(self._work.path.glob(f"{UNFINISHED}.*"))
         return [folder for folder in folders if folder.is_dir() and folder != self._folder]
 
@@ -101,7 +103,7 @@ class UnitFiles:
 
     def begin(self) -> None:
         """Make the folder ready, and remove others that hold no units; for a run that starts anew remove all."""
-        for folder in self._others():
+        for folder in self._other_folders():
             if self._work.fresh or not _finished(folder):
                 shutil.rmtree(folder)
         if self._work.fresh:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,12 +12,11 @@ import pytest
 from exporter.calibration_stages import calibrated_weights, captured_inputs, formats_chosen
 from exporter.errors import InputError
 from exporter.job import open_job
-from exporter.model_stages import balanced, transformed
-from exporter.progress import NullProgress, Progress
+from exporter.model_stages import transformed
+from exporter.progress import NullProgress
 from exporter.recipe import load_recipe
 from exporter.shards import Shard
 from exporter.source import load_source
-from tests.exporter.progresses import InterruptedProgress
 
 
 @pytest.mark.slow
@@ -54,82 +52,6 @@ def test_another_method_s_weights_do_not_replace_finished_ones(tiny_job: Path, t
     assert len(both) == 2
     assert finished.items() < both.items()
     assert weights("method.scale_search=mse") == both
-
-
-def test_an_interrupted_calibration_is_in_nobody_s_way_who_has_nothing_to_calibrate(
-    tiny_job: Path, tmp_path: Path
-) -> None:
-    """As in a sweep, and in a bundle's second target, whose multipliers are others."""
-    work = tmp_path / "x.work"
-    made = {}
-
-    def weights(name: str, *changes: str, progress: Progress | None = None) -> None:
-        recipe = load_recipe(
-            tiny_job / "tiny.yaml", ("method.name=gptq", "method.scale_search=absmax", *changes), "cpu"
-        )
-        output, progress = tmp_path / "x.onnx", progress or NullProgress()
-        job = open_job(recipe, output, work, fresh=False, keep_graphs=False, progress=progress)
-        source = load_source(job)
-        captured = captured_inputs(job, source)
-        source = formats_chosen(job, balanced(job, source, captured), captured)
-        calibrated_weights(job, source, captured)
-        made[name] = {path: path.stat().st_mtime_ns for path in work.glob("quantized.*.safetensors")}
-
-    def beside() -> dict[Path, int]:
-        names = "calibration", "balance"
-        return {path: path.stat().st_mtime_ns for name in names for path in work.glob(f"{name}.*.safetensors")}
-
-    finished = "method.balance=true", "layers.0.weight=auto"
-    killed = "method.balance=true", "calibration.steps=2"
-    weights("finished", *finished)
-    with pytest.raises(KeyboardInterrupt):
-        weights("killed", *killed, progress=InterruptedProgress(2 + 20))
-    assert len(list(work.glob("unfinished.*/*.seal"))) == 1
-    kept = beside()
-    assert len(kept) == 4
-    weights("again", *finished)
-    assert made["again"] == made["finished"]
-    assert beside() == kept, "what units of the killed run are made of was made anew"
-    for changes in (
-        ["preset=w4a8_int"],
-        ["layers.0.weight=auto", "calibration.steps=2"],
-        [*finished, "method.start=gptq"],
-    ):
-        with pytest.raises(
-            InputError, match=r"finished units: 1, had .*(calibration\.steps 2, not 3|weight e\dm\d, not)"
-        ):
-            weights("refused", *changes)
-    assert len(list(work.glob("unfinished.*/*.seal"))) == 1
-    weights("killed", *killed)
-    assert len(made["killed"]) == 2
-    assert not any(work.glob("unfinished.*"))
-    weights("preset", "preset=w4a8_int")
-    assert len(made["preset"]) == 3
-
-
-def test_weights_of_another_model_are_none_and_nothing_is_replaced_before_that_is_said(
-    tiny_job: Path, tmp_path: Path
-) -> None:
-    """The weights file is there by name, but of what the model was before; capturing would replace inputs of then."""
-    folder, work = shutil.copytree(tiny_job, tmp_path / "job"), tmp_path / "x.work"
-
-    def weights(change: str, progress: Progress | None = None) -> None:
-        recipe = load_recipe(folder / "tiny.yaml", ("method.name=gptq", "method.scale_search=absmax", change), "cpu")
-        progress = progress or NullProgress()
-        job = open_job(recipe, tmp_path / "x.onnx", work, fresh=False, keep_graphs=False, progress=progress)
-        source = load_source(job)
-        calibrated_weights(job, source, captured_inputs(job, source))
-
-    weights("preset=w4a6")
-    with pytest.raises(KeyboardInterrupt):
-        weights("preset=w4a8_int", InterruptedProgress(20))
-    weights("preset=w4a6")
-    config = next(folder.rglob("transformer/config.json"))
-    config.write_text(config.read_text() + "\n")
-    kept = {path: path.stat().st_mtime_ns for path in work.rglob("*.seal")}
-    with pytest.raises(InputError, match=r"finished units: 1, had another content of .*config\.json.*--fresh"):
-        weights("preset=w4a6")
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.seal")} == kept
 
 
 @pytest.mark.slow

@@ -193,7 +193,10 @@ def test_compiled_a_cell_predicts_the_same_noise(tmp_path: Path) -> None:
     }
     model = quantize_model(original.model, original.plan, weights)
     cell = Quantized(model, original.adapter, 0.0)
-    compiled, captured = cell.compiled(), capture(job, original, "inputs.safetensors", trajectories=1, seed=0)
+    compiled, captured = (
+        cell.compiled(),
+        capture(job, original, job.work.file("inputs.safetensors"), trajectories=1, seed=0),
+    )
     inputs = captured.inputs(torch.arange(4), original.prompts)
     with torch.no_grad():
         # The first call is not compiled yet.

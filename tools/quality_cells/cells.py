@@ -152,7 +152,11 @@ class Laboratory:
     def _measured(self, model: Quantized) -> Figures:
         job, original = self._original
         held_out = capture(
-            job, original, "held_out.safetensors", trajectories=_HELD_OUT_TRAJECTORIES, seed=HELD_OUT_SEED
+            job,
+            original,
+            job.work.file("held_out.safetensors"),
+            trajectories=_HELD_OUT_TRAJECTORIES,
+            seed=HELD_OUT_SEED,
         )
         noise = noise_prediction_snr(original.denoiser, model.denoiser, held_out, original.prompts, NullProgress())
         exact = self.original_samples("drift", _DRIFT_SAMPLES, HELD_OUT_SEED)

@@ -26,6 +26,7 @@ def _with(*layers: dict[str, Any], **settings: Any) -> dict[str, Any]:
             _with({**LAYER, "name": "blocks.0.to_q.linear", "low_rank": 8}),
             "blocks.0.to_q: low_rank none, not 8",
         ),
+        (_with(LAYER | {"weight_format": "auto", "m": [1], "candidates": ["e2m1", "e3m0"]}), ""),
         (_with(), "blocks.0.to_q quantized, not in high precision"),
         (
             _with(LAYER, LAYER | {"name": "proj"}, method={"iterations": 5}),
