@@ -19,7 +19,8 @@ from exporter.onnx_files import checksum_of
 from exporter.quantize import CalibrationResult, load_quantized, save_quantized
 from exporter.sampling import make_scheduler
 from exporter.source import Source
-from exporter.stage_settings import (
+from exporter.stage_files import (
+    StageFile,
     calibration_settings,
     captured_file,
     changes_of_model,
@@ -35,14 +36,13 @@ def captured_inputs(job: Job, source: Source) -> CalibrationSet:
     Raises `InputError` where another recipe's calibration was interrupted, whose units would be forgotten, and where
     the inputs could not be shared out among the processes that calibrate.
     """
-    settings = job.recipe.calibration
-    check_batches(job.recipe.method, settings.inputs, job.shard)
+    check_batches(job.recipe.method, job.recipe.calibration.inputs, job.shard)
     _refuse_unfinished(job, source)
-    return capture(job, source, captured_file(job, source), trajectories=settings.samples, seed=settings.seed)
+    return capture(job, source, captured_file(job, source))
 
 
-def capture(job: Job, source: Source, file: Path, *, trajectories: int, seed: int) -> CalibrationSet:
-    """Trajectories of the original model, sealed as `file` in the work folder."""
+def capture(job: Job, source: Source, file: StageFile) -> CalibrationSet:
+    """The original model's inputs along the recipe's trajectories, sealed as `file`."""
     settings = job.recipe.calibration
 
     def make(path: Path) -> None:
@@ -53,25 +53,16 @@ def capture(job: Job, source: Source, file: Path, *, trajectories: int, seed: in
                 source.prompts,
                 settings,
                 job.progress,
-                trajectories=trajectories,
-                seed=seed,
+                trajectories=settings.samples,
+                seed=settings.seed,
                 latent_shape=source.latent_shape,
                 scheduler_config=source.files.scheduler,
                 placement=source.placement,
             ).save(path)
 
-    key = key_of(
-        stage="capture",
-        model=source.identity,
-        shape=source.latent_shape,
-        settings=settings.sampler,
-        device=source.placement.device.type,
-        trajectories=trajectories,
-        seed=seed,
-    )
-    path, reused = job.work.obtain(file.name, key, make)
-    captured = CalibrationSet.load(path)
-    job.progress.note(f"{verb(reused, 'captured')} {len(captured)} inputs of {trajectories} trajectories")
+    reused = file.obtain(make)
+    captured = CalibrationSet.load(file.path)
+    job.progress.note(f"{verb(reused, 'captured')} {len(captured)} inputs of {settings.samples} trajectories")
     return captured
 
 
@@ -84,23 +75,19 @@ def formats_chosen(job: Job, source: Source, captured: CalibrationSet) -> Source
         return source
     file = formats_file(job, source)
     if not job.shard.is_first:
-        return _decided(source, file)
+        return _decided(source, file.path)
 
     def make(path: Path) -> None:
         run = source.calibration_run(captured, sample_weights(job, source, captured))
         with source.placement.computing():
             save_formats(path, choose_formats(source.model, source.plan, run, job.recipe.method, job.progress))
 
-    path, reused = job.work.obtain(file.name, _formats_key(job, source), make)
-    decided = _decided(source, path)
+    reused = file.obtain(make)
+    decided = _decided(source, file.path)
     counts = Counter(layer.chosen for layer in decided.formats)
     numbers = ", ".join(f"{fmt} {count}" for fmt, count in counts.most_common())
     job.progress.note(f"{verb(reused, 'chose')} formats of {len(decided.formats)} layers: {numbers}")
     return decided
-
-
-def _formats_key(job: Job, source: Source) -> str:
-    return key_of(stage="formats", **calibration_settings(job, source))
 
 
 def _decided(source: Source, path: Path) -> Source:
@@ -122,13 +109,16 @@ def sample_weights(job: Job, source: Source, captured: CalibrationSet) -> Tensor
 def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> CalibrationResult:
     """Codes and scales of every planned layer, sealed in the work folder; until all are there, unit by unit."""
     units = _unit_files(job, source, _made_of(job, source))
+    file = weights_file(job, source)
 
     def make(path: Path) -> None:
+        # Again: by now every layer has its format.
+        units.refuse_others()
         units.begin()
         job.shard.agree(True)
         save_quantized(path, _calibrated(job, source, captured, units), source.plan)
 
-    path, reused = job.work.obtain(weights_file(job, source).name, calibration_key(job, source), make)
+    reused = file.obtain(make)
     if reused:
         job.shard.agree(False)
     units.remove()
@@ -136,27 +126,36 @@ def calibrated_weights(job: Job, source: Source, captured: CalibrationSet) -> Ca
     job.progress.note(
         f"{verb(reused, 'calibrated')} {len(source.plan.layers)} layers ({job.recipe.method.name}){earlier}"
     )
-    return load_quantized(path, source.plan)
+    return load_quantized(file.path, source.plan)
 
 
 def _refuse_unfinished(job: Job, source: Source) -> None:
-    """Before anything takes long, raise `InputError` where another recipe's calibration was interrupted.
+    """Before anything is made anew, raise `InputError` where another recipe's calibration was interrupted.
 
-    Not where this one's weights are there, which takes nothing away from the other one, as the next target of a bundle.
-    Formats that are open are those that were chosen earlier; where none were, no units can be this recipe's.
+    Not where this one's weights are there, and all that they are made of: that takes nothing away from the other one,
+    as the next target of a bundle.
     """
     formats = formats_file(job, source)
-    if source.plan.open and job.work.is_current(formats, _formats_key(job, source)):
-        source = _decided(source, formats)
+    if source.plan.open and formats.is_current():
+        source = _decided(source, formats.path)
     units = _unit_files(job, source)
-    if units.others() and not _has_weights(job, source):
+    if job.work.fresh:
+        units.remove_all()
+    elif units.others() and not _is_calibrated(job, source):
         units.refuse_others()
 
 
-def _has_weights(job: Job, source: Source) -> bool:
-    """Whether they are there, made by this program, and what they were made beside."""
-    beside = [file.is_file() for file in changes_of_model(job, source)]
-    return all(beside) and job.work.is_current(weights_file(job, source), calibration_key(job, source))
+def _is_calibrated(job: Job, source: Source) -> bool:
+    made_of = captured_file(job, source), *changes_of_model(job, source)
+    return all(file.is_current() for file in made_of) and weights_file(job, source).is_current()
+
+
+def check_alike(job: Job, source: Source) -> None:
+    """Raise `InputError` where another process has other settings, or another program: it would look for other files.
+
+    All processes do so together, with the source as it was loaded.
+    """
+    job.shard.check_alike(key_of(**calibration_settings(job, source)))
 
 
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:
@@ -166,7 +165,6 @@ def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> No
 
 
 def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitFiles) -> CalibrationResult:
-    units.check_shared()
     with source.placement.computing():
         run = source.calibration_run(captured, sample_weights(job, source, captured), job.shard)
         seed = job.recipe.calibration.seed
@@ -178,17 +176,8 @@ def _calibrated(job: Job, source: Source, captured: CalibrationSet, units: UnitF
 
 def _made_of(job: Job, source: Source) -> list[str]:
     """Checksums of what units are made of: where a stage before them gives something else, they do not fit."""
-    return [checksum_of(file) for file in (captured_file(job, source), *changes_of_model(job, source))]
+    return [checksum_of(file.path) for file in (captured_file(job, source), *changes_of_model(job, source))]
 
 
 def _unit_files(job: Job, source: Source, made_of: Sequence[str] = ()) -> UnitFiles:
     return UnitFiles(job.work, source.plan, calibration_settings(job, source), job.shard, made_of)
-
-
-def calibration_key(job: Job, source: Source) -> str:
-    """The key of the calibrated weights, on which all later stages depend.
-
-    Weights fit the changed model that they were made for, to the last bit: other machines may change it otherwise.
-    """
-    model = [checksum_of(file) for file in changes_of_model(job, source)]
-    return key_of(stage="calibrate", changed_model=model, **calibration_settings(job, source))

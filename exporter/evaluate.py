@@ -37,6 +37,7 @@ from exporter.runtime.arena import renew_arena
 from exporter.sampling import Denoiser, DenoiserCall, make_scheduler, sample, samples_at_once
 from exporter.scale_comparison import LayerScales, compare_scales
 from exporter.source import Source
+from exporter.stage_files import StageFile, captured_settings, model_settings
 from exporter.workdir import key_of
 
 
@@ -83,9 +84,11 @@ def evaluate(job: Job, source: Source, quantized: nn.Module, lowered: Path) -> E
 
 def held_out_inputs(job: Job, source: Source) -> CalibrationSet:
     """The transformer's inputs along trajectories that calibration has not seen, at every step."""
-    count, calibration = job.recipe.evaluation.trajectories, job.recipe.calibration
-    whole = replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration.whole}))
-    return capture(whole, source, job.work.file("held_out.safetensors"), trajectories=count, seed=_held_out_seed(job))
+    held_out = {"samples": job.recipe.evaluation.trajectories, "seed": _held_out_seed(job)}
+    calibration = job.recipe.calibration.whole.model_copy(update=held_out)
+    other = replace(job, recipe=job.recipe.model_copy(update={"calibration": calibration}))
+    key = key_of(stage="held out", **captured_settings(other, source))
+    return capture(other, source, StageFile(job.work, "held_out.safetensors", key))
 
 
 def _held_out_seed(job: Job) -> int:
@@ -123,9 +126,8 @@ def original_samples(job: Job, source: Source, count: int, replay: Replay) -> Te
     known = min(count, job.recipe.evaluation.trajectories)
     key = key_of(
         stage="samples",
-        model=source.identity,
-        shape=source.latent_shape,
-        settings=job.recipe.calibration.whole.sampler,
+        **model_settings(job, source),
+        sampler=job.recipe.calibration.whole.sampler,
         seed=_held_out_seed(job),
         count=count,
         known=known,

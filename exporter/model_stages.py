@@ -11,10 +11,10 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.describe import transforms_text
 from exporter.job import Job
 from exporter.source import Source
-from exporter.stage_settings import balance_file, balance_settings, low_rank_file, low_rank_settings
+from exporter.stage_files import StageFile, balance_file, low_rank_file
 from exporter.transforms.apply import find_low_rank, load_low_rank, save_low_rank, with_transforms
 from exporter.transforms.low_rank import LowRank
-from exporter.workdir import key_of, verb
+from exporter.workdir import verb
 
 
 def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
@@ -22,22 +22,21 @@ def balanced(job: Job, source: Source, captured: CalibrationSet) -> Source:
 
     What was found is sealed in the work folder, where processes other than the first read it.
     """
-    if not job.recipe.method.balance:
+    file = balance_file(job, source)
+    if file is None:
         return source
     folds = source.adapter.channel_folds(source.model)
-    file = balance_file(job, source)
     if not job.shard.is_first:
-        return replace(source, model=Balance.load(file, folds).applied(source.model, folds))
+        return replace(source, model=Balance.load(file.path, folds).applied(source.model, folds))
 
     def make(path: Path) -> None:
         run = source.calibration_run(captured)
         with source.placement.computing():
             find_balance(run, source.model, folds, powers_of_two=job.recipe.method.balance == "exact").save(path)
 
-    key = key_of(stage="balance", settings=balance_settings(job, source))
-    path, reused = job.work.obtain(file.name, key, make)
+    reused = file.obtain(make)
     job.progress.note(f"{verb(reused, 'balanced')} {sum(len(fold.readers) for fold in folds)} inputs")
-    return replace(source, model=Balance.load(path, folds).applied(source.model, folds))
+    return replace(source, model=Balance.load(file.path, folds).applied(source.model, folds))
 
 
 def transformed(job: Job, source: Source) -> Source:
@@ -46,18 +45,15 @@ def transformed(job: Job, source: Source) -> Source:
     layers = [layer for layer in source.plan.layers if layer.is_transformed]
     if not layers:
         return source
-    ranks = {layer.original_name: layer.low_rank for layer in layers if layer.low_rank}
-    branches = _branches(job, source, ranks) if ranks else {}
+    file = low_rank_file(job, source)
+    branches = _branches(job, source, file) if file is not None else {}
     job.progress.note(f"transformed layers: {transforms_text(layers)}")
     return replace(source, model=with_transforms(source.model, layers, branches))
 
 
-def _branches(job: Job, source: Source, ranks: Mapping[str, int]) -> Mapping[str, LowRank]:
+def _branches(job: Job, source: Source, file: StageFile) -> Mapping[str, LowRank]:
     """Sealed in the work folder, where processes other than the first read them."""
-    file = low_rank_file(job, source)
+    ranks = {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
     if job.shard.is_first:
-        key = key_of(stage="low rank", settings=low_rank_settings(job, source))
-        job.work.obtain(
-            file.name, key, lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress))
-        )
-    return load_low_rank(file, ranks)
+        file.obtain(lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress)))
+    return load_low_rank(file.path, ranks)

@@ -18,6 +18,7 @@ from exporter.calibration_stages import (
     assist_calibration,
     calibrated_weights,
     captured_inputs,
+    check_alike,
     formats_chosen,
 )
 from exporter.device.build import engine_begun
@@ -33,7 +34,7 @@ from exporter.recipe import Recipe
 from exporter.results import write_results
 from exporter.shards import Shard
 from exporter.source import Source, load_source
-from exporter.stage_settings import captured_file
+from exporter.stage_files import captured_file
 from exporter.stages import build, check_fidelity, compiled_kernels, exported_graph, fake_quantized, lowered_graph
 from exporter.this_cpu import refuse_saturating_cpu
 from exporter.validate import validate_output as validate_again
@@ -112,7 +113,8 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         progress = NullProgress()
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
-        captured = CalibrationSet.load(captured_file(job, source))
+        check_alike(job, source)
+        captured = CalibrationSet.load(captured_file(job, source).path)
         source = transformed(job, balanced(job, source, captured))
         assist_calibration(job, formats_chosen(job, source, captured), captured)
 
@@ -124,7 +126,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     validated and this CPU saturates its products.
     """
     check_room(job)
-    source = job.timed("load", load_source)
+    source = loaded = job.timed("load", load_source)
     if validate:
         products = {layer.name: layer.product for layer in source.plan.layers}
         refuse_saturating_cpu(products, job.target, job.recipe.name)
@@ -134,6 +136,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     source = job.timed("formats", formats_chosen, source, captured)
     # What these stages wrote the other processes read now.
     job.shard.wait()
+    check_alike(job, loaded)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     # The codes, a byte each; the quantized model holds them packed.

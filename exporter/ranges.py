@@ -14,7 +14,6 @@ import onnx
 import torch
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration_stages import calibration_key
 from exporter.compute import COMPUTE_TYPES, wider_than
 from exporter.errors import InputError
 from exporter.files import scratch_folder, write_text_atomically
@@ -27,6 +26,7 @@ from exporter.passes.layer_table import read_layer_table
 from exporter.passes.surgery import has_given_name
 from exporter.runtime import OnnxSession
 from exporter.source import Source
+from exporter.stage_files import weights_file
 from exporter.targets import Target
 from exporter.workdir import key_of
 
@@ -73,7 +73,7 @@ def measured_ranges(job: Job, source: Source, captured: CalibrationSet, exported
             found = measure_amax(exported, job.target, feeds(), blocks)
         write_text_atomically(path, json.dumps([asdict(one) for one in found], indent=1) + "\n")
 
-    key = key_of(stage="ranges", calibrated=calibration_key(job, source), target=job.target.name)
+    key = key_of(stage="ranges", calibrated=weights_file(job, source).key, target=job.target.name)
     path, _ = job.work.obtain(f"ranges.{job.target.name}.json", key, make)
     return tuple(Amax(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
 

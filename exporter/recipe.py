@@ -124,7 +124,7 @@ class CalibrationSection(Section):
 
     def _facts(self, left_out: set[str]) -> dict[str, Any]:
         """All that decides captured inputs but what is `left_out`; `every` only where it leaves steps out, so that what
-        was captured before there was such a key keeps its name."""
+        was measured before there was such a key keeps its name."""
         unthinned = {"every"} if self.every == 1 else set[str]()
         return self.model_dump(exclude={"prompts", "memory", "device", "device_memory"} | unthinned | left_out)
 

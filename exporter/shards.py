@@ -113,6 +113,14 @@ class Shard:
         they differ, that is not so in one of them at least."""
         return int(self.add_up(torch.tensor(value))) == value * self.world
 
+    def check_alike(self, key: str) -> None:
+        """Raise `InputError` where another process has another key, a hash in hexadecimal digits."""
+        if not self.all_have(int(key[:12], 16)):
+            raise InputError(
+                f"process {self.rank} of {self.world} is not like the others: all need the same recipe, fp4export, "
+                "libraries and kind of device"
+            )
+
     def add_up(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over all processes, the same bits in each."""
         if self.world > 1:

@@ -9,7 +9,6 @@ import onnx
 from torch import nn
 
 from exporter.calibration.capture import CalibrationSet
-from exporter.calibration_stages import calibration_key
 from exporter.device.begun import BegunEngine
 from exporter.device.build import BuildOptions, build_engine
 from exporter.errors import InputError
@@ -24,6 +23,7 @@ from exporter.passes.layer_table import read_layer_table
 from exporter.quantize import CalibrationResult, quantize_model
 from exporter.recipe import recipe_to_yaml
 from exporter.source import Source
+from exporter.stage_files import weights_file
 from exporter.to_onnx import to_onnx
 from exporter.validate import captured_batches, validate_graphs
 from exporter.workdir import key_of, name_for, verb
@@ -36,7 +36,7 @@ def fake_quantized(_job: Job, source: Source, calibrated: CalibrationResult) -> 
 
 def traced_key(job: Job, source: Source) -> str:
     """The key of the traced graph, which depends on the calibrated weights and on nothing of the target."""
-    return key_of(stage="trace", calibrated=calibration_key(job, source), containers=_asked_containers(source))
+    return key_of(stage="trace", calibrated=weights_file(job, source).key, containers=_asked_containers(source))
 
 
 def _asked_containers(source: Source) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -64,11 +64,12 @@ class WorkDir:
     """A folder of sealed files.
 
     Beside a sealed file `NAME` stands `NAME.seal`: JSON with the stage's key and the file's SHA-256. `fresh` makes
-    every stage run again.
+    every stage run again, once.
     """
 
     path: Path
     fresh: bool = False
+    _sealed: set[Path] = field(default_factory=set)
 
     @classmethod
     def open(cls, path: Path, *, fresh: bool = False) -> WorkDir:
@@ -132,7 +133,7 @@ class WorkDir:
 
     def is_current(self, path: Path, key: str) -> bool:
         """Whether the file is sealed under this key, is still what was sealed, and may be reused."""
-        if self.fresh:
+        if self.fresh and path not in self._sealed:
             return False
         try:
             seal = json.loads(_seal(path).read_text(encoding="utf-8"))
@@ -144,6 +145,7 @@ class WorkDir:
         """Note what a finished file was made under."""
         seal = {"key": key, "sha256": checksum_of(path)}
         write_text_atomically(_seal(path), json.dumps(seal, indent=1) + "\n")
+        self._sealed.add(path)
 
 
 def _seal(path: Path) -> Path:

@@ -104,8 +104,6 @@ def export_bundle(
             finish_lowered(job, made, validate=validate)
             graphs.append(_Graphs(job, made.exported, made.lowered, validated=validate))
             weights = _Weights(find_licence(made.source.files), made.source.identity)
-            # What the first target had made anew is new enough for the others.
-            work = replace(work, fresh=False)
         with new_folder(output) as folder:
             entries = tuple(_collect(one, folder) for one in graphs)
             manifest = _finish(recipe, weights, entries, folder, output)

@@ -11,14 +11,15 @@ from exporter.layer_rules import LINEAR
 PROGRAM = "program"
 """The setting that names the program and its libraries' versions."""
 
-_LAYERS, _MODEL = "layers", "model."
+_LAYERS, _FILES = "layers", "files."
 _MOST_NAMED = 3
 # A fact of a layer whose format is open, which may yet become any of them.
 _CANDIDATES = "candidates"
 # Facts of a layer that only one whose model is changed around it has; its name ends with LINEAR then.
 _TRANSFORMS = {"low_rank", "hadamard", "shift"}
-# A recipe's words for them, where they are others.
+# A recipe's words for what is named otherwise.
 _WORDS = {
+    "latent_shape": "model.resolution: latents",
     "weight_format": "weight",
     "activation_format": "activation",
     "group_size": "group",
@@ -58,10 +59,11 @@ def _other_settings(old: Mapping[str, object], new: Mapping[str, object]) -> Ite
             continue
         if name == PROGRAM:
             yield "another version of fp4export or of its libraries"
-        elif name.startswith(_MODEL):
-            yield f"another content of {name.removeprefix(_MODEL)}"
+        elif name.startswith(_FILES):
+            yield f"another content of {name.removeprefix(_FILES)}"
         else:
-            yield f"{name} {_text(old.get(name))}, not {_text(new.get(name))}"
+            word = _WORDS.get(name, name)
+            yield f"{word} {_text(old.get(name))}, not {_text(new.get(name))}"
 
 
 def _layers(settings: Mapping[str, Any]) -> dict[str, dict[str, object]]:

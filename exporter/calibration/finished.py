@@ -75,14 +75,13 @@ class UnitFiles:
     def refuse_others(self) -> None:
         """Raise `InputError`, naming the differences, while the work folder holds units of another recipe, and none of
         this one: it would begin anew, and the other one's hours be forgotten."""
-        if self._work.fresh or _finished(self._folder):
-            return
-        for folder in self.others():
-            raise InputError(
-                f"{folder}: an interrupted calibration, finished units: {_finished(folder)}, {self._told_from(folder)} "
-                "to go on with it, or export with --work-dir to begin another one elsewhere, or with --fresh to throw "
-                "it away"
-            )
+        for folder in () if _finished(self._folder) else self.others():
+            told = self._told_from(folder)
+            if told is not None:
+                raise InputError(
+                    f"{folder}: an interrupted calibration, finished units: {_finished(folder)}, {told} to go on with "
+                    "it, or export with --work-dir to begin another one elsewhere, or with --fresh to throw it away"
+                )
 
     def others(self) -> list[Path]:
         """Folders of other recipes that hold finished units."""
@@ -92,32 +91,25 @@ class UnitFiles:
         folders = sorted(self._work.path.glob(f"{UNFINISHED}.*"))
         return [folder for folder in folders if folder.is_dir() and folder != self._folder]
 
-    def _told_from(self, folder: Path) -> str:
+    def _told_from(self, folder: Path) -> str | None:
+        """None where it may be this recipe's, which has yet to choose formats."""
         try:
             earlier = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             told = differences(earlier, json.loads(json.dumps(self._settings)))
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return f"is of another recipe, which its damaged {_SETTINGS} does not tell: run the command that began it"
+        if told:
+            return f"had {told}: change that back"
         # Differences without a word of a recipe, such as the layers' order.
-        return f"had {told}: change that back" if told else "is of another recipe: run the command that began it"
+        return None if self._plan.open else "is of another recipe: run the command that began it"
 
     def begin(self) -> None:
-        """Make the folder ready, and remove others that hold no units; for a run that starts anew remove all."""
+        """Make the folder ready, and remove others that hold no units."""
         for folder in self._other_folders():
-            if self._work.fresh or not _finished(folder):
+            if not _finished(folder):
                 shutil.rmtree(folder)
-        if self._work.fresh:
-            self.remove()
         self._folder.mkdir(exist_ok=True)
         write_text_atomically(self._folder / _SETTINGS, json.dumps(self._settings, indent=1) + "\n")
-
-    def check_shared(self) -> None:
-        """Raise `InputError` where another process has other settings or another program: it would look elsewhere."""
-        if not self._shard.all_have(int(self._folder.suffix.removeprefix("."), 16)):
-            raise InputError(
-                f"process {self._shard.rank} of {self._shard.world} is not like the others: all need the same recipe, "
-                "fp4export, libraries and kind of device"
-            )
 
     def find(self, unit: str, layers: Sequence[LayerPlan]) -> CalibrationResult | None:
         """The unit's file, if it was finished by an earlier run."""
@@ -145,6 +137,12 @@ class UnitFiles:
         """Remove all of them, when they are not needed any more."""
         if self._folder.is_dir():
             shutil.rmtree(self._folder)
+
+    def remove_all(self) -> None:
+        """Remove other recipes' as well: for a run that starts anew, whose files those may not be made of."""
+        for folder in self._other_folders():
+            shutil.rmtree(folder)
+        self.remove()
 
     def _path(self, unit: str) -> Path:
         return self._folder / f"{len(self._before):03d}.{unit}.safetensors"

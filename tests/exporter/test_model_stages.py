@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.calibration_stages import calibration_key, captured_inputs
+from exporter.calibration_stages import captured_inputs
 from exporter.job import open_job
 from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress
 from exporter.recipe import load_recipe
 from exporter.shards import Shard
 from exporter.source import load_source
+from exporter.stage_files import weights_file
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_branches_of_low_rank_are_found_once_and_read_by_the_other_processes(tin
     example = original.example_inputs(batch=2)
     torch.testing.assert_close(first.denoiser(example), original.denoiser(example), rtol=1e-4, atol=1e-5)
     # Weights that were calibrated beside these branches are not for others.
-    key = calibration_key(job, original)
-    assert calibration_key(job, first) == key
+    key = weights_file(job, original).key
+    assert weights_file(job, first).key == key
     file.write_bytes(b"others")
-    assert calibration_key(job, original) != key
+    assert weights_file(job, original).key != key

@@ -102,22 +102,33 @@ def test_one_process_learns_what_two_learn(tiny_job: Path, finished: Finished, t
         torch.testing.assert_close(alone[name], shared[name])
 
 
+@pytest.mark.parametrize("change", ["model.resolution=5", "calibration.seed=1", "method.iterations=41"])
+def test_processes_that_are_not_alike_are_told_so(tiny_job: Path, tmp_path: Path, change: str) -> None:
+    """Both are: else one would look for the other's files, and say only that they are not there."""
+    with _started(tiny_job, tmp_path / "x.onnx", tmp_path, "--set", change) as processes:
+        assert [process.wait(_LONGEST) for process in processes] == [2, 2]
+    said = (tmp_path / "said").read_text()
+    for rank in range(PROCESSES):
+        assert f"error: process {rank} of 2 is not like the others: all need the same recipe" in said
+    assert not any((tmp_path / "x.work").glob("quantized.*"))
+
+
 def _quantized(work: Path) -> Path:
     (found,) = work.glob("quantized.*safetensors")
     return found
 
 
 @contextmanager
-def _started(job: Path, output: Path, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _started(job: Path, output: Path, folder: Path, *second: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes as torchrun starts them, but under nobody's care; what they say is added to folder/said. None of
-    them is left in the end."""
+    them is left in the end. `second` are further words for the second one."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(PROCESSES)}
     processes: list[subprocess.Popen[bytes]] = []
     try:
         with (folder / "said").open("a") as said:
             for rank in range(PROCESSES):
                 environment = {**_environment(), **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, "-m", *_exporter(job, output)]
+                command = [sys.executable, "-m", *_exporter(job, output), *(second if rank else ())]
                 processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said))
         yield processes
     finally:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.calibration_stages import calibrated_weights, captured_inputs, formats_chosen
@@ -18,7 +17,7 @@ from exporter.model_stages import balanced, transformed
 from exporter.progress import NullProgress, Progress
 from exporter.recipe import load_recipe
 from exporter.source import load_source
-from tests.exporter.progresses import InterruptedProgress
+from tests.exporter.progresses import InterruptedProgress, Notes
 
 Calibrate = Callable[..., None]
 Times = dict[Path, int]
@@ -46,10 +45,10 @@ def work(tmp_path: Path) -> Path:
 def calibrate(folder: Path, work: Path) -> Calibrate:
     """The stages up to the calibrated weights, as an export has them."""
 
-    def calibrate(*changes: str, progress: Progress | None = None) -> None:
+    def calibrate(*changes: str, progress: Progress | None = None, fresh: bool = False) -> None:
         words = ("method.name=gptq", "method.scale_search=absmax", *changes)
         recipe, shown = load_recipe(folder / "tiny.yaml", words, "cpu"), progress or NullProgress()
-        job = open_job(recipe, work.parent / "x.onnx", work, fresh=False, keep_graphs=False, progress=shown)
+        job = open_job(recipe, work.parent / "x.onnx", work, fresh=fresh, keep_graphs=False, progress=shown)
         source = load_source(job)
         captured = captured_inputs(job, source)
         source = transformed(job, balanced(job, source, captured))
@@ -69,7 +68,7 @@ def _names(times: Times) -> list[str]:
 
 def _before_units(changes: tuple[str, ...]) -> int:
     """Steps of choosing formats and of branches of low rank, between the captured inputs and the 20 layers' scales."""
-    return 20 * (AUTO in changes) + 2 * (LOW_RANK in changes)
+    return 2 * (AUTO in changes) + 2 * (LOW_RANK in changes)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,8 @@ def test_recipes_of_other_inputs_have_files_of_their_own(
     calibrate(*changes)
     kept = _times(work)
     assert _names(kept) == made
-    for count, other in enumerate(("calibration.prompts=others.safetensors", "calibration.seed=1"), start=2):
+    others = "calibration.prompts=others.safetensors", "calibration.seed=1", "model.resolution=5"
+    for count, other in enumerate(others, start=2):
         calibrate(*changes, other)
         both = _times(work)
         assert kept.items() < both.items()
@@ -120,13 +120,47 @@ def test_an_interrupted_calibration_is_in_nobody_s_way_who_has_nothing_to_calibr
     assert len(list(work.glob("quantized.*.safetensors"))) == 3
 
 
-def test_formats_that_are_open_belong_to_no_unfinished_calibration(calibrate: Calibrate, work: Path) -> None:
+def test_units_whose_formats_were_lost_are_found_when_these_are_chosen_again(calibrate: Calibrate, work: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(AUTO, progress=InterruptedProgress(3 + _before_units((AUTO,)) + 20))
+    (formats,) = work.glob("formats.*.json")
+    formats.write_text("{")
+    notes = Notes()
+    calibrate(AUTO, progress=notes)
+    assert any("20 layers (gptq), 1 units of an earlier run" in line for line in notes.lines)
+
+
+def test_formats_that_are_chosen_otherwise_are_told(calibrate: Calibrate, work: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("layers.0.weight=e3m0", progress=InterruptedProgress(3 + 20))
+    captured = next(work.glob("calibration.*.seal")).stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"finished units: 1, had .*: weight e3m0, not e\dm\d"):
+        calibrate(AUTO)
+    assert next(work.glob("calibration.*.seal")).stat().st_mtime_ns == captured
+
+
+def test_finished_weights_whose_inputs_were_lost_are_refused_over_units_of_the_same(
+    calibrate: Calibrate, work: Path
+) -> None:
+    calibrate()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("preset=w4a8_int", progress=InterruptedProgress(20))
+    next(work.glob("calibration.*.seal")).unlink()
+    kept = _times(work)
+    with pytest.raises(InputError, match="finished units: 1, had "):
+        calibrate()
+    assert _times(work) == kept
+
+
+def test_who_begins_anew_removes_units_before_what_they_are_made_of(
+    calibrate: Calibrate, folder: Path, work: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         calibrate(progress=InterruptedProgress(3 + 20))
-    kept = _times(work)
-    with pytest.raises(InputError, match="finished units: 1, is of another recipe: run the command that began it to"):
-        calibrate(AUTO)
-    assert _times(work) == kept
+    assert any(work.glob("unfinished.*"))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("preset=w4a8_int", progress=InterruptedProgress(1), fresh=True)
+    assert not any(work.glob("unfinished.*"))
 
 
 @pytest.mark.parametrize("changes", [(), (AUTO,), (BALANCE,), (AUTO, BALANCE)])
@@ -150,13 +184,18 @@ def test_files_of_another_program_are_left_until_it_is_said_whose_units_they_are
         assert _times(work) == kept
 
 
-def test_another_model_is_named(calibrate: Calibrate, folder: Path, work: Path) -> None:
+def test_models_in_one_work_folder_keep_their_weights(calibrate: Calibrate, folder: Path, work: Path) -> None:
     calibrate()
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("preset=w4a8_int", progress=InterruptedProgress(20))
-    weights = next(folder.rglob("transformer/*.safetensors"))
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
     kept = _times(work)
+    weights = next(folder.rglob("transformer/*.safetensors"))
+    first = load_file(weights)
+    save_file({name: tensor * 2 for name, tensor in first.items()}, weights)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(progress=InterruptedProgress(3 + 20))
+    save_file({name: tensor * 3 for name, tensor in first.items()}, weights)
     with pytest.raises(InputError, match=r"finished units: 1, had another content of .*\.safetensors"):
         calibrate()
-    assert _times(work) == kept
+    save_file({name: tensor * 2 for name, tensor in first.items()}, weights)
+    calibrate()
+    assert kept.items() < _times(work).items()
+    assert _names(_times(work)) == ["calibration", "calibration", "quantized", "quantized"]

@@ -32,20 +32,16 @@ with shard.joined():
 """
 
 
-# Two processes with settings of their own, and the same.
+# Two processes with the same key, and with keys of their own.
 UNLIKE = """
-from pathlib import Path
-from exporter.calibration.finished import UnitFiles
 from exporter.errors import InputError
-from exporter.plan import Plan
 from exporter.shards import Shard
-from exporter.workdir import WorkDir
 
-shard, work = Shard.of_environment(), WorkDir(Path("nowhere"))
+shard = Shard.of_environment()
 with shard.joined():
-    for device in ("cpu", f"cpu{shard.rank}"):
+    for key in ("0123456789abcdef", f"{shard.rank + 10:x}123456789abcdef"):
         try:
-            UnitFiles(work, Plan((), (), 0, 0), {"device": device}, shard).check_shared()
+            shard.check_alike(key)
             print("alike")
         except InputError as error:
             print(error)

@@ -50,6 +50,14 @@ def test_what_is_outdated_or_damaged_is_made_again(tmp_path: Path, damage: str) 
     assert path.read_text() == "two"
 
 
+def test_what_a_fresh_run_has_made_it_does_not_make_again(tmp_path: Path) -> None:
+    WorkDir.open(tmp_path / "w").obtain("a.txt", key_of(seed=1), writer("one", []))
+    work, calls = WorkDir.open(tmp_path / "w", fresh=True), list[str]()
+    reused = [work.obtain("a.txt", key_of(seed=1), writer("two", calls))[1] for _ in range(3)]
+    assert reused == [False, True, True]
+    assert calls == ["two"]
+
+
 def test_an_interrupted_stage_leaves_the_earlier_file_and_no_rubbish(tmp_path: Path) -> None:
     work = WorkDir.open(tmp_path / "w")
     path, _ = work.obtain("a.txt", key_of(seed=1), writer("one", []))

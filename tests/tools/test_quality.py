@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from exporter import load_recipe
 from exporter.calibration.nearest import nearest_weight
-from exporter.calibration_stages import capture
+from exporter.calibration_stages import captured_inputs
 from exporter.models.loading import model_shapes
 from exporter.models.pixart import PixArtAdapter
 from exporter.plan import LayerPlan, Plan, plan_layers
 from exporter.progress import NullProgress
 from exporter.quantize import QuantizedWeight, QuantLinear, planned_linear, quantize_model
 from exporter.rounding import InputQuantizer, round_to_format
+from exporter.source import load_source
 from exporter.targets import TARGETS
 from plugins.formats import FORMATS, get_format
 from tools.quality_cells.cells import Figures, Laboratory
@@ -186,17 +187,15 @@ def test_weights_decoded_once_change_no_bit(activation: str) -> None:
 @pytest.mark.slow
 def test_compiled_a_cell_predicts_the_same_noise(tmp_path: Path) -> None:
     laboratory = Laboratory(RECIPE, tmp_path, tmp_path / "cells", NullProgress())
-    job, original = laboratory._original
+    job = laboratory.job(("calibration.samples=1",), "original")
+    original = load_source(job)
     weights = {
         layer.name: nearest_weight(planned_linear(original.model, layer).weight, layer, None, "absmax")
         for layer in original.plan.layers
     }
     model = quantize_model(original.model, original.plan, weights)
     cell = Quantized(model, original.adapter, 0.0)
-    compiled, captured = (
-        cell.compiled(),
-        capture(job, original, job.work.file("inputs.safetensors"), trajectories=1, seed=0),
-    )
+    compiled, captured = cell.compiled(), captured_inputs(job, original)
     inputs = captured.inputs(torch.arange(4), original.prompts)
     with torch.no_grad():
         # The first call is not compiled yet.

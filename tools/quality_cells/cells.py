@@ -29,6 +29,7 @@ from exporter.progress import NullProgress, Progress
 from exporter.quality import noise_prediction_snr
 from exporter.sampling import MOST_SAMPLES, Denoiser, make_scheduler, sample
 from exporter.source import Source, load_source
+from exporter.stage_files import captured_file
 from exporter.tensor_files import atomic_tensor_path
 from exporter.workdir import program_identity
 from tools.quality_cells.figures import (
@@ -150,14 +151,10 @@ class Laboratory:
         return quantized(job, row, self.folder / "weights")
 
     def _measured(self, model: Quantized) -> Figures:
-        job, original = self._original
-        held_out = capture(
-            job,
-            original,
-            job.work.file("held_out.safetensors"),
-            trajectories=_HELD_OUT_TRAJECTORIES,
-            seed=HELD_OUT_SEED,
-        )
+        _, original = self._original
+        changes = f"calibration.samples={_HELD_OUT_TRAJECTORIES}", f"calibration.seed={HELD_OUT_SEED}"
+        job = self.job(changes, "original")
+        held_out = capture(job, original, captured_file(job, original))
         noise = noise_prediction_snr(original.denoiser, model.denoiser, held_out, original.prompts, NullProgress())
         exact = self.original_samples("drift", _DRIFT_SAMPLES, HELD_OUT_SEED)
         drift = signal_to_noise_db(exact, self._samples(model.denoiser, _DRIFT_SAMPLES, HELD_OUT_SEED))

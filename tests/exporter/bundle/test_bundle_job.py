@@ -76,6 +76,21 @@ def test_it_holds_all_that_a_device_needs(bundle: Path) -> None:
 
 
 @pytest.mark.slow
+def test_begun_anew_every_target_s_files_are_made_once(tiny_job: Path, tmp_path: Path) -> None:
+    command = [str(tiny_job / "tiny.yaml"), "-o", str(tmp_path / "x.bundle"), "--target", "rtx-sm89,cpu", "--quiet"]
+    command += ["--no-validate", "--set", "method.name=rtn", "--set", "preset=w4a8"]
+    made = []
+    for word in ("--resume", "--fresh", "--resume"):
+        assert main([*command, word]) == 0
+        made.append({path: path.stat().st_mtime_ns for path in (tmp_path / "x.work").glob("*.seal")})
+    names = [path.name.partition(".")[0] for path in made[0]]
+    assert (names.count("calibration"), names.count("quantized")) == (1, 2)
+    assert made[0].keys() == made[1].keys()
+    assert not made[0].items() & made[1].items()
+    assert made[1] == made[2]
+
+
+@pytest.mark.slow
 def test_plugins_go_to_the_targets_that_run_them(tiny_job: Path, tmp_path: Path) -> None:
     recipe = tiny_job / "plugins.yaml"
     recipe.write_text(PLUGINS)

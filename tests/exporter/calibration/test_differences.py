@@ -12,7 +12,7 @@ LAYER = {"name": "blocks.0.to_q", "weight_format": "e2m1", "activation_format": 
 
 
 def _with(*layers: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return {"program": "p", "model": {"w.safetensors": "0"}, "method": {"iterations": 4}, "layers": layers, **settings}
+    return {"program": "p", "files": {"w.safetensors": "0"}, "method": {"iterations": 4}, "layers": layers, **settings}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,8 @@ def _with(*layers: dict[str, Any], **settings: Any) -> dict[str, Any]:
             "method.iterations 4, not 5; proj in high precision, not quantized",
         ),
         (_with(LAYER, program="q"), "another version of fp4export or of its libraries"),
-        (_with(LAYER, model={"w.safetensors": "1"}), "another content of w.safetensors"),
+        (_with(LAYER, files={"w.safetensors": "1"}), "another content of w.safetensors"),
+        (_with(LAYER, latent_shape=[3, 5, 5]), "model.resolution: latents none, not [3, 5, 5]"),
         (
             _with({"name": "blocks.0.to_q", "weight_format": "e1m2"}, method={"iterations": 5}),
             "method.iterations 4, not 5; blocks.0.to_q: weight e2m1, not e1m2; "

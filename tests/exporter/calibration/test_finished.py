@@ -29,7 +29,7 @@ METHODS = {
     "fp4dit": MethodSection(scale_search="absmax", iterations=4, batch_size=4),
     "gptq": MethodSection(name="gptq", scale_search="absmax"),
 }
-SETTINGS = {"model": {"weights.safetensors": "00ff"}, "method": {"iterations": 4, "name": "fp4dit"}}
+SETTINGS = {"files": {"weights.safetensors": "00ff"}, "method": {"iterations": 4, "name": "fp4dit"}}
 
 Resume = Callable[..., CalibrationResult]
 Planner = Callable[..., Plan]
@@ -47,8 +47,10 @@ def resume(
 ) -> Resume:
     """Calibrate in the same work folder."""
 
-    def resumed(method: str, progress: NullProgress, **settings: Any) -> CalibrationResult:
-        units = UnitFiles(WorkDir.open(tmp_path / "w", **settings), plan, SETTINGS)
+    def resumed(method: str, progress: NullProgress, *, fresh: bool = False) -> CalibrationResult:
+        units = UnitFiles(WorkDir.open(tmp_path / "w"), plan, SETTINGS)
+        if fresh:
+            units.remove_all()
         units.begin()
         return calibrate(model, plan, CalibrationRun(adapter, captured, prompts), METHODS[method], 0, progress, units)
 
@@ -119,14 +121,14 @@ def test_a_unit_counts_only_behind_the_units_that_it_was_made_after(resume: Resu
         ({"method": {"iterations": 4, "name": "fp4dit", "start": "gptq"}}, "had method.start none, not gptq: "),
         ({"method": {"iterations": 4, "name": "fp4dit", "compute": "bf16"}}, "had method.compute none, not bf16: "),
         ({"method": {"iterations": 4}}, "had method.name fp4dit, not none: "),
-        ({"model": {"weights.safetensors": "ff00"}}, "had another content of weights.safetensors: "),
+        ({"files": {"weights.safetensors": "ff00"}}, "had another content of weights.safetensors: "),
     ],
 )
 def test_other_settings_are_refused_while_they_would_lose_units(
     change: dict[str, Any], words: str, plan: Plan, resume: Resume, tmp_path: Path
 ) -> None:
-    def units(*, fresh: bool = False) -> UnitFiles:
-        return UnitFiles(WorkDir.open(tmp_path / "w", fresh=fresh), plan, SETTINGS | change)
+    def units() -> UnitFiles:
+        return UnitFiles(WorkDir.open(tmp_path / "w"), plan, SETTINGS | change)
 
     units().refuse_others()
     with pytest.raises(KeyboardInterrupt):
@@ -137,8 +139,7 @@ def test_other_settings_are_refused_while_they_would_lose_units(
     for part in ("finished units: 1,", "--work-dir", "--fresh"):
         assert part in str(caught.value)
     UnitFiles(WorkDir(tmp_path / "w"), plan, SETTINGS).refuse_others()
-    units(fresh=True).refuse_others()
-    units(fresh=True).begin()
+    units().remove_all()
     assert _units(tmp_path) == {}
     units().refuse_others()
 
