@@ -150,12 +150,10 @@ def _is_calibrated(job: Job, source: Source) -> bool:
     return all(file.is_current() for file in made_of) and weights_file(job, source).is_current()
 
 
-def check_alike(job: Job, source: Source) -> None:
-    """Raise `InputError` where another process has other settings, or another program: it would look for other files.
-
-    All processes do so together, with the source as it was loaded.
-    """
-    job.shard.check_alike(key_of(**calibration_settings(job, source)))
+def shared_key(job: Job, source: Source) -> str:
+    """What all processes that calibrate together have in common, of the source as it was loaded: those with another
+    one would look for other files."""
+    return key_of(**calibration_settings(job, source))
 
 
 def assist_calibration(job: Job, source: Source, captured: CalibrationSet) -> None:

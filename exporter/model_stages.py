@@ -11,7 +11,7 @@ from exporter.calibration.capture import CalibrationSet
 from exporter.describe import transforms_text
 from exporter.job import Job
 from exporter.source import Source
-from exporter.stage_files import StageFile, balance_file, low_rank_file
+from exporter.stage_files import StageFile, balance_file, branch_ranks, low_rank_file
 from exporter.transforms.apply import find_low_rank, load_low_rank, save_low_rank, with_transforms
 from exporter.transforms.low_rank import LowRank
 from exporter.workdir import verb
@@ -53,7 +53,7 @@ def transformed(job: Job, source: Source) -> Source:
 
 def _branches(job: Job, source: Source, file: StageFile) -> Mapping[str, LowRank]:
     """Sealed in the work folder, where processes other than the first read them."""
-    ranks = {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
+    ranks = branch_ranks(source)
     if job.shard.is_first:
         file.obtain(lambda path: save_low_rank(path, find_low_rank(source.model, ranks, job.progress)))
     return load_low_rank(file.path, ranks)

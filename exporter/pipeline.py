@@ -18,8 +18,8 @@ from exporter.calibration_stages import (
     assist_calibration,
     calibrated_weights,
     captured_inputs,
-    check_alike,
     formats_chosen,
+    shared_key,
 )
 from exporter.device.build import engine_begun
 from exporter.evaluate import Evaluation, evaluate
@@ -113,7 +113,7 @@ def assist_export(recipe: Recipe, output: str | Path, *, work_dir: str | Path | 
         progress = NullProgress()
         job = open_job(recipe, output, work_dir, fresh=False, keep_graphs=False, progress=progress, shard=shard)
         source = load_source(job)
-        check_alike(job, source)
+        shard.check_alike(shared_key(job, source))
         captured = CalibrationSet.load(captured_file(job, source).path)
         source = transformed(job, balanced(job, source, captured))
         assist_calibration(job, formats_chosen(job, source, captured), captured)
@@ -126,7 +126,9 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     validated and this CPU saturates its products.
     """
     check_room(job)
-    source = loaded = job.timed("load", load_source)
+    source = job.timed("load", load_source)
+    # Not the source itself: the loaded model is not kept beside the changed one.
+    shared = shared_key(job, source)
     if validate:
         products = {layer.name: layer.product for layer in source.plan.layers}
         refuse_saturating_cpu(products, job.target, job.recipe.name)
@@ -136,7 +138,7 @@ def prepare(job: Job, *, validate: bool) -> Prepared:
     source = job.timed("formats", formats_chosen, source, captured)
     # What these stages wrote the other processes read now.
     job.shard.wait()
-    check_alike(job, loaded)
+    job.shard.check_alike(shared)
     calibrated = job.timed("calibrate", calibrated_weights, source, captured)
     quantized = job.timed("quantize", fake_quantized, source, calibrated)
     # The codes, a byte each; the quantized model holds them packed.

@@ -74,9 +74,14 @@ def balance_file(job: Job, source: Source) -> StageFile | None:
     return _stage_file(job, "balance", ".safetensors", settings) if balance else None
 
 
+def branch_ranks(source: Source) -> dict[str, int]:
+    """Ranks of the branches by the layer's module path in the model as it was loaded."""
+    return {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
+
+
 def low_rank_file(job: Job, source: Source) -> StageFile | None:
-    """The branches of low rank, which are of the balanced model, by the layers' original names; None without any."""
-    ranks = {layer.original_name: layer.low_rank for layer in source.plan.layers if layer.low_rank}
+    """The branches of low rank, which are of the balanced model; None without any."""
+    ranks = branch_ranks(source)
     balance = balance_file(job, source)
     settings = {**model_settings(job, source), "ranks": ranks, "balance": balance and balance.name}
     return _stage_file(job, "low_rank", ".safetensors", settings) if ranks else None
@@ -109,14 +114,10 @@ def weights_file(job: Job, source: Source) -> StageFile:
     They fit the changed model that they were made for, to the last bit, so that its files have to be there: other
     machines may change it otherwise.
     """
-    settings = calibration_settings(job, source)
     changed = [checksum_of(file.path) for file in changes_of_model(job, source)]
-    return StageFile(
-        job.work,
-        name_for(QUANTIZED, ".safetensors", settings),
-        key_of(stage="calibrate", changed_model=changed, **settings),
-    )
+    return _stage_file(job, QUANTIZED, ".safetensors", calibration_settings(job, source), changed_model=changed)
 
 
-def _stage_file(job: Job, stem: str, suffix: str, settings: Settings) -> StageFile:
-    return StageFile(job.work, name_for(stem, suffix, settings), key_of(stage=stem, **settings))
+def _stage_file(job: Job, stem: str, suffix: str, settings: Settings, **in_key: object) -> StageFile:
+    """Named by its settings; what is `in_key` alone makes the file outdated."""
+    return StageFile(job.work, name_for(stem, suffix, settings), key_of(stage=stem, **settings, **in_key))

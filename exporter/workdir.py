@@ -69,7 +69,7 @@ class WorkDir:
 
     path: Path
     fresh: bool = False
-    _sealed: set[Path] = field(default_factory=set)
+    _sealed: set[Path] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, *, fresh: bool = False) -> WorkDir:
